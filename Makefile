@@ -1,0 +1,43 @@
+# Set-up, tests and the demo. A fresh machine needs Python 3.11+, git and make, nothing else.
+# torch is installed first and by itself: whatever comes later finds it and pulls in no second one.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+install: $(STAMP)  ## create .venv and install the package with its test tools
+
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## HiDe answers a question about the example picture; pictures go to demo/
+	$(BIN)/hide ask hide/examples/scene.jpg "What is the color of the star?" --out demo
+
+test: $(STAMP) lint  ## linters, type checks and all tests
+	$(BIN)/python -m pytest --numprocesses=2
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy hide_kernels hide
+
+format: $(STAMP)  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## ratios that a CPU can show
+	$(BIN)/python -m benchmarks.regions_to_collage
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist demo *.egg-info

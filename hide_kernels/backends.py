@@ -1,0 +1,98 @@
+"""Which implementation of an operator runs where, and why.
+
+A backend is a name and a predicate: given the arguments of a call it returns the reason why it cannot serve them, or
+`None`. Predicates are pure: they look at types, shapes, devices and installed packages, never run anything, and never
+raise. An explicit `backend=` is honoured or refused; without one the first backend that can serve the call runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Predicate = Callable[[Mapping[str, Any]], "str | None"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    `refuses(arguments)` returns why this backend cannot serve a call with these keyword arguments, or `None`.
+    """
+
+    name: str
+    summary: str
+    refuses: Predicate
+
+
+def _serves_all(arguments: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
+    served = {
+        "cu_seqlens_q": "packed batches",
+        "cu_seqlens_k": "packed batches",
+        "block_table": "paged keys",
+        "process_group": "heads sharded over ranks",
+    }
+    for name, what in served.items():
+        if arguments.get(name) is not None:
+            return f"{what} ({name}) are not served; pass dense (B, H, N, D) tensors"
+    return None
+
+
+# Order is preference; the last entry of each operator is its reference, the definition that the others are held to.
+OPERATORS: dict[str, tuple[Backend, ...]] = {
+    "attention_rows": (Backend("torch", "plain PyTorch on any device, chunked over keys", _dense_rows_only),),
+    "token_maps": (Backend("scipy", "SciPy in float64 on the CPU", _serves_all),),
+    "regions": (Backend("scipy", "SciPy labelling on the CPU, one call for the whole batch", _serves_all),),
+    "collage": (Backend("numpy", "NumPy slices on the CPU", _serves_all),),
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the chosen backend (or `None`) and each candidate with its reason for refusing, if any."""
+
+    operator: str
+    chosen: str | None
+    candidates: tuple[tuple[Backend, str | None], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: {self.chosen or 'no backend can serve this call'}"]
+        for candidate, reason in self.candidates:
+            verdict = reason or ("runs" if candidate.name == self.chosen else "could run")
+            lines.append(f"  {candidate.name:<8} {verdict} ({candidate.summary})")
+        return "\n".join(lines)
+
+
+def explain(operator: str, **arguments: Any) -> Explanation:
+    """Say which backend `operator` would use for a call with `arguments` (its own keyword names), and why.
+
+    Nothing is computed. Raises `ValueError` for an operator that does not exist.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: got {operator!r}, want one of {sorted(OPERATORS)}")
+    candidates = tuple((backend, backend.refuses(arguments)) for backend in OPERATORS[operator])
+    chosen = next((backend.name for backend, reason in candidates if reason is None), None)
+    return Explanation(operator, chosen, candidates)
+
+
+def resolve(operator: str, backend: str | None, **arguments: Any) -> str:
+    """Name of the backend that serves the call. Raises `ValueError` with every reason when none does.
+
+    A named `backend` never falls back to another one.
+    """
+    explanation = explain(operator, **arguments)
+    if backend is None:
+        if explanation.chosen is None:
+            raise ValueError(str(explanation))
+        return explanation.chosen
+    reasons = {candidate.name: reason for candidate, reason in explanation.candidates}
+    if backend not in reasons:
+        raise ValueError(f"backend: got {backend!r}, want None or one of {list(reasons)} for {operator}")
+    if reasons[backend] is not None:
+        raise ValueError(f"backend {backend!r} cannot serve this call of {operator}: {reasons[backend]}")
+    return backend

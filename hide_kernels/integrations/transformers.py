@@ -1,0 +1,274 @@
+"""Attention rows out of an unmodified Hugging Face model, beside whatever attention implementation it runs.
+
+While a capture is open, the chosen layers' attention modules see a copy of their config that names our function in
+transformers' `AttentionInterface`. The function computes the rows from the post-RoPE query and key that it is given
+and then calls the implementation that the model was set to. Nothing is patched in place, other layers and the vision
+tower are not touched, masks are built as before, and the hidden states are the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hide_kernels.attention_rows import AttentionRows, attention_rows
+from hide_kernels.attention_rows.api import KeySpans
+
+# Neither "flash" nor "sdpa" may stand in the name: transformers reads meaning into both.
+IMPLEMENTATION = "hide_rows"
+
+
+@contextmanager
+def capture_attention_rows(
+    model: PreTrainedModel,
+    *,
+    layers: Sequence[int],
+    rows: Sequence[int] | None = None,
+    key_spans: KeySpans | None = None,
+    causal: bool = True,
+    head_reduction: Literal["mean", "none", "kv_group"] | Tensor | Sequence[float] = "mean",
+    return_lse: bool = False,
+) -> Iterator[dict[int, AttentionRows]]:
+    """Record softmax attention rows of chosen layers while the model runs.
+
+    Works with eager, SDPA and FlashAttention, with any cache, in one forward or in several that continue a sequence
+    (a chunked prefill): rows are addressed by their position in the sequence, and those of later forwards are
+    appended. A forward that starts a sequence anew replaces what was captured before::
+
+        with capture_attention_rows(model, layers=[14], rows=range(900, 920), key_spans=[(15, 889)]) as captured:
+            model(**inputs)
+        captured[14].rows  # (B, 20, 874), float32
+
+    Args:
+        model: a Hugging Face model whose decoder layers use transformers' attention interface.
+        layers: zero-based decoder layers; negative ones count from the last.
+        rows: strictly increasing positions in the (padded) sequence; `None`: every query of every forward.
+        key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
+        causal: True gives the model's own attention, equal to `output_attentions=True`; False lets every row see
+            every key of its forward (published HiDe, arXiv 2510.00054). Padding is left out in both.
+
+    Yields:
+        `{layer: AttentionRows}`, filled by the forwards that run inside the block.
+
+    Raises:
+        ValueError: for layers that the model does not have, a mask that is not causal, sliding or padding, attention
+            sinks, and, on leaving the block, for rows that no forward computed.
+    """
+    modules = decoder_attention(model)
+    if rows is not None:
+        rows = [int(row) for row in rows]
+        if not rows or rows[0] < 0 or any(a >= b for a, b in zip(rows, rows[1:], strict=False)):
+            raise ValueError(f"rows: got {rows}, want None or strictly increasing positions >= 0")
+    captured: dict[int, AttentionRows] = {}
+    captures = []
+    for layer in layers:
+        if not -len(modules) <= layer < len(modules):
+            raise ValueError(f"layers: got {layer}, want 0 to {len(modules) - 1} ({type(model).__name__})")
+        index = layer % len(modules)
+        captures.append(_Capture(index, rows, key_spans, causal, head_reduction, return_lse, captured))
+    if not captures:
+        raise ValueError("layers: got none, want at least one decoder layer")
+    originals = {capture.layer: modules[capture.layer].config for capture in captures}
+    try:
+        for capture in captures:
+            config = originals[capture.layer]
+            capture.base_config = config
+            routed = copy.copy(config)
+            routed._attn_implementation_internal = IMPLEMENTATION
+            routed.hide_capture = capture
+            modules[capture.layer].config = routed
+        yield captured
+    finally:
+        for layer, config in originals.items():
+            modules[layer].config = config
+    for capture in captures:
+        capture.check_complete()
+
+
+def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """`{layer: attention module}` of the language model's decoder layers, vision towers left out.
+
+    Raises `ValueError` for models without such modules or with gaps in their numbering.
+    """
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and getattr(module, "is_causal", False) and hasattr(module, "config"):
+            if layer in found:
+                raise ValueError(f"model: {type(model).__name__} has two causal attentions of layer {layer} ({name})")
+            found[layer] = module
+    if sorted(found) != list(range(len(found))) or not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has causal attention modules for layers {sorted(found)}, want 0, 1, 2, ...; "
+            "its decoder does not use transformers' attention interface"
+        )
+    return found
+
+
+@dataclass(eq=False)
+class _Capture:
+    """What is asked of one layer, and where the answer goes."""
+
+    layer: int
+    rows: list[int] | None
+    key_spans: KeySpans | None
+    causal: bool
+    head_reduction: Any
+    return_lse: bool
+    results: dict[int, AttentionRows]
+    base_config: Any = None
+    positions: list[int] = field(default_factory=list)
+
+    @property
+    def implementation(self) -> str:
+        """What the layer runs without us: "sdpa", "eager", "flash_attention_2", ..."""
+        return self.base_config._attn_implementation or "eager"
+
+    def record(self, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        for name in ("s_aux", "position_bias"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"layer {self.layer}: {name} is part of its softmax; rows cannot be captured")
+        visible = None if mask is None else _visible(mask, key.shape[2])
+        if visible is None and 1 < query.shape[2] < key.shape[2] and "flash" not in self.implementation:
+            # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
+            key = key[:, :, : query.shape[2]]
+        first = _first_position(visible, query.shape[2], key.shape[2])
+        if first == 0:
+            self.positions.clear()
+            self.results.pop(self.layer, None)
+        wanted = range(first, first + query.shape[2]) if self.rows is None else self.rows
+        here = [row - first for row in wanted if 0 <= row - first < query.shape[2]]
+        if not here:
+            return
+        window = kwargs.get("sliding_window") if self.causal else None
+        limits = _limits(visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer)
+        new = attention_rows(
+            query[:, :, here[0] : here[-1] + 1] if len(here) == here[-1] - here[0] + 1 else query[:, :, here],
+            key,
+            key_spans=self.key_spans,
+            causal=self.causal,
+            window=window,
+            scale=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            head_reduction=self.head_reduction,
+            return_lse=self.return_lse,
+            **limits,
+        )
+        old = self.results.get(self.layer)
+        if old is not None:
+            lse = None if old.lse is None or new.lse is None else torch.cat([old.lse, new.lse], -1)
+            new = AttentionRows(torch.cat([old.rows, new.rows], -2), lse)
+        self.results[self.layer] = new
+        self.positions += [first + row for row in here]
+
+    def check_complete(self) -> None:
+        missing = sorted(set(self.rows or ()) - set(self.positions))
+        if missing or not self.positions:
+            what = f"rows {missing[:8]}{'...' if len(missing) > 8 else ''}" if missing else "any row"
+            raise ValueError(f"layer {self.layer}: no forward inside the block computed {what}")
+
+
+def _visible(mask: Tensor, length: int) -> Tensor:
+    """(B, Q, K) or, for a padding mask, (B, 1, K) bool of the keys that each query sees."""
+    if mask.dim() == 2:
+        return mask[:, None, -length:].bool()
+    mask = mask[:, 0, :, :length]
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool((hidden | (mask == 0)).all()):
+        raise ValueError("attention_mask: an additive mask with values other than 0 and -inf changes the softmax")
+    return ~hidden
+
+
+def _first_position(visible: Tensor | None, queries: int, keys: int) -> int:
+    """Sequence position of the first query: keys - queries, or less where a preallocated cache is not full."""
+    if visible is None or visible.shape[1] == 1 != queries:
+        return keys - queries
+    return int(_last(visible[:, -1]).max()) + 1 - queries
+
+
+def _last(visible: Tensor) -> Tensor:
+    """Index of the last True along the last axis; -1 where there is none."""
+    index = visible.shape[-1] - 1 - visible.flip(-1).int().argmax(-1)
+    return torch.where(visible.any(-1), index, -1)
+
+
+def _limits(
+    visible: Tensor | None,
+    here: list[int],
+    first: int,
+    window: int | None,
+    causal: bool,
+    batch: int,
+    keys: int,
+    device: torch.device,
+    layer: int,
+) -> dict[str, Tensor]:
+    """The mask as `attention_rows` takes it: positions, starts and lengths. An equal mask or a `ValueError`."""
+    positions = torch.tensor([first + row for row in here], device=device)
+    if visible is None:
+        return {"q_positions": positions}
+    seen = visible.any(1).expand(batch, keys)
+    starts = seen.int().argmax(-1)
+    lens = _last(seen) + 1
+    n = torch.arange(keys, device=device)
+    expected = ((n >= starts[:, None]) & (n < lens[:, None]))[:, None]
+    actual = seen[:, None]
+    if causal and visible.shape[1] > 1:
+        expected = expected & (n <= positions[:, None])
+        if window is not None:
+            expected = expected & (n > positions[:, None] - window)
+        actual = visible[:, here].expand(batch, len(here), keys)
+        # What a padding query sees is the implementation's affair: nobody reads its row.
+        expected, actual = (x & (positions[:, None] >= starts[:, None, None]) for x in (expected, actual))
+    if not torch.equal(expected.expand_as(actual), actual):
+        raise ValueError(f"layer {layer}: its attention mask is not causal, sliding or padding; use causal=False")
+    return {"q_positions": positions, "kv_starts": starts, "kv_lens": lens}
+
+
+class _ModuleView:
+    """An attention module with its own config again, for implementations that read `module.config`."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The function registered as `hide_rows`: record, then run the model's own implementation."""
+    capture: _Capture | None = getattr(module.config, "hide_capture", None)
+    if capture is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    capture.record(query, key, attention_mask, kwargs)
+    if capture.implementation == "eager":
+        base = getattr(sys.modules[_model_class(module).__module__], "eager_attention_forward", None)
+        if base is None:
+            raise ValueError(f"layer {capture.layer}: no eager attention function found; load the model with sdpa")
+    else:
+        base = ALL_ATTENTION_FUNCTIONS[capture.implementation]
+    return base(_ModuleView(module, capture.base_config), query, key, value, attention_mask, **kwargs)
+
+
+def _model_class(module: Any) -> type:
+    return _model_class(module._module) if isinstance(module, _ModuleView) else type(module)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+# Without a mask function of the same name transformers passes no mask at all, and padding is silently attended to.
+AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,275 @@
+"""attention_rows against the float64 textbook expression, over its whole dense contract."""
+
+import itertools
+
+import pytest
+import torch
+
+from hide_kernels import attention_rows, explain
+from hide_kernels.attention_rows import reference
+from hide_kernels.testing import eager_attention_rows, error_budget, poisoned_empty
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def inputs(batch=2, heads=6, kv_heads=2, rows=5, depth=40, length=77, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, rows, depth, generator=generator, dtype=torch.float64) * 2
+    key = torch.randn(batch, kv_heads, length, depth, generator=generator, dtype=torch.float64)
+    return query.to(dtype), key.to(dtype)
+
+
+def oracle(query, key, visible=None, **kwargs):
+    return eager_attention_rows(query.double(), key.double(), visible, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of keys and rows even on small inputs."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 128)
+    monkeypatch.setattr(reference, "ROWS_AT_ONCE", 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, depth", [(6, 2, 40), (7, 1, 72), (4, 4, 80), (1, 1, 3)])
+def test_rows_and_lse_equal_the_float64_oracle_within_budget(dtype, heads, kv_heads, depth):
+    query, key = inputs(heads=heads, kv_heads=kv_heads, depth=depth, length=301, dtype=dtype)
+    want, want_lse = oracle(query, key)
+    plain, plain_lse = eager_attention_rows(query, key)
+    with poisoned_empty():
+        rows, lse = attention_rows(query, key, head_reduction="none", return_lse=True)
+    assert rows.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (rows.double() - want).abs().max() <= error_budget(plain, want)
+    assert (lse.double() - want_lse).abs().max() <= error_budget(plain_lse, want_lse)
+    assert (rows.sum(-1) - 1).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("row_reduction", [None, "mean", "sum"])
+@pytest.mark.parametrize("head_reduction", ["mean", "none", "kv_group", "weights"])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_reductions_equal_reducing_the_oracle(head_reduction, row_reduction, softmax):
+    query, key = inputs(dtype=torch.float64)
+    weights = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    want = oracle(query, key)[0]
+    if not softmax:
+        want = query @ key.repeat_interleave(3, dim=1).transpose(2, 3) * 40**-0.5
+    want = {
+        "mean": lambda p: p.mean(1),
+        "none": lambda p: p,
+        "kv_group": lambda p: p.unflatten(1, (2, 3)).mean(2),
+        "weights": lambda p: (p * weights[:, None, None]).sum(1),
+    }[head_reduction](want)
+    if row_reduction:
+        want = getattr(want, row_reduction)(-2)
+    reduction = weights if head_reduction == "weights" else head_reduction
+    rows = attention_rows(query, key, head_reduction=reduction, row_reduction=row_reduction, softmax=softmax).rows
+    torch.testing.assert_close(rows, want, rtol=0, atol=1e-13)
+
+
+def test_a_head_subset_is_a_weight_list_with_zeros():
+    query, key = inputs()
+    rows = attention_rows(query, key, head_reduction=[0, 0, 0.5, 0, 0.5, 0]).rows
+    each = attention_rows(query, key, head_reduction="none").rows
+    torch.testing.assert_close(rows, (each[:, 2] + each[:, 4]) / 2)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_spans_are_columns_of_the_full_row_one_after_another(per_sample):
+    query, key = inputs()
+    full = attention_rows(query, key).rows
+    spans = [(50, 77), (3, 9), (20, 20), (0, 1)]
+    if not per_sample:
+        rows = attention_rows(query, key, key_spans=spans).rows
+        torch.testing.assert_close(rows, full[..., [*range(50, 77), *range(3, 9), 0]], rtol=0, atol=1e-7)
+        return
+    rows = attention_rows(query, key, key_spans=[spans, [(10, 12)]]).rows
+    torch.testing.assert_close(rows[0], full[0][..., [*range(50, 77), *range(3, 9), 0]], rtol=0, atol=1e-7)
+    torch.testing.assert_close(rows[1, :, :2], full[1, :, 10:12], rtol=0, atol=1e-7)
+    assert (rows[1, :, 2:] == 0).all()
+
+
+def test_no_spans_and_no_keys_give_no_columns():
+    query, key = inputs()
+    assert attention_rows(query, key, key_spans=[]).rows.shape == (2, 5, 0)
+    rows, lse = attention_rows(query, key[:, :, :0], return_lse=True)
+    assert rows.shape == (2, 5, 0)
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("causal, window, start, length", [*itertools.product([False, True], [None, 1, 9], [0, 4], [77, 30])])
+def test_hidden_keys_are_left_out_and_may_be_nan(causal, window, start, length):
+    query, key = inputs(dtype=torch.float64)
+    positions = torch.tensor([[2, 8, 29, 40, 76], [0, 5, 6, 7, 20]])
+    starts, lengths = torch.tensor([start, 0]), torch.tensor([77, length])
+    n = torch.arange(77)
+    visible = (n >= starts[:, None, None]) & (n < lengths[:, None, None])
+    if causal:
+        visible = visible & (n <= positions[..., None])
+    if window:
+        visible = visible & (n > positions[..., None] - window)
+    visible = visible.expand(2, 5, 77)
+    want, want_lse = oracle(query, key, visible[:, None])
+    hidden_from_all = ~visible.any(1)
+    key = key.masked_fill(hidden_from_all[:, None, :, None], torch.nan)
+    rows, lse = attention_rows(
+        query, key, q_positions=positions, causal=causal, window=window, kv_starts=starts, kv_lens=lengths,
+        head_reduction="none", return_lse=True,
+    )  # fmt: skip
+    torch.testing.assert_close(rows, want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=0)
+
+
+def test_a_row_that_sees_no_key_is_zeros_with_lse_minus_infinity():
+    query, key = inputs()
+    rows, lse = attention_rows(query, key, kv_lens=torch.tensor([0, 77]), return_lse=True)
+    assert (rows[0] == 0).all() and (lse[0] == -torch.inf).all()
+    assert rows[1].sum() == pytest.approx(5, abs=1e-4)
+    for infinity in (torch.inf, -torch.inf):
+        again = attention_rows(query, key, lse=torch.where(lse.isinf(), infinity, lse)).rows
+        torch.testing.assert_close(again, rows, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_ten_thousand_neither_overflow_nor_lose_the_budget(dtype):
+    query, key = inputs(dtype=dtype)
+    query = query * 1000
+    want = oracle(query, key)[0].mean(1)
+    plain = eager_attention_rows(query, key)[0].mean(1)
+    rows = attention_rows(query, key).rows
+    assert query.double().abs().max() * key.double().abs().max() > 1e4
+    assert (rows.double() - want).abs().max() <= error_budget(plain, want)
+
+
+def test_softcap_and_scale_act_as_documented():
+    query, key = inputs(dtype=torch.float64)
+    want = oracle(query, key, scale=0.3, softcap=2.5)[0].mean(1)
+    rows = attention_rows(query, key, scale=0.3, softcap=2.5).rows
+    torch.testing.assert_close(rows, want, rtol=0, atol=1e-13)
+
+
+def test_a_given_lse_replaces_the_first_pass():
+    query, key = inputs()
+    rows, lse = attention_rows(query, key, return_lse=True)
+    shifted = attention_rows(query, key, key_spans=[(5, 60)], lse=lse + 1).rows
+    torch.testing.assert_close(shifted, rows[..., 5:60] / torch.e, rtol=1e-5, atol=1e-8)
+
+
+def test_accumulate_adds_to_out_and_overwrites_without():
+    query, key = inputs()
+    rows = attention_rows(query, key).rows
+    out = torch.full((2, 5, 77), torch.nan)
+    assert attention_rows(query, key, out=out).rows is out
+    torch.testing.assert_close(out, rows, rtol=0, atol=0)
+    attention_rows(query, key, out=out, accumulate=True)
+    torch.testing.assert_close(out, 2 * rows, rtol=1e-6, atol=0)
+
+
+def test_strided_query_and_key_are_read_in_place():
+    query, key = inputs()
+    want = attention_rows(query, key).rows
+    strided_query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.full((2, 100, 2, 64), torch.nan)
+    wide[:, 11:88, :, 8:48] = key.transpose(1, 2)
+    rows = attention_rows(strided_query, wide[:, 11:88, :, 8:48].transpose(1, 2)).rows
+    torch.testing.assert_close(rows, want, rtol=0, atol=1e-7)
+
+
+def test_a_sample_has_the_same_bits_alone_in_a_batch_and_again():
+    query, key = inputs(batch=3)
+    together = attention_rows(query, key, return_lse=True)
+    again = attention_rows(query, key, return_lse=True)
+    assert torch.equal(together.rows, again.rows) and torch.equal(together.lse, again.lse)
+    for sample in range(3):
+        alone = attention_rows(query[sample : sample + 1], key[sample : sample + 1], return_lse=True)
+        assert torch.equal(alone.rows[0], together.rows[sample])
+        assert torch.equal(alone.lse[0], together.lse[sample])
+
+
+def test_memory_is_the_output_and_a_block_not_the_score_matrix(monkeypatch):
+    monkeypatch.undo()
+    query, key = inputs(batch=1, heads=8, kv_heads=2, rows=16, depth=64, length=65_536)
+    given = {query.data_ptr(), key.data_ptr()}
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            storages = [t.untyped_storage() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            sizes.extend(s.nbytes() for s in storages if s.data_ptr() not in given)
+            return result
+
+    with Sizes():
+        attention_rows(query, key, key_spans=[(100, 60_000)])
+    score_matrix, output = 4 * 8 * 16 * 65_536, 4 * 16 * (60_000 - 100)
+    assert output <= max(sizes) <= max(4 * reference.BLOCK_ELEMENTS, output) < score_matrix
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_gradients_equal_finite_differences(softmax):
+    query, key = inputs(batch=1, heads=4, kv_heads=2, rows=3, depth=4, length=9, dtype=torch.float64)
+    positions = torch.tensor([0, 4, 8])
+
+    def rows(q, k):
+        return attention_rows(q, k, q_positions=positions, causal=True, key_spans=[(0, 2), (5, 9)], softmax=softmax).rows
+
+    assert torch.autograd.gradcheck(rows, (query.requires_grad_(), key.requires_grad_()))
+
+
+Q, K = inputs()
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        ({"query": Q.tolist()}, TypeError, "query: got list"),
+        ({"query": Q[0]}, ValueError, "query: got shape"),
+        ({"query": Q.int()}, TypeError, "query: got torch.int32"),
+        ({"key": K.half()}, TypeError, "key: got torch.float16"),
+        ({"key": K[:1]}, ValueError, "key: got shape"),
+        ({"key": K[..., :3]}, ValueError, "key: got shape"),
+        ({"key": K.transpose(2, 3).contiguous().transpose(2, 3)}, ValueError, "unit last stride"),
+        ({"query": Q[:, :5]}, ValueError, "multiple of key's 2"),
+        ({"key": K.to("meta")}, ValueError, "key: got device meta"),
+        ({"key_spans": [(0, 78)]}, ValueError, "key_spans: got \\(0, 78\\)"),
+        ({"key_spans": [(5, 4)]}, ValueError, "key_spans"),
+        ({"key_spans": [[(0, 1)]]}, ValueError, "one per sample"),
+        ({"key_spans": [("a", "b")]}, (TypeError, ValueError), "key_spans"),
+        ({"causal": True}, ValueError, "q_positions: got None"),
+        ({"window": 0, "q_positions": torch.arange(5)}, ValueError, "window"),
+        ({"q_positions": torch.arange(4)}, ValueError, "q_positions: got shape"),
+        ({"q_positions": torch.arange(5.0)}, TypeError, "q_positions: got torch.float32"),
+        ({"kv_lens": torch.tensor([1])}, ValueError, "kv_lens: got shape"),
+        ({"kv_starts": [1, 2]}, TypeError, "kv_starts: got list"),
+        ({"head_reduction": "max"}, ValueError, "head_reduction"),
+        ({"head_reduction": [1.0]}, ValueError, "head_reduction"),
+        ({"row_reduction": "max"}, ValueError, "row_reduction"),
+        ({"softcap": 0.0}, ValueError, "softcap"),
+        ({"scale": float("nan")}, ValueError, "scale"),
+        ({"lse": torch.zeros(2, 6, 5, dtype=torch.bfloat16)}, TypeError, "lse: got torch.bfloat16"),
+        ({"lse": torch.zeros(2, 6, 4)}, ValueError, "lse: got shape"),
+        ({"return_lse": True, "softmax": False}, ValueError, "softmax"),
+        ({"accumulate": True}, ValueError, "accumulate"),
+        ({"out": torch.zeros(2, 5, 76)}, ValueError, "out: got shape"),
+        ({"out": torch.zeros(2, 5, 77, dtype=torch.float16)}, TypeError, "out: got torch.float16"),
+        ({"backend": "triton9"}, ValueError, "backend: got 'triton9'"),
+        ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "packed batches"),
+        ({"block_table": torch.zeros(2, 5), "backend": "torch"}, ValueError, "paged keys"),
+        ({"process_group": object()}, ValueError, "sharded"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments, error, text):
+    with pytest.raises(error, match=text):
+        attention_rows(**{"query": Q, "key": K, **arguments})
+
+
+def test_out_is_refused_where_gradients_are_recorded():
+    with pytest.raises(ValueError, match="out: cannot be written"):
+        attention_rows(Q.clone().requires_grad_(), K, out=torch.zeros(2, 5, 77))
+
+
+def test_explain_names_the_backend_and_the_reason_against_it():
+    assert explain("attention_rows").chosen == "torch"
+    refused = explain("attention_rows", block_table=torch.zeros(1))
+    assert refused.chosen is None and "paged keys" in str(refused)
+    with pytest.raises(ValueError, match="operator: got 'rows'"):
+        explain("rows")

@@ -1,0 +1,229 @@
+"""capture_attention_rows against output_attentions=True with eager attention, on models of four families."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from random_models import FAMILIES, IMAGE, VOCABULARY, prompt, qwen2_5_vl, sliding_window_llm
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hide_kernels.integrations.transformers import IMPLEMENTATION, capture_attention_rows, decoder_attention
+
+TOLERANCE = 1e-5
+
+
+def eager_rows(model, inputs, layer):
+    """(B, Hq, Q, K) of the same weights run with eager attention."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        return eager(**inputs, output_attentions=True).attentions[layer]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return FAMILIES[family]()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_rows_equal_output_attentions_and_logits_keep_their_bits(model, family, implementation):
+    inputs = prompt(family)
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(implementation)
+    ids = inputs["input_ids"][0]
+    image = torch.nonzero(ids == IMAGE).flatten()
+    span = (int(image[0]), int(image[-1]) + 1)
+    rows = range(span[1] + 1, len(ids))
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with capture_attention_rows(model, layers=[2, 0], rows=rows, key_spans=[span]) as captured:
+            logits = model(**inputs).logits
+    assert torch.equal(logits, plain)
+    assert set(captured) == {0, 2}
+    for layer, result in captured.items():
+        want = eager_rows(model, inputs, layer)[:, :, rows, span[0] : span[1]].mean(1)
+        assert want.std() > 1e-3, "uniform attention would hide errors"
+        assert (result.rows - want).abs().max() < TOLERANCE
+
+
+def test_heads_and_all_rows_equal_eager(model, family):
+    inputs = prompt(family)
+    with torch.no_grad(), capture_attention_rows(model, layers=[-1], head_reduction="none") as captured:
+        model(**inputs)
+    want = eager_rows(model, inputs, 3)
+    assert (captured[3].rows - want).abs().max() < TOLERANCE
+
+
+def test_non_causal_rows_also_see_later_keys(model, family):
+    """Published HiDe takes its softmax over every key: the eager scores without the mask."""
+    inputs = prompt(family)
+    rows = [20, 22]
+    with torch.no_grad():
+        with capture_attention_rows(model, layers=[1], rows=rows, causal=False, head_reduction="none") as free:
+            model(**inputs)
+        with capture_attention_rows(model, layers=[1], rows=rows, head_reduction="none") as causal:
+            model(**inputs)
+    free, causal = free[1].rows[0], causal[1].rows[0]
+    assert (free.sum(-1) - 1).abs().max() < 1e-5
+    for index, row in enumerate(rows):
+        assert (causal[:, index, row + 1 :] == 0).all() and (free[:, index, row + 1 :] > 0).all()
+        renormalised = free[:, index, : row + 1] / free[:, index, : row + 1].sum(-1, keepdim=True)
+        torch.testing.assert_close(causal[:, index, : row + 1], renormalised, rtol=1e-4, atol=1e-7)
+
+
+def text_inputs(seed=0, length=30):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(20, VOCABULARY, (2, length), generator=generator)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_equal_eager(implementation, side):
+    model = qwen2_5_vl()
+    model.set_attn_implementation(implementation)
+    ids = text_inputs()
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 9) if side == "left" else slice(-9, None)] = 0
+    rows = range(10, 21)
+    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows) as captured:
+        model(input_ids=ids, attention_mask=mask)
+    want = eager_rows(model, {"input_ids": ids, "attention_mask": mask}, 2)[:, :, rows].mean(1)
+    assert (captured[2].rows - want).abs().max() < TOLERANCE
+    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, causal=False) as captured:
+        model(input_ids=ids, attention_mask=mask)
+    assert (captured[2].rows[mask[:, None].expand(2, 11, 30) == 0] == 0).all()
+    assert (captured[2].rows.sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_sliding_window_layers_equal_eager():
+    model, ids = sliding_window_llm(), text_inputs()
+    with torch.no_grad(), capture_attention_rows(model, layers=[1], head_reduction="none") as captured:
+        model(input_ids=ids)
+    want = eager_rows(model, {"input_ids": ids}, 1)
+    assert (want[:, :, 20, :13] == 0).all()
+    assert (captured[1].rows - want).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_chunked_prefill_gives_the_rows_of_one_forward(cache):
+    model, ids = qwen2_5_vl(), text_inputs()
+    rows = [3, 9, 11, 12, 25, 29]
+    want = eager_rows(model, {"input_ids": ids}, 2)[:, :, rows].mean(1)
+    past = transformers.DynamicCache()
+    if cache == "static":
+        past = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=40, max_batch_size=2)
+    positions = torch.arange(30)[None].expand(3, 2, 30)
+    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, key_spans=[(0, 9)]) as captured:
+        for start, stop in [(0, 10), (10, 12), (12, 30)]:
+            model(
+                input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], past_key_values=past,
+                use_cache=True, cache_position=torch.arange(start, stop),
+            )  # fmt: skip
+    assert (captured[2].rows - want[..., :9]).abs().max() < TOLERANCE
+
+
+def test_a_new_sequence_replaces_the_rows_of_the_last():
+    model = qwen2_5_vl()
+    with torch.no_grad(), capture_attention_rows(model, layers=[0], rows=[4, 7]) as captured:
+        model(input_ids=text_inputs(seed=1))
+        model(input_ids=text_inputs(seed=2))
+    want = eager_rows(model, {"input_ids": text_inputs(seed=2)}, 0)[:, :, [4, 7]].mean(1)
+    assert (captured[0].rows - want).abs().max() < TOLERANCE
+
+
+def test_flash_attention_runs_through_a_view_with_its_own_config(monkeypatch):
+    """FlashAttention's wrapper reads the implementation's name and the layer's index off the module it is given."""
+    model, ids = qwen2_5_vl(), text_inputs()
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.config._attn_implementation, module.layer_idx, attention_mask))
+        next(layer for layer in module.modules() if isinstance(layer, torch.nn.Linear))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    want = eager_rows(model, {"input_ids": ids}, 1).mean(1)
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    with torch.no_grad(), capture_attention_rows(model, layers=[1]) as captured:
+        model(input_ids=ids)
+    assert seen == [("flash_attention_2", layer, None) for layer in range(4)]
+    assert (captured[1].rows - want).abs().max() < TOLERANCE
+
+
+def test_captures_nest_and_everything_is_restored_also_after_an_exception():
+    model, ids = qwen2_5_vl(), text_inputs()
+    modules = decoder_attention(model)
+    before = {layer: module.config for layer, module in modules.items()}
+    functions = dict(ALL_ATTENTION_FUNCTIONS.items())
+    with torch.no_grad(), capture_attention_rows(model, layers=[1, 2]) as outer:
+        with capture_attention_rows(model, layers=[2], rows=[5], causal=False) as inner:
+            model(input_ids=ids)
+        assert torch.equal(inner[2].rows.sum(-1).round(), torch.ones(2, 1))
+        assert outer[2].rows.shape == (2, 30, 30)
+    with pytest.raises(ZeroDivisionError), capture_attention_rows(model, layers=[0]):
+        raise ZeroDivisionError
+    assert {layer: module.config for layer, module in modules.items()} == before
+    assert all(modules[layer].config is config for layer, config in before.items())
+    assert dict(ALL_ATTENTION_FUNCTIONS.items()) == functions
+
+
+def test_only_the_language_model_has_decoder_attention(model):
+    modules = decoder_attention(model)
+    assert list(modules) == [0, 1, 2, 3]
+    names = {id(module): name for name, module in model.named_modules()}
+    assert all("language_model" in names[id(module)] for module in modules.values())
+
+
+def test_a_model_set_to_our_implementation_as_a_whole_keeps_its_padding_mask():
+    """Registered without a mask function, transformers would silently attend to padding."""
+    model, ids = qwen2_5_vl(), text_inputs()
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=mask).logits
+        model.set_attn_implementation({"text_config": IMPLEMENTATION})
+        got = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(got[0, 9:], want[0, 9:]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ({"layers": [4]}, "layers: got 4, want 0 to 3"),
+        ({"layers": []}, "layers: got none"),
+        ({"layers": [0], "rows": [3, 3]}, "strictly increasing"),
+        ({"layers": [0], "rows": []}, "strictly increasing"),
+        ({"layers": [0], "rows": [-1]}, "strictly increasing"),
+        ({"layers": [0], "rows": [5, 31, 40]}, r"rows \[31, 40\]"),
+        ({"layers": [0], "key_spans": [(0, 31)]}, "key_spans"),
+    ],
+)
+def test_wrong_requests_are_named(arguments, text):
+    model = qwen2_5_vl()
+    with pytest.raises(ValueError, match=text), torch.no_grad(), capture_attention_rows(model, **arguments):
+        model(input_ids=text_inputs())
+
+
+def test_leaving_without_a_forward_is_an_error():
+    with pytest.raises(ValueError, match="no forward inside the block"), capture_attention_rows(qwen2_5_vl(), layers=[1]):
+        pass
+
+
+def test_masks_that_cannot_be_reproduced_are_refused():
+    model, ids = sliding_window_llm(), text_inputs()
+    block = torch.ones(2, 1, 30, 30).tril().bool()
+    block[:, :, :, 4] = False
+    with pytest.raises(ValueError, match="not causal, sliding or padding"), torch.no_grad(), capture_attention_rows(model, layers=[0]):
+        model(input_ids=ids, attention_mask=block)
+
+
+def test_models_without_the_attention_interface_are_refused():
+    model = transformers.BertModel(transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=99))
+    with pytest.raises(ValueError, match="attention interface"):
+        decoder_attention(model)
