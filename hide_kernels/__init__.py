@@ -2,5 +2,19 @@
 
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.backends import explain
+from hide_kernels.collage import Collage, Layout, collage
+from hide_kernels.regions import Regions, regions
+from hide_kernels.token_maps import TokenMaps, token_maps
 
-__all__ = ["AttentionRows", "attention_rows", "explain"]
+__all__ = [
+    "AttentionRows",
+    "Collage",
+    "Layout",
+    "Regions",
+    "TokenMaps",
+    "attention_rows",
+    "collage",
+    "explain",
+    "regions",
+    "token_maps",
+]

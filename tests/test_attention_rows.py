@@ -96,7 +96,9 @@ def test_no_spans_and_no_keys_give_no_columns():
     assert (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("causal, window, start, length", [*itertools.product([False, True], [None, 1, 9], [0, 4], [77, 30])])
+@pytest.mark.parametrize(
+    "causal, window, start, length", [*itertools.product([False, True], [None, 1, 9], [0, 4], [77, 30])]
+)
 def test_hidden_keys_are_left_out_and_may_be_nan(causal, window, start, length):
     query, key = inputs(dtype=torch.float64)
     positions = torch.tensor([[2, 8, 29, 40, 76], [0, 5, 6, 7, 20]])
@@ -194,7 +196,9 @@ def test_memory_is_the_output_and_a_block_not_the_score_matrix(monkeypatch):
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            storages = [t.untyped_storage() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            storages = [
+                t.untyped_storage() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)
+            ]
             sizes.extend(s.nbytes() for s in storages if s.data_ptr() not in given)
             return result
 
@@ -210,7 +214,9 @@ def test_gradients_equal_finite_differences(softmax):
     positions = torch.tensor([0, 4, 8])
 
     def rows(q, k):
-        return attention_rows(q, k, q_positions=positions, causal=True, key_spans=[(0, 2), (5, 9)], softmax=softmax).rows
+        return attention_rows(
+            q, k, q_positions=positions, causal=True, key_spans=[(0, 2), (5, 9)], softmax=softmax
+        ).rows
 
     assert torch.autograd.gradcheck(rows, (query.requires_grad_(), key.requires_grad_()))
 

@@ -211,7 +211,10 @@ def test_wrong_requests_are_named(arguments, text):
 
 
 def test_leaving_without_a_forward_is_an_error():
-    with pytest.raises(ValueError, match="no forward inside the block"), capture_attention_rows(qwen2_5_vl(), layers=[1]):
+    with (
+        pytest.raises(ValueError, match="no forward inside the block"),
+        capture_attention_rows(qwen2_5_vl(), layers=[1]),
+    ):
         pass
 
 
@@ -219,11 +222,19 @@ def test_masks_that_cannot_be_reproduced_are_refused():
     model, ids = sliding_window_llm(), text_inputs()
     block = torch.ones(2, 1, 30, 30).tril().bool()
     block[:, :, :, 4] = False
-    with pytest.raises(ValueError, match="not causal, sliding or padding"), torch.no_grad(), capture_attention_rows(model, layers=[0]):
+    with (
+        pytest.raises(ValueError, match="not causal, sliding or padding"),
+        torch.no_grad(),
+        capture_attention_rows(model, layers=[0]),
+    ):
         model(input_ids=ids, attention_mask=block)
 
 
 def test_models_without_the_attention_interface_are_refused():
-    model = transformers.BertModel(transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=99))
+    model = transformers.BertModel(
+        transformers.BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=99
+        )
+    )
     with pytest.raises(ValueError, match="attention interface"):
         decoder_attention(model)

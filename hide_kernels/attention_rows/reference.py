@@ -62,7 +62,9 @@ def attention_rows_reference(
         for first in range(0, query.shape[2], ROWS_AT_ONCE):
             chunk = slice(first, first + ROWS_AT_ONCE)
             given = None if lse is None else lse[sample, :, chunk]
-            chunks.append(_sample_rows(query[sample, :, chunk], key[sample], request, sample, first, given, out[sample]))
+            chunks.append(
+                _sample_rows(query[sample, :, chunk], key[sample], request, sample, first, given, out[sample])
+            )
         if return_lse:
             lses.append(torch.cat(chunks, 1) if chunks else out.new_zeros(query.shape[1], 0))
     if not return_lse:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,7 @@ def capture_attention_rows(
     modules = decoder_attention(model)
     if rows is not None:
         rows = [int(row) for row in rows]
-        if not rows or rows[0] < 0 or any(a >= b for a, b in zip(rows, rows[1:], strict=False)):
+        if not rows or rows[0] < 0 or any(a >= b for a, b in pairwise(rows)):
             raise ValueError(f"rows: got {rows}, want None or strictly increasing positions >= 0")
     captured: dict[int, AttentionRows] = {}
     captures = []
@@ -78,7 +79,7 @@ def capture_attention_rows(
         captures.append(_Capture(index, rows, key_spans, causal, head_reduction, return_lse, captured))
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
-    originals = {capture.layer: modules[capture.layer].config for capture in captures}
+    originals: dict[int, Any] = {capture.layer: modules[capture.layer].config for capture in captures}
     try:
         for capture in captures:
             config = originals[capture.layer]
@@ -109,7 +110,7 @@ def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
             found[layer] = module
     if sorted(found) != list(range(len(found))) or not found:
         raise ValueError(
-            f"model: {type(model).__name__} has causal attention modules for layers {sorted(found)}, want 0, 1, 2, ...; "
+            f"model: {type(model).__name__} has causal attention modules for layers {sorted(found)}, want 0, 1, ...: "
             "its decoder does not use transformers' attention interface"
         )
     return found
@@ -151,7 +152,9 @@ class _Capture:
         if not here:
             return
         window = kwargs.get("sliding_window") if self.causal else None
-        limits = _limits(visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer)
+        limits = _limits(
+            visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer
+        )
         new = attention_rows(
             query[:, :, here[0] : here[-1] + 1] if len(here) == here[-1] - here[0] + 1 else query[:, :, here],
             key,
@@ -214,7 +217,7 @@ def _limits(
     keys: int,
     device: torch.device,
     layer: int,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The mask as `attention_rows` takes it: positions, starts and lengths. An equal mask or a `ValueError`."""
     positions = torch.tensor([first + row for row in here], device=device)
     if visible is None:

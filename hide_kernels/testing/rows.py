@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def eager_attention_rows(
-    query: Tensor, key: Tensor, visible: Tensor | None = None, *, scale: float | None = None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All heads' softmax rows with the whole score matrix, computed in the dtype of `query`.
 

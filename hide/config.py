@@ -1,0 +1,65 @@
+"""What HiDe can be told, and the values that are known to work for each model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Seven words and a colon: with Qwen's tokenizer the eight tokens whose rows are the noise prior. The blank at the end
+# belongs to the first entity's token.
+SEARCH_PROMPT = "Please search the images for these objects: "
+
+
+@dataclass(frozen=True)
+class HiDeConfig:
+    """Settings of HiDe (arXiv 2510.00054).
+
+    layers: zero-based decoder layers whose attention is averaged; `None`: all of them.
+    sigma: smoothing of the maps, in grid cells (so its extent in pixels depends on the resolution).
+    threshold: a cell of a map (peak 1) belongs to a region from this value on.
+    min_tokens, max_tokens: image tokens that an image or collage is resized to lie between.
+    entities_from: "model" asks the model for the entities, "rules" takes the question's content words.
+    causal: whether an entity's row is blind to later tokens; published HiDe lets it see them.
+    include_end_token: whether the row of the token that ends the user's turn counts as an entity's; published: yes.
+    alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
+    max_new_tokens: bound on each generated reply.
+    search_prompt: fixed words before the entities; their rows are the noise prior.
+    entity_prompt: instruction for the model as extractor, with `{question}` in it; `None`:
+        `hide.entities.ENTITY_PROMPT`.
+    """
+
+    layers: tuple[int, ...] | None
+    sigma: float
+    threshold: float
+    min_tokens: int = 256
+    max_tokens: int = 16384
+    entities_from: Literal["model", "rules"] = "model"
+    causal: bool = False
+    include_end_token: bool = True
+    alpha_threshold: int = 10
+    max_new_tokens: int = 1024
+    search_prompt: str = SEARCH_PROMPT
+    entity_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers: got none, want zero-based layer numbers, or None for all layers")
+        if not 0 <= self.sigma < float("inf"):
+            raise ValueError(f"sigma: got {self.sigma}, want a finite number of cells, 0 or more")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold: got {self.threshold}, want above 0 and at most 1")
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+        if not self.search_prompt.strip():
+            raise ValueError("search_prompt: got nothing, want words whose rows serve as the noise prior")
+        if self.entity_prompt is not None and "{question}" not in self.entity_prompt:
+            raise ValueError("entity_prompt: got a text without {question}, the place where the question goes")
+
+
+# The published values. Layer 14 is the released code's SELECT_LAYER 15, which counts from 1.
+PRESETS: dict[str, HiDeConfig] = {
+    "qwen2.5-vl-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7),
+    "tiny": HiDeConfig(layers=(3,), sigma=1.0, threshold=0.7, min_tokens=4, entities_from="rules", max_new_tokens=8),
+}

@@ -1,0 +1,43 @@
+"""The model families that HiDe knows: one adapter each, chosen by the checkpoint's `model_type`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hide.models.qwen2_5_vl import Qwen25VL
+
+FAMILIES = ("qwen2_5_vl",)
+
+
+def load(
+    path: str | Path, *, device: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
+) -> Qwen25VL:
+    """Load a checkpoint folder or hub name with the adapter of its family.
+
+    Args:
+        path: a folder with config.json and safetensors, or the name of a repository on the hub.
+        device: "cuda", "cuda:1", "cpu", ...; `None`: CUDA where there is one.
+        dtype: "float32", "bfloat16", "float16"; "auto": the checkpoint's on a GPU, float32 on a CPU.
+        attn_implementation: "sdpa", "eager", "flash_attention_2"; `None`: FlashAttention on a GPU that has it, else
+            sdpa.
+
+    Raises:
+        FileNotFoundError, OSError: there is no such checkpoint.
+        ValueError: a family that HiDe does not know, or a device or dtype that does not exist here.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model: {path} has no config.json; want a Hugging Face checkpoint folder")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model: {path} is of type {config.model_type!r}; HiDe knows {', '.join(FAMILIES)}. Attention rows of any "
+            "model: hide_kernels.integrations.transformers.capture_attention_rows"
+        )
+    from hide.models.qwen2_5_vl import Qwen25VL
+
+    return Qwen25VL.from_pretrained(path, device=device, dtype=dtype, attn_implementation=attn_implementation)

@@ -1,0 +1,304 @@
+"""Qwen2.5-VL: prompts, image preprocessing, the image-token grid, attention rows and replies.
+
+The model is Hugging Face's own class, unmodified. Tokenizer, chat template and image processor are loaded one by one:
+`AutoProcessor` would need torchvision, which has no CPU build.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import cached_file, is_flash_attn_2_available
+
+from hide.config import SEARCH_PROMPT
+from hide.images import on_colour
+from hide_kernels.integrations.transformers import capture_attention_rows
+
+IMAGE_TOKEN, VISION_END = "<|image_pad|>", "<|vision_end|>"
+# The loader that the published code uses resizes to at least this many tokens before the processor does it again.
+LOADER_MIN_TOKENS = 4
+MAX_ASPECT = 200
+# Ids of Qwen's own vocabulary; smaller ones are other tokenizers.
+QWEN_VISION_END = 151653
+QWEN_PRIOR_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Preprocessed images: `pixel_values` (patches, 3 * 2 * 14 * 14), `image_grid_thw` (images, 3) in patches, and
+    `grids`, the (rows, columns) of image tokens of each."""
+
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    grids: tuple[tuple[int, int], ...]
+
+    def __add__(self, other: Pictures) -> Pictures:
+        return Pictures(
+            torch.cat([self.pixel_values, other.pixel_values]),
+            torch.cat([self.image_grid_thw, other.image_grid_thw]),
+            self.grids + other.grids,
+        )
+
+
+@dataclass(frozen=True)
+class SearchPrompt:
+    """The tokenised search prompt.
+
+    input_ids: (1, L). spans: key range of each image. rows: positions of the search prompt's tokens, the prior first,
+    template tail cut. prior_rows: how many of them are the prompt's fixed words. labels: text of each token after the
+    prior.
+    """
+
+    input_ids: Tensor
+    spans: tuple[tuple[int, int], ...]
+    rows: range
+    prior_rows: int
+    labels: tuple[str, ...]
+
+
+class Qwen25VL:
+    """A Qwen2.5-VL model with its tokenizer and image processor."""
+
+    family = "qwen2_5_vl"
+    cell = 28
+
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, image_processor: Any
+    ) -> None:
+        """Wrap parts that are loaded already; raises `ValueError` for a tokenizer without a chat template."""
+        if tokenizer.chat_template is None:
+            raise ValueError("tokenizer: it has no chat template; set tokenizer.chat_template to the model's")
+        self.model: Any = model.eval()
+        self.tokenizer: Any = tokenizer
+        self.image_processor = image_processor
+        self._takes_token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+    ) -> Qwen25VL:
+        """As `hide.models.load`; safetensors only, no remote code."""
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
+        if dtype == "auto" and target.type == "cpu":
+            dtype = "float32"
+        if attn_implementation is None:
+            flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
+            attn_implementation = "flash_attention_2" if flash else "sdpa"
+        model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _legacy_chat_template(path)
+        # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
+        processor = getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
+        return cls(model.to(target), tokenizer, processor.from_pretrained(path))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+        """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and where
+        that gives fewer than `min_tokens` tokens once more to at least as many; transparency becomes white.
+
+        Raises `ValueError` for images more than 200 times as long as wide.
+        """
+        resized = []
+        for image in images:
+            height, width = token_grid(image.height, image.width, self.cell, LOADER_MIN_TOKENS, max_tokens)
+            resized.append(on_colour(image).resize((width * self.cell, height * self.cell), Image.Resampling.BICUBIC))
+        size = {"shortest_edge": min_tokens * self.cell**2, "longest_edge": max_tokens * self.cell**2}
+        batch = self.image_processor(images=resized, size=size, return_tensors="pt")
+        merge = self.image_processor.merge_size
+        grids = tuple((rows // merge, columns // merge) for _, rows, columns in batch["image_grid_thw"].tolist())
+        return Pictures(batch["pixel_values"], batch["image_grid_thw"], grids)
+
+    # -- prompts --------------------------------------------------------------------------------------------------
+
+    def input_ids(self, text: str, pictures: Pictures | None = None) -> Tensor:
+        """(1, L) ids of one user turn, images first, up to where the reply begins.
+
+        Special tokens that stand in `text` are broken up, so that a question cannot end its turn or add an image.
+        """
+        return self._tokens(self._render(self.escape(text), pictures))
+
+    def escape(self, text: str) -> str:
+        """`text` with a blank inside everything that the tokenizer would read as a special token."""
+        for token in self.tokenizer.get_added_vocab():
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def search_prompt(
+        self, entities: str, pictures: Pictures, *, prompt: str = SEARCH_PROMPT, include_end_token: bool = True
+    ) -> SearchPrompt:
+        """Images, then `prompt` + `entities`, and where its tokens lie.
+
+        Raises `ValueError` if the prompt's fixed words are not tokens of their own before these entities.
+        """
+        text = prompt + self.escape(entities)
+        rendered = self._render(text, pictures)
+        ids = self._tokens(rendered)
+        tokens = ids[0].tolist()
+        tail = self._tokens(rendered.rpartition(text)[2])[0].tolist()
+        # The last special token of an image opens the text; the rows start behind it.
+        vision_end = self.tokenizer.convert_tokens_to_ids(VISION_END)
+        start = len(tokens) - tokens[::-1].index(vision_end)
+        stop = len(tokens) - len(tail) + (1 if include_end_token else 0)
+        prior = self._tokens(prompt.rstrip())[0].tolist()
+        if tokens[-len(tail) :] != tail or tokens[start : start + len(prior)] != prior:
+            raise ValueError(
+                f"search_prompt: {prompt!r} followed by {entities[:40]!r} does not keep its words as tokens of their "
+                "own; end it with punctuation and a blank"
+            )
+        if prompt == SEARCH_PROMPT and vision_end == QWEN_VISION_END and len(prior) != QWEN_PRIOR_ROWS:
+            raise ValueError(
+                f"tokenizer: the search prompt has {len(prior)} tokens, want {QWEN_PRIOR_ROWS} with Qwen's"
+            )
+        labels = tuple(self.tokenizer.decode([token]).strip() for token in tokens[start + len(prior) : stop])
+        return SearchPrompt(ids, self.image_spans(ids), range(start, stop), len(prior), labels)
+
+    def image_spans(self, input_ids: Tensor) -> tuple[tuple[int, int], ...]:
+        """Half-open key range of each image in (1, L) ids."""
+        spans: list[tuple[int, int]] = []
+        for position in torch.nonzero(input_ids[0] == self.model.config.image_token_id).flatten().tolist():
+            if spans and spans[-1][1] == position:
+                spans[-1] = (spans[-1][0], position + 1)
+            else:
+                spans.append((position, position + 1))
+        return tuple(spans)
+
+    def _render(self, text: str, pictures: Pictures | None) -> str:
+        grids = pictures.grids if pictures else ()
+        content = [*({"type": "image"} for _ in grids), {"type": "text", "text": text}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        pieces = rendered.split(IMAGE_TOKEN)
+        if len(pieces) != len(grids) + 1:
+            raise ValueError(
+                f"tokenizer: its chat template made {len(pieces) - 1} image places for {len(grids)} images"
+            )
+        counts = [rows * columns for rows, columns in grids]
+        return pieces[0] + "".join(IMAGE_TOKEN * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+
+    def _tokens(self, text: str) -> Tensor:
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
+    # -- forwards -------------------------------------------------------------------------------------------------
+
+    def _inputs(self, input_ids: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:
+        device = self.model.device
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": torch.ones_like(input_ids, device=device)}
+        if pictures is not None:
+            inputs["pixel_values"] = pictures.pixel_values.to(device, self.dtype)
+            inputs["image_grid_thw"] = pictures.image_grid_thw.to(device)
+        if self._takes_token_types:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
+        return inputs
+
+    @torch.no_grad()
+    def search_rows(
+        self, prompt: SearchPrompt, pictures: Pictures, *, layers: Sequence[int] | None, causal: bool
+    ) -> list[Tensor]:
+        """Attention rows of the search prompt over each image, averaged over heads and layers.
+
+        Runs the model up to the last of `layers` (zero-based; `None`: all) and no further, without logits.
+
+        Returns:
+            Per image (T, rows, columns) float32 on the model's device, T = `len(prompt.rows)`.
+        """
+        layers = range(self.num_layers) if layers is None else layers
+        with capture_attention_rows(
+            self.model, layers=layers, rows=prompt.rows, key_spans=prompt.spans, causal=causal
+        ) as captured:
+            depth = max(layer % self.num_layers for layer in layers) + 1
+            with _first_layers(self.model.model.language_model, depth):
+                self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
+        rows = torch.stack([result.rows[0] for result in captured.values()]).mean(0)
+        per_image = rows.split([stop - start for start, stop in prompt.spans], dim=-1)
+        return [row.unflatten(-1, grid) for row, grid in zip(per_image, pictures.grids, strict=True)]
+
+    @torch.no_grad()
+    def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> str:
+        """Greedy reply to one user turn. The checkpoint's repetition penalty and stop tokens stay in force."""
+        input_ids = self.input_ids(text, pictures)
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.update(
+            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens
+        )
+        reply = self.model.generate(**self._inputs(input_ids, pictures), generation_config=settings)
+        return self.tokenizer.decode(reply[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def token_grid(height: int, width: int, cell: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
+    """(rows, columns) of cells that an image is resized to: nearest multiples, shrunk or grown into the token budget.
+
+    Raises `ValueError` for images more than 200 times as long as wide.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"image: got {width} x {height} pixels, want at most {MAX_ASPECT} times as long as wide")
+    rows, columns = max(1, round(height / cell)), max(1, round(width / cell))
+    if rows * columns > max_tokens:
+        shrink = math.sqrt(height * width / (max_tokens * cell**2))
+        rows, columns = max(1, math.floor(height / shrink / cell)), max(1, math.floor(width / shrink / cell))
+    elif rows * columns < min_tokens:
+        grow = math.sqrt(min_tokens * cell**2 / (height * width))
+        rows, columns = math.ceil(height * grow / cell), math.ceil(width * grow / cell)
+    return rows, columns
+
+
+@contextmanager
+def _first_layers(language_model: Any, depth: int) -> Iterator[None]:
+    """Inside, the decoder ends after `depth` layers."""
+    layers = language_model.layers
+    language_model.layers = layers[:depth]
+    try:
+        yield
+    finally:
+        language_model.layers = layers
+
+
+def _legacy_chat_template(path: str | Path) -> str | None:
+    """The template of checkpoints that keep it in a file of the processor's, or `None`."""
+    import json
+
+    for name in ("chat_template.jinja", "chat_template.json"):
+        file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            text = Path(file).read_text(encoding="utf-8")
+            return json.loads(text)["chat_template"] if name.endswith(".json") else text
+    return None

@@ -1,0 +1,392 @@
+"""HiDe (arXiv 2510.00054) in its four steps, each a method that can be called alone, and `ask`, which takes all."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from hide.config import PRESETS, HiDeConfig
+from hide.entities import Entities, Extractor, entities_by_rules, entity_request, parse_entities
+from hide.images import ImageLike, load_image, to_tensor
+from hide.models import load
+from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL
+from hide.questions import Question
+from hide_kernels import collage, regions, token_maps
+from hide_kernels.collage import boxes_to_pixels
+
+WHITE = (255, 255, 255)
+
+# How far a map's cell may be from the published one's, by the dtype of the model: after min-max, bfloat16 rows were
+# measured to differ by up to 2.8e-2 from float32 ones; float16 has three more bits.
+MAP_ERROR = {torch.float32: 2e-5, torch.float16: 3.5e-3, torch.bfloat16: 2.8e-2}
+
+
+@dataclass(frozen=True)
+class EntityRows:
+    """Attention rows of the search prompt.
+
+    rows: per image (T, h, w) float32, the prior first. prior_rows: how many those are. labels: the T - prior_rows
+    tokens after them.
+    """
+
+    rows: tuple[Tensor, ...]
+    prior_rows: int
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EntityMaps:
+    """Purified maps, one per token that has one.
+
+    maps: per image (M_i, h, w) float32 in 0..1. labels: per image the M_i tokens they belong to.
+    """
+
+    maps: tuple[Tensor, ...]
+    labels: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class HiDeResult:
+    """What `HiDe.ask` found.
+
+    entities: what was looked for. plain_answer: the reply to the images alone, `None` where it was not asked for.
+    answer: the reply to the images and the collages. letter, plain_letter: the option that each reply names, if any.
+    images: the loaded pictures. maps: as `HiDe.maps`. boxes: per image (K, 4) int64 pixels x0, y0, x1, y1 half-open.
+    collages: per image a picture, or `None` where there is no region. notes: fallbacks that were taken, and doubts.
+    seconds: wall time of each step. image_tokens: per image, then per collage that was shown.
+    """
+
+    question: Question
+    entities: Entities
+    plain_answer: str | None
+    answer: str
+    images: tuple[Image.Image, ...]
+    maps: EntityMaps
+    boxes: tuple[Tensor, ...]
+    collages: tuple[Image.Image | None, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    image_tokens: tuple[int, ...]
+
+    @property
+    def letter(self) -> str | None:
+        """The option that `answer` names."""
+        return self.question.letter(self.answer)
+
+    @property
+    def plain_letter(self) -> str | None:
+        """The option that `plain_answer` names."""
+        return None if self.plain_answer is None else self.question.letter(self.plain_answer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but pixels and maps, for JSON."""
+        return {
+            "question": self.question.text,
+            "entities": list(self.entities.items),
+            "plain_answer": self.plain_answer,
+            "answer": self.answer,
+            "plain_letter": self.plain_letter,
+            "letter": self.letter,
+            "images": [list(image.size) for image in self.images],
+            "tokens_with_maps": [list(labels) for labels in self.maps.labels],
+            "boxes": [boxes.tolist() for boxes in self.boxes],
+            "collages": [None if picture is None else list(picture.size) for picture in self.collages],
+            "image_tokens": list(self.image_tokens),
+            "notes": list(self.notes),
+            "seconds": {step: round(seconds, 4) for step, seconds in self.seconds.items()},
+        }
+
+
+@dataclass
+class _Clock:
+    seconds: dict[str, float] = field(default_factory=dict)
+    device: torch.device | None = None
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device is not None and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+class HiDe:
+    """Answers questions about high-resolution pictures by looking closer at what the question speaks of::
+
+    hide = HiDe.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
+    result = hide.ask("street.jpg", "What is the color of the umbrella?")
+    print(result.answer, result.boxes)
+    """
+
+    def __init__(
+        self, model: Qwen25VL, config: HiDeConfig, *, extractor: Extractor | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        """Use a loaded model.
+
+        Args:
+            model: an adapter of `hide.models`.
+            config: see `hide.config`; `preset_for(model)` gives the one for the model.
+            extractor: replaces `config.entities_from`: question with options -> comma-separated entities, or empty.
+            notes: repeated in every result, e.g. where the config comes from.
+
+        Raises:
+            ValueError: for layers that the model does not have.
+        """
+        for layer in config.layers or ():
+            if not -model.num_layers <= layer < model.num_layers:
+                raise ValueError(f"layers: got {layer}, want 0 to {model.num_layers - 1}, zero-based")
+        self.model = model
+        self.config = config
+        self.extractor = extractor
+        self._notes = tuple(notes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        preset: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        extractor: Extractor | None = None,
+        **changes: Any,
+    ) -> HiDe:
+        """Load a checkpoint (folder or hub name) with the preset for it.
+
+        Args:
+            preset: a name in `hide.PRESETS`; `None`: the one that fits the model.
+            device, dtype, attn_implementation: as `hide.models.load`.
+            extractor: as in the constructor.
+            changes: fields of `HiDeConfig` that replace the preset's.
+        """
+        model = load(path, device=device, dtype=dtype, attn_implementation=attn_implementation)
+        config, notes = preset_for(model, preset)
+        return cls(model, dataclasses.replace(config, **changes), extractor=extractor, notes=notes)
+
+    # -- the steps ------------------------------------------------------------------------------------------------
+
+    def entities(self, question: str | Question) -> Entities:
+        """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
+        question = _question(question)
+        if self.extractor is not None:
+            found = parse_entities(self.extractor(question.text))
+            found = Entities(found.items, tuple(note for note in found.notes if "no tags" not in note))
+        elif self.config.entities_from == "rules":
+            found = entities_by_rules(question)
+        else:
+            request = entity_request(question, self.config.entity_prompt)
+            found = parse_entities(self.model.generate(request, max_new_tokens=self.config.max_new_tokens))
+        if found.items:
+            return found
+        words = " ".join(question.stem.split()[:64])
+        return Entities(
+            (words,), (*found.notes, "entities: none were found; the question's own words took their place")
+        )
+
+    def attention_rows(self, images: ImageLike | Sequence[ImageLike], entities: Entities | str) -> EntityRows:
+        """Step 2a: the attention of each token of the search prompt over each image."""
+        return self._attention_rows(self._preprocess(_images(images)), entities)
+
+    def maps(self, rows: EntityRows) -> EntityMaps:
+        """Step 2b: Token-wise Attention Decoupling, rows -> one purified map per token that has one."""
+        found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=self.config.sigma)
+        maps, labels = [], []
+        for index, all_maps in enumerate(found.maps):
+            own = (found.image_index == index) & found.valid
+            maps.append(all_maps[own])
+            labels.append(tuple(label for label, mine in zip(rows.labels, own.tolist(), strict=True) if mine))
+        return EntityMaps(tuple(maps), tuple(labels))
+
+    def boxes(self, maps: EntityMaps, images: ImageLike | Sequence[ImageLike]) -> tuple[Tensor, ...]:
+        """Step 3a: per image (K, 4) int64 pixel boxes of all regions of all its maps, not merged yet."""
+        pictures = _images(images)
+        if len(pictures) != len(maps.maps):
+            raise ValueError(f"images: got {len(pictures)}, want {len(maps.maps)}, as many as maps has")
+        return tuple(
+            self._boxes_of(of_image, picture.size) for of_image, picture in zip(maps.maps, pictures, strict=True)
+        )
+
+    def collage(
+        self, images: ImageLike | Sequence[ImageLike], boxes: Sequence[Tensor]
+    ) -> tuple[tuple[Image.Image | None, ...], tuple[Tensor, ...]]:
+        """Step 3b: Layout-Preserving Decoupling.
+
+        Returns:
+            Per image the collage (RGB, gaps white) or `None` where no box has an area, and per image the merged boxes
+            that it shows.
+        """
+        pictures = _images(images)
+        if len(pictures) != len(boxes):
+            raise ValueError(f"boxes: got {len(boxes)} tensors, want {len(pictures)}, one per image")
+        made = [
+            collage(to_tensor(picture), own, fill=WHITE, alpha_threshold=self.config.alpha_threshold)
+            for picture, own in zip(pictures, boxes, strict=True)
+        ]
+        shown = tuple(None if one.image is None else Image.fromarray(one.image.numpy()) for one in made)
+        return shown, tuple(one.boxes for one in made)
+
+    def answer(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        question: str | Question,
+        collages: Sequence[Image.Image | None] = (),
+    ) -> str:
+        """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain."""
+        pictures = self._preprocess(_images(images))
+        return self._answer(self._with_collages(pictures, collages), _question(question))
+
+    def ask(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        question: str | Question,
+        *,
+        options: Sequence[str] | None = None,
+        plain: bool = True,
+    ) -> HiDeResult:
+        """All steps.
+
+        Args:
+            image: one picture or several.
+            question: free, or with lettered options on lines of their own.
+            options: the options, when they do not stand in the question.
+            plain: also give the reply without the collage.
+        """
+        clock = _Clock(device=self.model.model.device)
+        question = _question(question, options)
+        with clock("read and resize"):
+            images = _images(image)
+            pictures = self._preprocess(images)
+        plain_answer = None
+        if plain:
+            with clock("plain answer"):
+                plain_answer = self._answer(pictures, question)
+        with clock("entities"):
+            entities = self.entities(question)
+        notes = [*self._notes, *entities.notes]
+        with clock("attention rows"):
+            rows = self._attention_rows(pictures, entities)
+            if not all(bool(torch.isfinite(row).all()) for row in rows.rows):
+                notes.append("attention: some rows hold NaN or inf and were left out; a larger dtype may mend it")
+        with clock("maps"):
+            maps = self.maps(rows)
+        with clock("boxes and collage"):
+            collages, boxes = self.collage(images, self.boxes(maps, images))
+        notes += self._doubts(maps)
+        shown = [picture for picture in collages if picture is not None]
+        if shown:
+            with clock("answer"):
+                everything = self._with_collages(pictures, collages)
+                answer = self._answer(everything, question)
+        else:
+            notes.append("collage: no region was found, so the answer is the plain one")
+            everything = pictures
+            if plain_answer is None:
+                with clock("answer"):
+                    plain_answer = self._answer(pictures, question)
+            answer = plain_answer
+        return HiDeResult(
+            question=question,
+            entities=entities,
+            plain_answer=plain_answer if plain or not shown else None,
+            answer=answer,
+            images=images,
+            maps=maps,
+            boxes=boxes,
+            collages=collages,
+            notes=tuple(notes),
+            seconds=clock.seconds,
+            image_tokens=tuple(rows * columns for rows, columns in everything.grids),
+        )
+
+    # -- pieces ---------------------------------------------------------------------------------------------------
+
+    def _preprocess(self, images: Sequence[Image.Image]) -> Pictures:
+        return self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=self.config.max_tokens)
+
+    def _with_collages(self, pictures: Pictures, collages: Sequence[Image.Image | None]) -> Pictures:
+        shown = [_in_aspect(picture) for picture in collages if picture is not None]
+        return pictures + self._preprocess(shown) if shown else pictures
+
+    def _answer(self, pictures: Pictures, question: Question) -> str:
+        return self.model.generate(question.prompt, pictures, max_new_tokens=self.config.max_new_tokens)
+
+    def _attention_rows(self, pictures: Pictures, entities: Entities | str) -> EntityRows:
+        text = entities if isinstance(entities, str) else entities.text
+        prompt = self.model.search_prompt(
+            text, pictures, prompt=self.config.search_prompt, include_end_token=self.config.include_end_token
+        )
+        rows = self.model.search_rows(prompt, pictures, layers=self.config.layers, causal=self.config.causal)
+        return EntityRows(tuple(rows), prompt.prior_rows, prompt.labels)
+
+    def _boxes_of(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        _, rows, columns = maps.shape
+        if not len(maps):
+            return torch.zeros(0, 4, dtype=torch.int64)
+        found = regions(maps, self.config.threshold)
+        if bool(found.overflow.any()):
+            found = regions(maps, self.config.threshold, max_regions=int(found.counts.max()))
+        used = torch.arange(found.boxes.shape[1], device=maps.device) < found.counts[:, None]
+        return boxes_to_pixels(found.boxes[used].cpu(), grid=(rows, columns), size=(size[1], size[0]))
+
+    def _doubts(self, maps: EntityMaps) -> list[str]:
+        """Cells that rounding in the model's dtype could move over the threshold."""
+        error = MAP_ERROR[self.model.dtype]
+        near = sum(int(((of_image - self.config.threshold).abs() <= error).sum()) for of_image in maps.maps)
+        if not near:
+            return []
+        return [f"maps: {near} cells lie within {error:g} of the threshold, the error of {self.model.dtype}"]
+
+
+def preset_for(model: Qwen25VL, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
+    """The config for a model, and notes about where it comes from.
+
+    `preset` is a name in `PRESETS`; `None` takes the published values for the model's depth, and for depths that none
+    were published for, the layer at the same relative depth, with a note. Raises `ValueError` for an unknown name.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset: got {preset!r}, want one of {', '.join(PRESETS)}")
+        return PRESETS[preset], ()
+    published = PRESETS["qwen2.5-vl-7b"]
+    if model.num_layers == 28:
+        return published, ()
+    layer = model.num_layers // 2
+    note = f"preset: nothing was published for {model.num_layers} layers; layer {layer} is at the 7B's relative depth"
+    return dataclasses.replace(published, layers=(layer,)), (note,)
+
+
+def _question(question: str | Question, options: Sequence[str] | None = None) -> Question:
+    return (
+        question
+        if isinstance(question, Question) and options is None
+        else Question.parse(question.text if isinstance(question, Question) else question, options)
+    )
+
+
+def _images(images: ImageLike | Sequence[ImageLike]) -> tuple[Image.Image, ...]:
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("image: got an empty list, want at least one picture")
+        return tuple(load_image(image) for image in images)
+    return (load_image(images),)  # type: ignore[arg-type]
+
+
+def _in_aspect(picture: Image.Image) -> Image.Image:
+    """A collage so thin that the model refuses it gets a white margin."""
+    least = -(-max(picture.size) // MAX_ASPECT)
+    if min(picture.size) >= least:
+        return picture
+    return ImageOps.pad(picture, (max(picture.width, least), max(picture.height, least)), color=WHITE, centering=(0, 0))

@@ -1,0 +1,16 @@
+"""Boxes and an image to a compact image: merge, cut to opaque parts, plan the layout, copy the pixels."""
+
+from hide_kernels.collage.api import Collage, collage, final_boxes
+from hide_kernels.collage.boxes import boxes_to_pixels, merge_boxes, opaque_boxes
+from hide_kernels.collage.layout import Layout, plan_layout
+
+__all__ = [
+    "Collage",
+    "Layout",
+    "boxes_to_pixels",
+    "collage",
+    "final_boxes",
+    "merge_boxes",
+    "opaque_boxes",
+    "plan_layout",
+]

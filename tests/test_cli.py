@@ -1,0 +1,85 @@
+"""The `hide` command as a user meets it."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from hide.cli import app
+from hide.tiny.scenes import draw_scene
+
+QUESTION = "What is the color of the star?"
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    draw_scene(0, 300, 200, objects=3).image.save(path)
+    return str(path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_ask_prints_entities_boxes_answers_times_and_saves_pictures(picture, tmp_path):
+    result = run("ask", picture, QUESTION, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for text in ("untrained", "entities", "star", "boxes", "plain answer", "HiDe answer", "attention rows", "total"):
+        assert text in result.output
+    document = json.loads((tmp_path / "result.json").read_text())
+    assert document["entities"] == ["star"] and document["model"] == "untrained"
+    for name in ("overview.png", "image_0_heat.png", "image_0_boxes.png", "image_0_collage.png"):
+        with Image.open(tmp_path / name) as image:
+            assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 20, f"{name} shows nothing"
+    with Image.open(tmp_path / "image_0_collage.png") as collage:
+        assert list(collage.size) == document["collages"][0]
+
+
+def test_json_output_is_json_and_settings_reach_the_method(picture, tmp_path):
+    result = run(
+        "ask", picture, QUESTION, "--out", str(tmp_path), "--json", "--layer", "1", "--sigma", "0",
+        "--threshold", "1.0", "--option", "red", "--option", "blue",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["question"].endswith("(A) red\n(B) blue")
+    width, height = document["images"][0]
+    cells = [(x1 - x0) * (y1 - y0) / (width * height) for x0, y0, x1, y1 in document["boxes"][0]]
+    assert max(cells) < 0.02, "threshold 1 leaves single cells"
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["missing.png", QUESTION], "missing.png is not a file"),
+        (["PICTURE", "?!"], "at least one word"),
+        (["PICTURE", QUESTION, "--model", "."], "no config.json"),
+        (["PICTURE", QUESTION, "--layer", "77"], "want 0 to 5"),
+        (["PICTURE", QUESTION, "--preset", "best"], "one of qwen2.5-vl-7b, tiny"),
+        (["PICTURE", QUESTION, "--dtype", "int4"], "dtype"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_to_do(picture, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    result = run("ask", *[picture if argument == "PICTURE" else argument for argument in arguments])
+    assert result.exit_code == 1
+    assert text in " ".join(result.output.split()) and "Traceback" not in result.output
+
+
+def test_help_teaches():
+    assert "ask" in run("--help").output
+    output = run("ask", "--help").output
+    for option in (
+        "--model",
+        "--preset",
+        "--layer",
+        "--sigma",
+        "--threshold",
+        "--device",
+        "--dtype",
+        "--out",
+        "--json",
+    ):
+        assert option in output

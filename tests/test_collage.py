@@ -1,0 +1,466 @@
+"""Boxes, layout and collage against naive definitions, Pillow, and what published HiDe was seen to do."""
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from hide_kernels.collage import boxes as boxes_module
+from hide_kernels.collage import boxes_to_pixels, collage, final_boxes, merge_boxes, opaque_boxes, plan_layout
+
+Box = tuple[int, int, int, int]
+Mask = NDArray[np.bool_]
+
+WHITE = (255, 255, 255)
+BLACK = (0, 0, 0)
+
+
+def tensor(boxes: list[Box] | list[list[int]]) -> torch.Tensor:
+    return torch.tensor(boxes, dtype=torch.int64).reshape(-1, 4)
+
+
+def noise(height: int, width: int, channels: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8))
+
+
+def boxes_within(limit: int, smallest: int = 0, **kwargs: Any) -> st.SearchStrategy[list[Box]]:
+    def interval(draw: Callable[..., int]) -> tuple[int, int]:
+        start = draw(st.integers(0, limit - smallest))
+        return start, draw(st.integers(start + smallest, min(start + limit // 3, limit)))
+
+    @st.composite
+    def box(draw: Callable[..., int]) -> Box:
+        (x0, x1), (y0, y1) = interval(draw), interval(draw)
+        return x0, y0, x1, y1
+
+    return st.lists(box(), **kwargs)
+
+
+# boxes_to_pixels
+
+
+def test_edges_are_normalised_before_they_are_scaled_and_cut() -> None:
+    # 1 / 49 * 49 is 0.999..., so the edges fall on pixels 0 and 1 where exact arithmetic says 1 and 2.
+    got = boxes_to_pixels(torch.tensor([[1, 0, 2, 1]], dtype=torch.int32), grid=(1, 49), size=(7, 49))
+    assert got.dtype == torch.int64
+    assert got.tolist() == [[0, 0, 1, 7]]
+
+
+@pytest.mark.parametrize("rows, columns, height, width", [(31, 22, 188, 136), (95, 170, 4320, 7680), (7, 49, 5, 48)])
+def test_every_edge_equals_python_arithmetic(rows: int, columns: int, height: int, width: int) -> None:
+    cells = [[min(i, columns), min(i, rows), columns, rows] for i in range(max(rows, columns) + 1)]
+    want = [[int(x / columns * width), int(y / rows * height), width, height] for x, y, _, _ in cells]
+    assert boxes_to_pixels(tensor(cells), grid=(rows, columns), size=(height, width)).tolist() == want
+
+
+# merge_boxes
+
+
+def apart(a: Box, b: Box) -> bool:
+    return a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+
+
+def naive_merge(boxes: list[Box]) -> list[Box]:
+    """Join the first pair that is not apart and start over, until there is none."""
+    left = [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
+    while True:
+        pairs = ((i, j) for i in range(len(left)) for j in range(i) if not apart(left[i], left[j]))
+        pair = next(pairs, None)
+        if pair is None:
+            return sorted(left, key=lambda box: (box[1], box[0]))
+        a, b = left.pop(pair[0]), left.pop(pair[1])
+        left.append((min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])))
+
+
+def test_touching_boxes_merge_and_strictly_separate_ones_do_not() -> None:
+    got = merge_boxes(tensor([[10, 10, 20, 20], [21, 0, 30, 5], [0, 0, 10, 10]]))
+    assert got.tolist() == [[0, 0, 20, 20], [21, 0, 30, 5]]
+
+
+@pytest.mark.parametrize(
+    "second, merged", [((5, 0, 9, 5), True), ((6, 0, 9, 5), False), ((5, 5, 9, 9), True), ((5, 6, 9, 9), False)]
+)
+def test_a_shared_edge_or_corner_merges_and_one_pixel_between_does_not(second: Box, merged: bool) -> None:
+    assert len(merge_boxes(tensor([(0, 0, 5, 5), second]))) == (1 if merged else 2)
+
+
+def test_a_box_of_no_area_is_dropped_before_it_can_join_others() -> None:
+    assert merge_boxes(tensor([[0, 0, 4, 4], [4, 2, 9, 2], [9, 0, 12, 4]])).tolist() == [[0, 0, 4, 4], [9, 0, 12, 4]]
+
+
+def test_a_union_that_newly_touches_a_third_box_takes_it_in() -> None:
+    # The third box lies in the corner that only the union of the first two reaches.
+    assert merge_boxes(tensor([[0, 0, 10, 2], [9, 0, 10, 10], [0, 8, 2, 10]])).tolist() == [[0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize("block", [1, 3, 256])
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(boxes=boxes_within(40, max_size=24))
+def test_merging_equals_a_restarted_scan_whatever_the_order_and_the_block(block: int, boxes: list[Box]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boxes_module, "BLOCK", block)
+        got = merge_boxes(tensor(boxes))
+        assert [tuple(box) for box in got.tolist()] == naive_merge(boxes)
+        assert torch.equal(got, merge_boxes(tensor(boxes[::-1])))
+        assert torch.equal(got, merge_boxes(got))
+
+
+def test_thousands_of_boxes_merge_without_a_square_matrix() -> None:
+    random = np.random.default_rng(0)
+    corner = random.permutation(np.stack(np.meshgrid(np.arange(200), np.arange(100)), axis=-1).reshape(-1, 2)) * 3
+    scattered = np.concatenate([corner, corner + 2], axis=1)
+    tracemalloc.start()
+    got = merge_boxes(torch.from_numpy(np.concatenate([scattered, [[0, 0, 90, 90]]])))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The large box takes 31 x 31 small ones: those that start at 90 touch it and push it to 92.
+    assert len(got) == len(scattered) - 31 * 31 + 1
+    assert got[0].tolist() == [0, 0, 92, 92]
+    assert peak < 60e6
+
+
+# opaque_boxes
+
+
+def flood(start: list[tuple[int, int]], inside: Mask, steps: list[tuple[int, int]]) -> set[tuple[int, int]]:
+    seen, queue = set(start), list(start)
+    while queue:
+        y, x = queue.pop()
+        for dy, dx in steps:
+            at = (y + dy, x + dx)
+            if at not in seen and 0 <= at[0] < inside.shape[0] and 0 <= at[1] < inside.shape[1] and inside[at]:
+                seen.add(at)
+                queue.append(at)
+    return seen
+
+
+EDGES = [(0, 1), (0, -1), (1, 0), (-1, 0)]
+CORNERS = [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+
+
+def outer_parts(solid: Mask) -> set[Box]:
+    """Rectangles of the components that border on the outside, found by flooding."""
+    framed = np.pad(solid, 1)
+    outside = flood([(0, 0)], ~framed, EDGES)
+    left, parts = {(int(y), int(x)) for y, x in np.argwhere(framed)}, set()
+    while left:
+        part = flood([min(left)], framed, EDGES + CORNERS)
+        left -= part
+        if any((y + dy, x + dx) in outside for y, x in part for dy, dx in EDGES):
+            ys, xs = zip(*part, strict=True)
+            parts.add((min(xs) - 1, min(ys) - 1, max(xs), max(ys)))
+    return parts
+
+
+def rectangles(solid: Mask) -> list[Box]:
+    height, width = solid.shape
+    alpha = torch.from_numpy(np.where(solid, 11, 10).astype(np.uint8))
+    return [(b[0], b[1], b[2], b[3]) for b in opaque_boxes(alpha, tensor([(0, 0, width, height)])).tolist()]
+
+
+def test_opaque_parts_equal_a_flood_from_outside_on_every_3_by_4_mask() -> None:
+    for bits in range(2**12):
+        solid = np.array([bits >> i & 1 for i in range(12)], bool).reshape(3, 4)
+        got = rectangles(solid)
+        assert len(got) == len(set(got))
+        assert set(got) == outer_parts(solid)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.35, 0.5, 0.6, 0.7, 0.85])
+def test_opaque_parts_equal_a_flood_from_outside_on_random_masks(density: float) -> None:
+    random = np.random.default_rng(int(100 * density))
+    for _ in range(40):
+        solid = random.random((random.integers(1, 16), random.integers(1, 16))) < density
+        assert sorted(rectangles(solid)) == sorted(outer_parts(solid))
+
+
+def ring(size: int) -> Mask:
+    return np.pad(np.zeros((size - 2, size - 2), bool), 1, constant_values=True)
+
+
+def test_a_part_in_the_hole_of_another_is_dropped_however_deep() -> None:
+    nested = ring(9)
+    nested[2:7, 2:7] = ring(5)
+    nested[4, 4] = True
+    assert rectangles(nested) == [(0, 0, 9, 9)]
+    nested[0, 4] = False
+    assert rectangles(nested) == [(0, 0, 9, 9), (2, 2, 7, 7)]
+
+
+def test_a_gap_over_a_corner_does_not_open_a_hole() -> None:
+    solid = ring(5)
+    solid[0, 0] = False
+    solid[2, 2] = True
+    assert rectangles(solid) == [(0, 0, 5, 5)]
+
+
+def test_parts_come_box_by_box_in_raster_order_and_in_image_coordinates() -> None:
+    alpha = torch.zeros(20, 30, dtype=torch.uint8)
+    alpha[2:4, 10:12] = alpha[6:9, 3:5] = alpha[15:20, 25:30] = 255
+    got = opaque_boxes(alpha, tensor([[24, 14, 30, 20], [0, 0, 15, 12], [16, 0, 20, 5]]))
+    assert got.tolist() == [[25, 15, 30, 20], [10, 2, 12, 4], [3, 6, 5, 9]]
+
+
+@pytest.mark.parametrize("threshold", [0, 10, 254])
+def test_opaque_means_above_the_threshold(threshold: int) -> None:
+    alpha = torch.tensor([[threshold, threshold + 1]], dtype=torch.uint8)
+    assert opaque_boxes(alpha, tensor([[0, 0, 2, 1]]), threshold).tolist() == [[1, 0, 2, 1]]
+
+
+def test_boxes_of_an_opaque_image_stay_as_they_are() -> None:
+    boxes = tensor([[5, 5, 9, 9], [0, 0, 6, 6], [5, 5, 9, 9]])
+    assert torch.equal(opaque_boxes(torch.full((10, 10), 255, dtype=torch.uint8), boxes), boxes)
+
+
+# plan_layout
+
+
+def kept(intervals: torch.Tensor) -> list[int]:
+    return [at for start, stop in intervals.tolist() for at in range(start, stop)]
+
+
+def covered(boxes: list[Box], height: int, width: int) -> Mask:
+    mask = np.zeros((height, width), bool)
+    for x0, y0, x1, y1 in boxes:
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(boxes=boxes_within(30, smallest=1, min_size=1, max_size=8))
+def test_the_layout_keeps_exactly_the_covered_rows_and_columns(boxes: list[Box]) -> None:
+    layout, mask = plan_layout(tensor(boxes)), covered(boxes, 30, 30)
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    assert kept(layout.columns) == columns.tolist()
+    assert kept(layout.rows) == rows.tolist()
+    assert layout.size == (len(rows), len(columns))
+    for runs in (layout.columns, layout.rows):
+        assert (runs[1:, 0] > runs[:-1, 1]).all()
+    for (x0, y0, x1, y1), position in zip(boxes, layout.positions.tolist(), strict=True):
+        left, top = columns.tolist().index(x0), rows.tolist().index(y0)
+        assert position == [left, top, left + x1 - x0, top + y1 - y0]
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(boxes=boxes_within(30, smallest=1, min_size=1, max_size=8))
+def test_the_layout_keeps_left_left_and_above_above_and_draws_no_pixel_twice(boxes: list[Box]) -> None:
+    merged = merge_boxes(tensor(boxes))
+    layout = plan_layout(merged)
+    source, placed = merged.numpy(), layout.positions.numpy()
+    for edge in (0, 1):
+        for other in (edge, edge + 2):
+            before = source[:, other, None] <= source[None, :, edge]
+            assert (before == (placed[:, other, None] <= placed[None, :, edge])).all()
+    drawn = np.zeros(layout.size, int)
+    for x0, y0, x1, y1 in placed.tolist():
+        drawn[y0:y1, x0:x1] += 1
+    assert drawn.max() == 1
+    assert drawn.any(axis=0).all() and drawn.any(axis=1).all()
+    assert drawn.sum() == covered([tuple(box) for box in source.tolist()], 30, 30).sum()
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(boxes=boxes_within(30, smallest=1, min_size=1, max_size=8))
+def test_a_layout_that_is_laid_out_again_does_not_move(boxes: list[Box]) -> None:
+    first = plan_layout(tensor(boxes))
+    again = plan_layout(first.positions)
+    assert again.size == first.size
+    assert torch.equal(again.positions, first.positions)
+    assert again.columns.tolist() == [[0, first.size[1]]]
+    assert again.rows.tolist() == [[0, first.size[0]]]
+
+
+# collage
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(boxes=boxes_within(24, smallest=1, min_size=1, max_size=6))
+def test_the_collage_is_the_source_without_the_uncovered_rows_and_columns(channels: int, boxes: list[Box]) -> None:
+    image = noise(24, 24, channels)
+    if channels == 4:
+        image[..., 3] = 11 + image[..., 3] % 200
+    got = collage(image, tensor(boxes))
+    mask = covered([tuple(box) for box in got.boxes.tolist()], 24, 24)
+    want = np.zeros((24, 24, 4), np.uint8)
+    want[..., 3] = 255
+    want[..., :channels] = image.numpy()
+    want[~mask] = 0
+    assert got.image is not None and got.layout is not None
+    np.testing.assert_array_equal(got.image.numpy(), want[mask.any(axis=1)][:, mask.any(axis=0)])
+    assert torch.equal(got.boxes, merge_boxes(tensor(boxes)))
+    assert torch.equal(got.layout.positions, plan_layout(got.boxes).positions)
+
+
+def test_the_published_example_of_1600_by_1000_gives_a_collage_of_560_by_450() -> None:
+    cells = tensor([[2, 2, 4, 6], [4, 6, 5, 8], [12, 1, 14, 3], [16, 16, 18, 18]])
+    boxes = boxes_to_pixels(cells, grid=(20, 20), size=(1000, 1600))
+    assert boxes.tolist()[0] == [160, 100, 320, 300]
+    got = collage(noise(1000, 1600, 3), boxes)
+    assert got.boxes.tolist() == [[960, 50, 1120, 150], [160, 100, 400, 400], [1280, 800, 1440, 900]]
+    assert got.image is not None
+    assert got.image.shape == (450, 560, 4)
+
+
+def alpha_image() -> torch.Tensor:
+    """Every alpha with every grey, channels apart, in an opaque frame that keeps one box one part."""
+    image = torch.full((258, 258, 4), 255, dtype=torch.uint8)
+    ramp = torch.arange(256, dtype=torch.uint8)
+    image[1:-1, 1:-1, 0] = ramp[None]
+    image[1:-1, 1:-1, 1] = 255 - ramp[None]
+    image[1:-1, 1:-1, 2] = ramp[None] ^ 90
+    image[1:-1, 1:-1, 3] = ramp[:, None]
+    return image
+
+
+@pytest.mark.parametrize("fill", [WHITE, BLACK, (13, 200, 77)])
+def test_blending_equals_pillow_pasting_with_the_alpha_as_mask(fill: tuple[int, int, int]) -> None:
+    image, boxes = torch.cat([alpha_image()] * 2), tensor([[0, 0, 258, 258], [2, 300, 40, 310]])
+    transparent = collage(image, boxes).image
+    got = collage(image, boxes, fill=fill).image
+    assert transparent is not None and got is not None
+    pasted = Image.new("RGB", (258, got.shape[0]), fill)
+    source = Image.fromarray(transparent.numpy())
+    pasted.paste(source, mask=source.getchannel("A"))
+    np.testing.assert_array_equal(got.numpy(), np.asarray(pasted))
+
+
+def test_dropping_alpha_equals_pillow_converting_to_rgb() -> None:
+    image, boxes = torch.cat([alpha_image()] * 2), tensor([[0, 0, 258, 258], [2, 300, 40, 310]])
+    transparent = collage(image, boxes).image
+    got = collage(image, boxes, fill=BLACK, alpha="drop").image
+    assert transparent is not None and got is not None
+    np.testing.assert_array_equal(got.numpy(), np.asarray(Image.fromarray(transparent.numpy()).convert("RGB")))
+
+
+@pytest.mark.parametrize("alpha", ["blend", "drop"])
+@pytest.mark.parametrize("fill", [WHITE, (1, 2, 3)])
+def test_gaps_have_the_fill_colour_and_rgb_pixels_are_copied(fill: tuple[int, int, int], alpha: Any) -> None:
+    image = noise(20, 20, 3)
+    got = collage(image, tensor([[0, 0, 4, 5], [8, 9, 10, 12]]), fill=fill, alpha=alpha).image
+    assert got is not None
+    want = torch.tensor(fill, dtype=torch.uint8).repeat(8, 6, 1)
+    want[:5, :4], want[5:, 4:] = image[:5, :4], image[9:12, 8:10]
+    assert torch.equal(got, want)
+
+
+def test_transparent_boxes_are_cut_down_to_their_opaque_parts_after_merging() -> None:
+    image = noise(20, 20, 4)
+    image[..., 3] = 0
+    image[2:5, 3:6, 3] = image[10:12, 12:16, 3] = 255
+    # The two boxes touch: one box with two opaque parts.
+    got = collage(image, tensor([[0, 0, 10, 10], [10, 10, 20, 20]]))
+    assert got.boxes.tolist() == [[3, 2, 6, 5], [12, 10, 16, 12]]
+    assert got.image is not None
+    assert got.image.shape == (5, 7, 4)
+    assert len(collage(image, got.boxes, alpha_threshold=255).boxes) == 0
+
+
+@pytest.mark.parametrize("boxes", [[], [[3, 3, 3, 8], [1, 5, 9, 5]], [[2, 2, 9, 9]]], ids=["none", "no area", "clear"])
+def test_without_anything_to_show_there_is_no_image_and_no_layout(boxes: list[list[int]]) -> None:
+    got = collage(torch.zeros(10, 10, 4, dtype=torch.uint8), tensor(boxes), fill=WHITE)
+    assert got.image is None
+    assert got.layout is None
+    assert got.boxes.shape == (0, 4)
+
+
+def test_final_boxes_are_those_that_the_collage_shows() -> None:
+    image = noise(45, 64, 4)
+    image[..., 3] = 255
+    image[:, 20:25, 3] = 0
+    cells = tensor([[0, 0, 3, 4], [2, 3, 7, 5], [8, 0, 10, 2], [4, 7, 9, 9]])
+    merged = [[0, 0, 44, 25], [51, 0, 64, 10], [25, 35, 57, 45]]
+    parts = [[0, 0, 20, 25], [25, 0, 44, 25], *merged[1:]]
+    for source, want in ((image[..., :3], merged), (image, parts)):
+        got = final_boxes(source, cells, grid=(9, 10))
+        assert got.tolist() == want
+        assert torch.equal(got, collage(source, boxes_to_pixels(cells, grid=(9, 10), size=(45, 64))).boxes)
+
+
+def test_strided_images_give_the_collage_of_the_same_values() -> None:
+    image = noise(30, 40, 4)
+    strided = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    boxes = torch.tensor([[1, 2, 9, 11], [20, 20, 33, 30]], dtype=torch.int32)
+    for fill in (None, WHITE):
+        got, want = collage(strided, boxes, fill=fill).image, collage(image, boxes, fill=fill).image
+        assert got is not None and want is not None
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_memory_follows_the_boxes_and_not_the_source(channels: int) -> None:
+    image = torch.full((3000, 4000, channels), 255, dtype=torch.uint8)
+    boxes = tensor([[10, 10, 60, 60], [3900, 2900, 3950, 2950]])
+    collage(image, boxes)
+    tracemalloc.start()
+    collage(image, boxes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+
+
+def test_the_source_and_the_boxes_are_left_alone() -> None:
+    image, boxes = noise(12, 12, 4), tensor([[4, 4, 9, 9], [0, 0, 4, 4], [10, 1, 12, 3]])
+    before = image.clone(), boxes.clone()
+    got = collage(image, boxes)
+    assert got.image is not None
+    got.image.zero_()
+    got.boxes.zero_()
+    assert torch.equal(image, before[0])
+    assert torch.equal(boxes, before[1])
+
+
+IMAGE = torch.zeros(8, 9, 3, dtype=torch.uint8)
+ALPHA = IMAGE[..., 0]
+INSIDE = tensor([[0, 0, 4, 4]])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: merge_boxes([[0, 0, 1, 1]]), TypeError, "boxes: got list"),  # type: ignore[arg-type]
+        (lambda: merge_boxes(INSIDE.float()), TypeError, "boxes: got dtype torch.float32"),
+        (lambda: merge_boxes(INSIDE[0]), ValueError, r"boxes: got shape \(4,\)"),
+        (lambda: merge_boxes(tensor([[0, 0, 1, 1], [3, 0, 2, 1]])), ValueError, r"boxes\[1\]: got \[3, 0, 2, 1\]"),
+        (lambda: boxes_to_pixels(INSIDE, grid=(4, 3), size=(8, 9)), ValueError, r"boxes\[0\].*x1 <= 3"),
+        (
+            lambda: boxes_to_pixels(INSIDE - 1, grid=(4, 4), size=(8, 9)),
+            ValueError,
+            r"boxes\[0\]: got \[-1, -1, 3, 3\]",
+        ),
+        (lambda: boxes_to_pixels(INSIDE, grid=(4, 0), size=(8, 9)), ValueError, r"grid: got \(4, 0\)"),
+        (lambda: boxes_to_pixels(INSIDE, grid=(4, 4), size=(8.0, 9)), TypeError, "size: got"),  # type: ignore[arg-type]
+        (lambda: opaque_boxes(None, INSIDE), TypeError, "alpha: got NoneType"),  # type: ignore[arg-type]
+        (lambda: opaque_boxes(ALPHA.int(), INSIDE), TypeError, "alpha: got dtype torch.int32"),
+        (lambda: opaque_boxes(IMAGE, INSIDE), ValueError, r"alpha: got shape \(8, 9, 3\)"),
+        (lambda: opaque_boxes(ALPHA, INSIDE + 5), ValueError, r"boxes\[0\]: got \[5, 5, 9, 9\].*y1 <= 8"),
+        (lambda: opaque_boxes(ALPHA, INSIDE, 256), ValueError, "^threshold: got 256"),
+        (lambda: plan_layout(INSIDE[:0]), ValueError, "boxes: got none"),
+        (
+            lambda: plan_layout(tensor([[0, 0, 4, 4], [1, 1, 5, 1]])),
+            ValueError,
+            r"boxes\[1\]: got \[1, 1, 5, 1\] without",
+        ),
+        (lambda: collage(IMAGE.float(), INSIDE), TypeError, "image: got dtype torch.float32"),
+        (lambda: collage(IMAGE.numpy(), INSIDE), TypeError, "image: got ndarray"),  # type: ignore[arg-type]
+        (lambda: collage(ALPHA, INSIDE), ValueError, r"image: got shape \(8, 9\)"),
+        (lambda: collage(IMAGE, INSIDE + 5), ValueError, r"boxes\[0\]: got \[5, 5, 9, 9\]"),
+        (lambda: collage(IMAGE, INSIDE, fill=(0, 0, 256)), ValueError, r"fill: got \(0, 0, 256\)"),
+        (lambda: collage(IMAGE, INSIDE, fill="white"), TypeError, "fill: got 'white'"),  # type: ignore[arg-type]
+        (lambda: collage(IMAGE, INSIDE, alpha="keep"), ValueError, "alpha: got 'keep'"),  # type: ignore[arg-type]
+        (lambda: collage(IMAGE, INSIDE, alpha="drop"), ValueError, "alpha: got 'drop' with fill=None"),
+        (lambda: collage(IMAGE, INSIDE, alpha_threshold=1.0), TypeError, "alpha_threshold: got float"),  # type: ignore[arg-type]
+        (lambda: collage(IMAGE, INSIDE, backend="fast"), ValueError, "backend: got 'fast'.*numpy"),
+        (lambda: final_boxes(IMAGE, INSIDE, grid=(3, 4)), ValueError, r"boxes\[0\].*y1 <= 3"),
+    ],
+)
+def test_a_wrong_argument_is_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,230 @@
+"""HiDe's steps one by one and together, on a random-weight Qwen2.5-VL."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hide import PRESETS, HiDe, HiDeConfig
+from hide.entities import Entities
+from hide.models.qwen2_5_vl import Qwen25VL
+from hide.pipeline import EntityMaps, EntityRows, preset_for
+from hide.tiny.model import build, save
+from hide.tiny.scenes import draw_scene
+
+QUESTION = "What is the color of the star?"
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return Qwen25VL(*build())
+
+
+@pytest.fixture(scope="module")
+def config():
+    return dataclasses.replace(PRESETS["tiny"], min_tokens=30, max_tokens=120, max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def hide(adapter, config):
+    return HiDe(adapter, config)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [draw_scene(seed, *size, objects=3).image for seed, size in [(0, (400, 300)), (1, (300, 420))]]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ask_is_its_steps_one_after_another(hide, images, count):
+    images = images[:count]
+    result = hide.ask(images if count > 1 else images[0], QUESTION)
+    entities = hide.entities(QUESTION)
+    rows = hide.attention_rows(images, entities)
+    maps = hide.maps(rows)
+    collages, boxes = hide.collage(images, hide.boxes(maps, images))
+    assert entities.items == result.entities.items == ("star",)
+    assert sum(len(labels) for labels in maps.labels) >= 1
+    assert maps.labels == result.maps.labels
+    for mine, asked in zip(maps.maps, result.maps.maps, strict=True):
+        assert torch.equal(mine, asked)
+    for mine, asked in zip(boxes, result.boxes, strict=True):
+        assert torch.equal(mine, asked)
+    for mine, asked in zip(collages, result.collages, strict=True):
+        assert (mine is None) == (asked is None) and (mine is None or mine.tobytes() == asked.tobytes())
+    assert result.plain_answer == hide.answer(images, QUESTION)
+    assert result.answer == hide.answer(images, QUESTION, collages)
+    assert list(result.seconds)[0] == "read and resize" and all(s >= 0 for s in result.seconds.values())
+    assert len(result.image_tokens) == count + sum(collage is not None for collage in collages)
+
+
+def test_boxes_are_regions_of_maps_in_pixels_and_the_collage_shows_their_pixels(hide, images):
+    result = hide.ask(images[0], QUESTION, plain=False)
+    assert result.plain_answer is None and "plain answer" not in result.seconds
+    (boxes,), (collage,), (maps,) = result.boxes, result.collages, result.maps.maps
+    high = (maps >= hide.config.threshold).any(0)
+    covered = torch.zeros(300, 400, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes.tolist():
+        covered[y0:y1, x0:x1] = True
+    rows, columns = high.shape
+    for y, x in torch.nonzero(high).tolist():
+        y0, y1, x0, x1 = (
+            int(y / rows * 300),
+            int((y + 1) / rows * 300),
+            int(x / columns * 400),
+            int((x + 1) / columns * 400),
+        )
+        assert covered[y0:y1, x0:x1].all()
+    kept = np.asarray(images[0])[covered.any(1).numpy()][:, covered.any(0).numpy()]
+    shown = covered[covered.any(1)][:, covered.any(0)].numpy()
+    assert np.array_equal(np.asarray(collage)[shown], kept[shown])
+    assert (np.asarray(collage)[~shown] == 255).all()
+
+
+def test_attention_planted_in_the_rows_lands_in_the_boxes(hide):
+    """A sink that every row has disappears; what only the entities look at stays."""
+    rows = torch.rand(8 + 2, 12, 16, generator=torch.Generator().manual_seed(0)) * 0.2
+    rows[:, 1, 1] += 3
+    rows[8, 3:5, 5:8] += 1
+    rows[9, 7:9, 10:13] += 1
+    config = dataclasses.replace(hide.config, sigma=0.0)
+    planted = HiDe(hide.model, config)
+    maps = planted.maps(EntityRows((rows,), 8, ("star", "ring")))
+    (boxes,) = planted.boxes(maps, Image.new("RGB", (1600, 1200)))
+    assert maps.labels == (("star", "ring"),)
+    assert sorted(boxes.tolist()) == [[500, 300, 800, 500], [1000, 700, 1300, 900]]
+
+
+def test_every_form_of_a_picture_gives_the_same_result(hide, images, tmp_path):
+    images[0].save(tmp_path / "a.png")
+    array = np.asarray(images[0])
+    results = [
+        hide.ask(form, QUESTION).to_dict()
+        for form in (images[0], str(tmp_path / "a.png"), array, torch.from_numpy(array.copy()).permute(2, 0, 1))
+    ]
+    for result in results:
+        result.pop("seconds")
+    assert results[1:] == results[:1] * 3
+
+
+def test_without_entities_the_questions_own_words_are_searched(adapter, config, images):
+    result = HiDe(adapter, config, extractor=lambda text: " , ").ask(images[0], QUESTION)
+    assert result.entities.items == (QUESTION,)
+    assert any("none were found" in note for note in result.notes)
+
+
+def test_a_users_extractor_is_given_the_options_and_is_believed(adapter, config, images):
+    seen = []
+
+    def extractor(text):
+        seen.append(text)
+        return "red star, ring"
+
+    result = HiDe(adapter, config, extractor=extractor).ask(images[0], QUESTION, options=["red", "blue"])
+    assert seen == [f"{QUESTION}\n(A) red\n(B) blue"]
+    assert result.entities == Entities(("red star", "ring"))
+    assert result.question.options == ("red", "blue")
+
+
+def test_the_model_itself_extracts_where_the_config_says_so(adapter, config, monkeypatch):
+    asked = []
+
+    def generate(text, pictures=None, *, max_new_tokens):
+        asked.append((text, pictures))
+        return "<FINAL_OUTPUT>star</FINAL_OUTPUT>"
+
+    monkeypatch.setattr(adapter, "generate", generate)
+    hide = HiDe(adapter, dataclasses.replace(config, entities_from="model", entity_prompt="List: {question}"))
+    assert hide.entities(QUESTION).items == ("star",)
+    assert asked == [(f"List: {QUESTION}", None)]
+
+
+@pytest.mark.parametrize("value, note", [(0.25, "no region was found"), (torch.nan, "NaN or inf")])
+def test_without_a_region_the_answer_is_the_plain_one(adapter, config, images, monkeypatch, value, note):
+    rows = adapter.search_rows
+    monkeypatch.setattr(adapter, "search_rows", lambda *a, **k: [torch.full_like(row, value) for row in rows(*a, **k)])
+    for plain in (True, False):
+        result = HiDe(adapter, config).ask(images[0], QUESTION, plain=plain)
+        assert result.collages == (None,) and len(result.boxes[0]) == 0
+        assert result.answer == result.plain_answer == HiDe(adapter, config).answer(images[0], QUESTION)
+        assert any(note in text for text in result.notes)
+
+
+def test_more_regions_than_slots_are_all_kept(hide):
+    maps = torch.zeros(1, 60, 60)
+    maps[0, ::2, ::2] = 1
+    (boxes,) = hide.boxes(EntityMaps((maps,), (("star",),)), Image.new("RGB", (60, 60)))
+    assert len(boxes) == 900 and len({tuple(box) for box in boxes.tolist()}) == 900
+
+
+def test_cells_within_rounding_of_the_threshold_are_reported(hide):
+    maps = torch.tensor([[[0.7, 0.7 + 1e-5, 0.7 - 1e-5, 0.71, 1.0]]])
+    assert hide._doubts(EntityMaps((maps,), (("star",),))) == [
+        "maps: 3 cells lie within 2e-05 of the threshold, the error of torch.float32"
+    ]
+
+
+def test_a_collage_too_thin_for_the_model_gets_a_margin(hide, images):
+    thin = Image.new("RGB", (2, 1400), "red")
+    assert hide.answer(images[0], QUESTION, [thin]) is not None
+    with pytest.raises(ValueError, match="200 times"):
+        hide.answer(thin, QUESTION)
+
+
+def test_a_saved_checkpoint_gives_what_the_parts_in_memory_give(adapter, config, images, tmp_path):
+    save(tmp_path, adapter.model, adapter.tokenizer, adapter.image_processor, dtype=torch.float32)
+    changes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    loaded = HiDe.from_pretrained(tmp_path, preset="tiny", device="cpu", **changes)
+    assert loaded.config == config
+    first, second = (which.ask(images[0], QUESTION).to_dict() for which in (loaded, HiDe(adapter, config)))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_half_precision_runs_and_says_what_it_cannot_decide(images, config):
+    model, tokenizer, processor = build()
+    hide = HiDe(Qwen25VL(model.bfloat16(), tokenizer, processor), config)
+    result = hide.ask(images[0], QUESTION)
+    near = sum(int(((maps - 0.7).abs() <= 2.8e-2).sum()) for maps in result.maps.maps)
+    assert near == 0 or any(note.startswith(f"maps: {near} cells") for note in result.notes)
+
+
+def test_presets_hold_the_published_values_and_other_depths_are_marked(adapter):
+    published = PRESETS["qwen2.5-vl-7b"]
+    assert (published.layers, published.sigma, published.threshold) == ((14,), 3.0, 0.7)
+    assert (published.min_tokens, published.max_tokens, published.max_new_tokens) == (256, 16384, 1024)
+    assert (published.causal, published.include_end_token, published.alpha_threshold) == (False, True, 10)
+    config, notes = preset_for(adapter)
+    assert config.layers == (3,) and "6 layers" in notes[0]
+    assert preset_for(adapter, "qwen2.5-vl-7b") == (published, ())
+    with pytest.raises(ValueError, match="preset: got 'x'"):
+        preset_for(adapter, "x")
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"layers": ()}, "layers"), ({"sigma": -1}, "sigma"), ({"sigma": float("nan")}, "sigma"),
+        ({"threshold": 0}, "threshold"), ({"threshold": 1.5}, "threshold"), ({"min_tokens": 0}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "max_tokens"), ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"search_prompt": " "}, "search_prompt"), ({"entity_prompt": "List"}, "question"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(changes, text):
+    with pytest.raises(ValueError, match=text):
+        HiDeConfig(**{"layers": (1,), "sigma": 1.0, "threshold": 0.5, **changes})
+
+
+def test_layers_that_the_model_does_not_have_are_refused(adapter, config):
+    with pytest.raises(ValueError, match="layers: got 14, want 0 to 5"):
+        HiDe(adapter, dataclasses.replace(config, layers=(14,)))
+
+
+def test_wrong_numbers_of_images_are_named(hide, images):
+    with pytest.raises(ValueError, match="empty list"):
+        hide.ask([], QUESTION)
+    with pytest.raises(ValueError, match="images: got 2, want 1"):
+        hide.boxes(EntityMaps((torch.zeros(0, 3, 3),), ((),)), images)
+    with pytest.raises(ValueError, match="boxes: got 0"):
+        hide.collage(images, [])

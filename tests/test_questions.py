@@ -1,0 +1,78 @@
+"""Questions taken apart, put together again, and the letters that replies mean."""
+
+import pytest
+
+from hide.questions import LETTER_REQUEST, Question
+
+LETTERED = f"Where is the cat?\n(A) left\n(B) right\n{LETTER_REQUEST}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LETTERED,
+        "Where is the cat?\nA. left\nB. right",
+        "Where is the cat?\n A) left\n B) right\nPlease answer with only the letter of the best option.",
+        "Where is the cat? Respond with the letter only.\n(A) left\n(B) right\nThe best answer is:",
+    ],
+)
+def test_lettered_questions_are_read_however_they_are_written(text):
+    question = Question.parse(text)
+    assert question.options == ("left", "right")
+    assert question.stem.splitlines()[0].startswith("Where is the cat?")
+    assert "letter" not in question.text
+    assert question.prompt.endswith(LETTER_REQUEST) and question.prompt.count(LETTER_REQUEST) == 1
+
+
+def test_options_can_be_given_apart_and_parsing_is_idempotent():
+    question = Question.parse("Where is the cat?", ["left", " right "])
+    assert question.prompt == LETTERED
+    assert Question.parse(question.prompt) == question
+
+
+def test_free_questions_are_asked_as_they_are():
+    text = "What letter is on the sign? Answer with one letter."
+    question = Question.parse(text)
+    assert question.prompt == question.text == text and question.options == ()
+    assert question.letter("B") is None
+
+
+def test_a_single_lettered_line_is_no_list_of_options():
+    assert Question.parse("Is this\n(A) a cat?").options == ()
+    assert Question.parse("Which?\n(B) one\n(C) two").options == ()
+
+
+@pytest.mark.parametrize(
+    "reply, letter",
+    [
+        ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B. right", "B"), ("(A) left", "A"), ("**A**", "A"), (" A \n", "A"),
+        ("The answer is B", "B"), ("the answer is (A).", "A"), ("Answer: B", "B"), ("**Answer:** B", "B"),
+        ("First answer: A. No, the answer is B.", "B"),
+        ("right", "B"), ("It is on the Left side.", "A"), ("left or right", None),
+        ("C", None), ("", None), ("A cat", None), ("Because", None), ("The answer is Because", None),
+        ("the answer is about", None), ("I cannot tell", None),
+    ],
+)  # fmt: skip
+def test_replies_are_read_strictly(reply, letter):
+    assert Question.parse(LETTERED).letter(reply) == letter
+
+
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        ((None,), TypeError, "question: got NoneType"),
+        (("",), ValueError, "at least one word"),
+        (("?! ...",), ValueError, "at least one word"),
+        (("Where?", ["left"]), ValueError, "options"),
+        (("Where?", ["left", " "]), ValueError, "options"),
+        ((LETTERED, ["left", "right"]), ValueError, "options of its own"),
+    ],
+)
+def test_what_is_no_question_is_refused(arguments, error, text):
+    with pytest.raises(error, match=text):
+        Question.parse(*arguments)
+
+
+def test_questions_of_any_length_script_and_quoting_are_read():
+    for text in ["Что за цвет?", "这是什么颜色？", "Is it \"red\" or 'blue'?", "word " * 10_000]:
+        assert Question.parse(text).prompt == text.strip()
