@@ -363,6 +363,17 @@ def test_transparent_boxes_are_cut_down_to_their_opaque_parts_after_merging() ->
     assert len(collage(image, got.boxes, alpha_threshold=255).boxes) == 0
 
 
+def test_opaque_parts_whose_rectangles_overlap_stay_separate_boxes() -> None:
+    image = noise(12, 12, 4)
+    image[..., 3] = 0
+    image[:, 0, 3] = image[11, :, 3] = 255
+    image[3:6, 5:9, 3] = 255
+    got = collage(image, tensor([[0, 0, 12, 12]]))
+    assert got.boxes.tolist() == [[0, 0, 12, 12], [5, 3, 9, 6]]
+    assert got.image is not None
+    assert torch.equal(got.image, image)
+
+
 @pytest.mark.parametrize("boxes", [[], [[3, 3, 3, 8], [1, 5, 9, 5]], [[2, 2, 9, 9]]], ids=["none", "no area", "clear"])
 def test_without_anything_to_show_there_is_no_image_and_no_layout(boxes: list[list[int]]) -> None:
     got = collage(torch.zeros(10, 10, 4, dtype=torch.uint8), tensor(boxes), fill=WHITE)

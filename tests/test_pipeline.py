@@ -56,7 +56,7 @@ def test_ask_is_its_steps_one_after_another(hide, images, count):
         assert (mine is None) == (asked is None) and (mine is None or mine.tobytes() == asked.tobytes())
     assert result.plain_answer == hide.answer(images, QUESTION)
     assert result.answer == hide.answer(images, QUESTION, collages)
-    assert list(result.seconds)[0] == "read and resize" and all(s >= 0 for s in result.seconds.values())
+    assert next(iter(result.seconds)) == "read and resize" and all(s >= 0 for s in result.seconds.values())
     assert len(result.image_tokens) == count + sum(collage is not None for collage in collages)
 
 

@@ -13,6 +13,9 @@ from hide_kernels.token_maps import token_maps
 
 Array = NDArray[np.float64]
 
+# Rows that are not finite are no surprise: NumPy has nothing to warn of.
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 
 def random_rows(*shapes: tuple[int, int], tokens: int = 7, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -143,6 +146,22 @@ def test_a_constant_row_is_zeros_and_not_valid(sigma: float, value: float) -> No
     assert not got.maps[0][1].any()
 
 
+@pytest.mark.parametrize("contrast, valid", [(2e-6, True), (0.5e-6, False)])
+def test_a_contrast_below_a_millionth_counts_as_constant(contrast: float, valid: bool) -> None:
+    rows = torch.ones(1, 5, 6, dtype=torch.float64)
+    rows[0, 2, 3] += contrast
+    got = token_maps([rows], prior_rows=0, sigma=0)
+    assert got.valid.tolist() == [valid]
+    assert got.maps[0].max() == valid
+
+
+def test_a_row_beyond_float32_is_not_finite() -> None:
+    rows = torch.tensor([[[-1.7e308, 0.0, 1.7e308]], [[0.0, 1.0, 3e38]]], dtype=torch.float64)
+    got = token_maps([rows], prior_rows=0, sigma=0)
+    assert got.valid.tolist() == [False, True]
+    assert not got.maps[0][0].any()
+
+
 def test_a_map_of_one_cell_is_constant() -> None:
     got = token_maps([torch.tensor([[[0.3]], [[0.9]]])], prior_rows=1, sigma=1)
     assert got.valid.tolist() == [False]
@@ -174,6 +193,7 @@ def test_a_constant_or_non_finite_prior_row_counts_as_zeros_in_the_mean(sigma: f
 def test_a_row_that_is_not_finite_in_one_image_goes_to_a_finite_one(value: float) -> None:
     bright, dim = random_rows((4, 5), (3, 3), tokens=2)
     bright += 5
+    dim -= 5
     bright[1, 0, 0] = value
     got = token_maps([bright, dim], prior_rows=1, sigma=1)
     assert got.image_index.tolist() == [1]

@@ -32,10 +32,11 @@ def load(
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: {path} has no config.json; want a Hugging Face checkpoint folder")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type not in FAMILIES:
+    # Asked of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
+    model_type = type(AutoConfig.from_pretrained(path, trust_remote_code=False)).model_type
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"model: {path} is of type {config.model_type!r}; HiDe knows {', '.join(FAMILIES)}. Attention rows of any "
+            f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)}. Attention rows of any "
             "model: hide_kernels.integrations.transformers.capture_attention_rows"
         )
     from hide.models.qwen2_5_vl import Qwen25VL

@@ -6,7 +6,6 @@ The model is Hugging Face's own class, unmodified. Tokenizer, chat template and 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
@@ -256,11 +255,17 @@ class Qwen25VL:
     def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> str:
         """Greedy reply to one user turn. The checkpoint's repetition penalty and stop tokens stay in force."""
         input_ids = self.input_ids(text, pictures)
-        settings = copy.deepcopy(self.model.generation_config)
-        settings.update(
-            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_new_tokens=max_new_tokens
+        # As arguments, not as a generation_config: transformers 4.57 puts the checkpoint's values back where a config's
+        # equal the library's defaults, and do_sample=False is one.
+        reply = self.model.generate(
+            **self._inputs(input_ids, pictures),
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max_new_tokens,
         )
-        reply = self.model.generate(**self._inputs(input_ids, pictures), generation_config=settings)
         return self.tokenizer.decode(reply[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 

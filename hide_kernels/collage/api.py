@@ -74,13 +74,12 @@ def collage(
 
     from hide_kernels.collage.reference import gather_reference
 
-    source = image.cpu().numpy()
-    shown = _shown(source, pixels, alpha_threshold)
+    shown = _shown(image, pixels, alpha_threshold)
     kept = torch.from_numpy(shown).to(boxes.device)
     if not len(shown):
         return Collage(None, kept, None)
     layout = plan_layout(kept)
-    canvas = gather_reference(source, shown, layout.positions.numpy(), layout.size, fill, alpha == "blend")
+    canvas = gather_reference(image.cpu().numpy(), shown, layout.positions.numpy(), layout.size, fill, alpha == "blend")
     return Collage(torch.from_numpy(canvas).to(image.device), kept, layout)
 
 
@@ -106,12 +105,12 @@ def final_boxes(image: Tensor, cells: Tensor, *, grid: tuple[int, int], alpha_th
     size = _check_image(image)
     check_level("alpha_threshold", alpha_threshold)
     pixels = boxes_to_pixels(cells, grid=grid, size=size)
-    return torch.from_numpy(_shown(image.cpu().numpy(), pixels.cpu().numpy(), alpha_threshold)).to(cells.device)
+    return torch.from_numpy(_shown(image, pixels.cpu().numpy(), alpha_threshold)).to(cells.device)
 
 
-def _shown(image: NDArray[np.uint8], pixels: NDArray[np.int64], alpha_threshold: int) -> NDArray[np.int64]:
+def _shown(image: Tensor, pixels: NDArray[np.int64], alpha_threshold: int) -> NDArray[np.int64]:
     merged = merge(pixels)
-    return opaque(image[..., 3], merged, alpha_threshold) if image.shape[2] == 4 else merged
+    return opaque(image[..., 3].cpu().numpy(), merged, alpha_threshold) if image.shape[2] == 4 else merged
 
 
 def _check_image(image: Tensor) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hide_kernels import backends
 
 FLAT = 1e-6
-"""A map whose range is at most this part of its peak is constant: less is rounding in float32."""
+"""A map whose range is at most this part of its magnitude is constant: less is rounding in float32."""
 
 ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,8 +42,8 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
     The Gaussian extends the map by its mirror image with the edge cell repeated (scipy's `reflect`) and ends at four
     standard deviations. A constant or non-finite map has no place in it: such a row is zeros and not valid, a prior row
     of that kind counts as zeros in the mean, and a row that is not finite in one image goes to another one if it can.
-    Constant means a range of at most 1e-6 of the peak after smoothing; a map that the prior cancels to within 1e-6 of
-    its own peak is not valid either. Nothing is ever NaN.
+    Constant means a range of at most 1e-6 of the largest magnitude after smoothing; a map that the prior cancels to
+    within 1e-6 of its own peak is not valid either. Finite means in float32. Nothing is ever NaN.
 
     Args:
         rows: per image (T, h_i, w_i) float tensor, the rows reduced over heads and layers, laid out on the token grid

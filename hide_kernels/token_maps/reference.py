@@ -19,17 +19,18 @@ def token_maps_reference(
     """Maps per image, image index and validity of each row after the prior; arguments as `token_maps` documents."""
     device = rows[0].device
     arrays = [image.detach().to("cpu", torch.float64).numpy() for image in rows]
-    finite = np.stack([np.isfinite(array).all(axis=(1, 2)) for array in arrays])
-    peaks = np.where(finite, np.stack([array.max(axis=(1, 2)) for array in arrays]), -np.inf)[:, prior_rows:]
-    image_index = peaks.argmax(axis=0)
+    finite = np.stack([np.abs(array).max(axis=(1, 2)) <= np.finfo(np.float32).max for array in arrays])
+    # A row of zeros is constant, so what is not finite ends up not valid.
+    arrays = [np.where(ok[:, None, None], array, 0.0) for ok, array in zip(finite, arrays, strict=True)]
+    peaks = np.where(finite, np.stack([array.max(axis=(1, 2)) for array in arrays]), -np.inf)
+    image_index = peaks[:, prior_rows:].argmax(axis=0)
     valid = np.zeros(image_index.shape, bool)
     maps = []
     for i, array in enumerate(arrays):
         purified = np.zeros((len(image_index), *array.shape[1:]), np.float32)
-        taken = np.flatnonzero((image_index == i) & finite[i, prior_rows:])
+        taken = np.flatnonzero(image_index == i)
         if taken.size:
-            prior = np.where(finite[i, :prior_rows, None, None], array[:prior_rows], 0.0)
-            purified[taken], valid[taken] = _purify(prior, array[prior_rows + taken], sigma, flat)
+            purified[taken], valid[taken] = _purify(array[:prior_rows], array[prior_rows + taken], sigma, flat)
         maps.append(torch.from_numpy(purified).to(device))
     return tuple(maps), torch.from_numpy(image_index).to(device), torch.from_numpy(valid).to(device)
 
@@ -42,7 +43,7 @@ def _purify(prior: Array, entity: Array, sigma: float, flat: float) -> tuple[Arr
     low = stack.min(axis=(1, 2), keepdims=True)
     high = stack.max(axis=(1, 2), keepdims=True)
     span = high - low
-    varied = np.isfinite(span) & (span > flat * np.maximum(np.abs(low), np.abs(high)))
+    varied = span > flat * np.maximum(np.abs(low), np.abs(high))
     stack = np.where(varied, stack - low, 0.0) / np.where(varied, span, 1.0)
 
     noise = stack[: len(prior)].sum(axis=0) / max(len(prior), 1)
