@@ -30,7 +30,7 @@ test: $(STAMP) lint  ## linters, type checks and all tests
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hide_kernels hide
+	$(BIN)/mypy hide_kernels
 
 format: $(STAMP)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

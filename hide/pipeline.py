@@ -47,11 +47,13 @@ class EntityRows:
 class EntityMaps:
     """Purified maps, one per token that has one.
 
-    maps: per image (M_i, h, w) float32 in 0..1. labels: per image the M_i tokens they belong to.
+    maps: per image (M_i, h, w) float32 in 0..1. labels: per image the M_i tokens they belong to. order: the images
+    that have a map, by the token that came to them first; collages are shown in this order.
     """
 
     maps: tuple[Tensor, ...]
     labels: tuple[tuple[str, ...], ...]
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class HiDeResult:
     answer: the reply to the images and the collages. letter, plain_letter: the option that each reply names, if any.
     images: the loaded pictures. maps: as `HiDe.maps`. boxes: per image (K, 4) int64 pixels x0, y0, x1, y1 half-open.
     collages: per image a picture, or `None` where there is no region. notes: fallbacks that were taken, and doubts.
-    seconds: wall time of each step. image_tokens: per image, then per collage that was shown.
+    seconds: wall time of each step. image_tokens: per image, then per collage in the order they were shown.
     """
 
     question: Question
@@ -208,7 +210,8 @@ class HiDe:
             own = (found.image_index == index) & found.valid
             maps.append(all_maps[own])
             labels.append(tuple(label for label, mine in zip(rows.labels, own.tolist(), strict=True) if mine))
-        return EntityMaps(tuple(maps), tuple(labels))
+        order = dict.fromkeys(found.image_index[found.valid].tolist())
+        return EntityMaps(tuple(maps), tuple(labels), tuple(order))
 
     def boxes(self, maps: EntityMaps, images: ImageLike | Sequence[ImageLike]) -> tuple[Tensor, ...]:
         """Step 3a: per image (K, 4) int64 pixel boxes of all regions of all its maps, not merged yet."""
@@ -244,7 +247,10 @@ class HiDe:
         question: str | Question,
         collages: Sequence[Image.Image | None] = (),
     ) -> str:
-        """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain."""
+        """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain.
+
+        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
+        """
         pictures = self._preprocess(_images(images))
         return self._answer(self._with_collages(pictures, collages), _question(question))
 
@@ -285,10 +291,10 @@ class HiDe:
         with clock("boxes and collage"):
             collages, boxes = self.collage(images, self.boxes(maps, images))
         notes += self._doubts(maps)
-        shown = [picture for picture in collages if picture is not None]
+        shown = [collages[index] for index in maps.order if collages[index] is not None]
         if shown:
             with clock("answer"):
-                everything = self._with_collages(pictures, collages)
+                everything = self._with_collages(pictures, shown)
                 answer = self._answer(everything, question)
         else:
             notes.append("collage: no region was found, so the answer is the plain one")

@@ -1,6 +1,8 @@
 """HiDe's steps one by one and together, on a random-weight Qwen2.5-VL."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from PIL import Image
 
 from hide import PRESETS, HiDe, HiDeConfig
 from hide.entities import Entities
+from hide.images import on_colour
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityMaps, EntityRows, preset_for
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
 
+GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("case_*.npz"))
 QUESTION = "What is the color of the star?"
 
 
@@ -55,7 +59,7 @@ def test_ask_is_its_steps_one_after_another(hide, images, count):
     for mine, asked in zip(collages, result.collages, strict=True):
         assert (mine is None) == (asked is None) and (mine is None or mine.tobytes() == asked.tobytes())
     assert result.plain_answer == hide.answer(images, QUESTION)
-    assert result.answer == hide.answer(images, QUESTION, collages)
+    assert result.answer == hide.answer(images, QUESTION, [collages[index] for index in maps.order])
     assert next(iter(result.seconds)) == "read and resize" and all(s >= 0 for s in result.seconds.values())
     assert len(result.image_tokens) == count + sum(collage is not None for collage in collages)
 
@@ -83,6 +87,34 @@ def test_boxes_are_regions_of_maps_in_pixels_and_the_collage_shows_their_pixels(
     assert (np.asarray(collage)[~shown] == 255).all()
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_steps_in_a_row_reproduce_the_published_boxes_and_collages(path):
+    with np.load(path) as archive:
+        case = dict(archive)
+    count = len(case["grids"])
+    images = [Image.fromarray(case[f"image_{index}"]) for index in range(count)]
+    attention = torch.from_numpy(case["attention"]).mean(0)[:-4]
+    spans = zip(case["image_starts"], case["image_ends"], case["grids"].tolist(), strict=True)
+    rows = EntityRows(
+        tuple(attention[:, a:b].unflatten(1, grid) for a, b, grid in spans), 8, ("",) * (len(attention) - 8)
+    )
+    config = HiDeConfig(layers=None, sigma=case["sigma"].item(), threshold=case["threshold"].item())
+    hide = HiDe(SimpleNamespace(num_layers=1), config)
+    maps = hide.maps(rows)
+    collages, boxes = hide.collage(images, hide.boxes(maps, images))
+    got = {
+        (index, *(np.array(box) / np.tile(images[index].size, 2)).tolist())
+        for index in range(count)
+        for box in boxes[index].tolist()
+    }
+    assert got == {tuple(box) for box in case["final_boxes"].tolist()}
+    shown = [collages[index] for index in maps.order]
+    assert len(shown) == case["n_compact"]
+    for index, collage in enumerate(shown):
+        published = on_colour(Image.fromarray(case[f"compact_{index}"]))
+        assert collage.size == published.size and collage.tobytes() == published.tobytes()
+
+
 def test_attention_planted_in_the_rows_lands_in_the_boxes(hide):
     """A sink that every row has disappears; what only the entities look at stays."""
     rows = torch.rand(8 + 2, 12, 16, generator=torch.Generator().manual_seed(0)) * 0.2
@@ -95,6 +127,27 @@ def test_attention_planted_in_the_rows_lands_in_the_boxes(hide):
     (boxes,) = planted.boxes(maps, Image.new("RGB", (1600, 1200)))
     assert maps.labels == (("star", "ring"),)
     assert sorted(boxes.tolist()) == [[500, 300, 800, 500], [1000, 700, 1300, 900]]
+
+
+def test_collages_are_shown_in_the_order_in_which_tokens_came_to_their_images(hide, images, monkeypatch):
+    """As the published code appends them; the collages in the result stay in the order of the images."""
+
+    def planted(prompt, pictures, **kwargs):
+        rows = [
+            torch.rand(len(prompt.rows), *grid, generator=torch.Generator().manual_seed(0)) * 0.1
+            for grid in pictures.grids
+        ]
+        rows[1][8, 1:3, 1:3] += 2
+        rows[0][9, 2:4, 3:5] += 2
+        return rows
+
+    monkeypatch.setattr(hide.model, "search_rows", planted)
+    shown = []
+    monkeypatch.setattr(hide, "_with_collages", lambda pictures, collages: shown.append(collages) or pictures)
+    result = hide.ask(images, "Is the star left of the ring?", plain=False)
+    assert result.maps.order == (1, 0)
+    assert [picture.size for picture in shown[0]] == [result.collages[1].size, result.collages[0].size]
+    assert result.collages[0].size != result.collages[1].size
 
 
 def test_every_form_of_a_picture_gives_the_same_result(hide, images, tmp_path):
@@ -155,13 +208,13 @@ def test_without_a_region_the_answer_is_the_plain_one(adapter, config, images, m
 def test_more_regions_than_slots_are_all_kept(hide):
     maps = torch.zeros(1, 60, 60)
     maps[0, ::2, ::2] = 1
-    (boxes,) = hide.boxes(EntityMaps((maps,), (("star",),)), Image.new("RGB", (60, 60)))
+    (boxes,) = hide.boxes(EntityMaps((maps,), (("star",),), (0,)), Image.new("RGB", (60, 60)))
     assert len(boxes) == 900 and len({tuple(box) for box in boxes.tolist()}) == 900
 
 
 def test_cells_within_rounding_of_the_threshold_are_reported(hide):
     maps = torch.tensor([[[0.7, 0.7 + 1e-5, 0.7 - 1e-5, 0.71, 1.0]]])
-    assert hide._doubts(EntityMaps((maps,), (("star",),))) == [
+    assert hide._doubts(EntityMaps((maps,), (("star",),), (0,))) == [
         "maps: 3 cells lie within 2e-05 of the threshold, the error of torch.float32"
     ]
 
@@ -225,6 +278,6 @@ def test_wrong_numbers_of_images_are_named(hide, images):
     with pytest.raises(ValueError, match="empty list"):
         hide.ask([], QUESTION)
     with pytest.raises(ValueError, match="images: got 2, want 1"):
-        hide.boxes(EntityMaps((torch.zeros(0, 3, 3),), ((),)), images)
+        hide.boxes(EntityMaps((torch.zeros(0, 3, 3),), ((),), ()), images)
     with pytest.raises(ValueError, match="boxes: got 0"):
         hide.collage(images, [])

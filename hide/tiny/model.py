@@ -1,6 +1,7 @@
 """The embedded model: Hugging Face's Qwen2.5-VL class with about four million parameters, and a tokenizer of its own.
 
-`build` makes all parts with random weights, `save` writes a folder that loads like any Qwen2.5-VL checkpoint, `load` reads one.
+`build` makes all parts with random weights, `save` writes a folder that loads like any Qwen2.5-VL checkpoint, `load`
+reads one.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ PATCH, MERGE = 14, 2
 MIN_PIXELS, MAX_PIXELS = 4 * (PATCH * MERGE) ** 2, 16384 * (PATCH * MERGE) ** 2
 
 _VOCABULARY = 2048
-# The base is small: each of the 16 frequencies then turns noticeably within a few image tokens, and few wrap round in the width of
-# a large picture.
+# The base is small: each of the 16 frequencies then turns noticeably within a few image tokens, and few wrap round
+# in the width of a large picture.
 _ROPE_THETA = 100.0
 _ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6]}
 # A word with the one blank before it; digits one by one; runs of punctuation; line breaks; other blanks.
@@ -44,11 +45,11 @@ _SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = """
 You are a helpful assistant system user
 Please search the images for these objects image object picture
-What What's is are was the a an of on in at or and with color colour shape kind size side left right above below top bottom
-corner middle center up down between next behind under over inside near there this that it its which where who how many much
-Is Are Does Do Which Where Who How Can Could Find Look Tell Name Describe List Count Answer answer option letter from given
-choices choice directly one word only by using single your please find look tell name describe list count
-yes no Yes No not none zero two three four five six seven eight nine ten
+What What's is are was the a an of on in at or and with color colour shape kind size side left right above below top
+bottom corner middle center up down between next behind under over inside near there this that it its which where who
+how many much Is Are Does Do Which Where Who How Can Could Find Look Tell Name Describe List Count Answer answer
+option letter from given choices choice directly one word only by using single your please find look tell name
+describe list count yes no Yes No not none zero two three four five six seven eight nine ten
 white black gray grey brown big small large tiny thing things shape shapes background same other both any all
 material value noun question entity entities final output
 """
@@ -81,7 +82,8 @@ _CHAT_TEMPLATE = """\
 
 
 def _image_processor_class() -> type:
-    # Transformers 5 gives its PIL class that name; the plain name would need torchvision there. Version 4 has only the plain one.
+    # Transformers 5 gives its PIL class that name; the plain name would need torchvision there. Version 4 has only
+    # the plain one.
     return getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
 
 
@@ -185,7 +187,9 @@ def build(seed: int = 0) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrained
 
 
 def _initialise(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Random weights for a fast start: unit gain in every layer, and vision heads that each look at a near place at first."""
+    """Random weights for a fast start: unit gain in every layer, and vision heads that each look at a near place at
+    first.
+    """
     vision, text = model.config.vision_config, model.config.text_config
     with torch.no_grad():
         for name, parameter in model.named_parameters():

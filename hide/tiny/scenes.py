@@ -1,7 +1,7 @@
 """Pictures with known content, and questions about them whose answers are true by construction.
 
-A scene is a muted, cluttered background with a few objects in saturated colors. All lengths are absolute pixels, so a small scene
-looks like a cut-out of a large one. Everything follows from the seed.
+A scene is a muted, cluttered background with a few objects in saturated colors. All lengths are absolute pixels, so
+a small scene looks like a cut-out of a large one. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def _turn(points: np.ndarray, angle: float) -> np.ndarray:
 
 
 def _regular(corners: int, inner: float = 1.0) -> np.ndarray:
-    """Corners on the unit circle, the first one on top; with `inner`, every second one lies on a circle of that radius."""
+    """Corners on the unit circle, the first one on top; with `inner`, every second one lies on a circle of that
+    radius.
+    """
     count = corners if inner == 1.0 else 2 * corners
     angles = np.arange(count) * (2 * math.pi / count) - math.pi / 2
     radius = np.where(np.arange(count) % 2 == 0, 1.0, inner)
@@ -103,8 +105,8 @@ class Scene:
 class Question:
     """A question with its one-word answer; `targets` are the indices of the scene's objects that it is about.
 
-    `split` is "attribute" (the color of an object) or "position" (left or right of another). `options` holds the answer and the
-    wrong ones, in the order of the letters A, B, ...
+    `split` is "attribute" (the color of an object) or "position" (left or right of another). `options` holds the
+    answer and the wrong ones, in the order of the letters A, B, ...
     """
 
     text: str
@@ -155,7 +157,9 @@ def _muted(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def _distractor(draw: ImageDraw.ImageDraw, rng: np.random.Generator, width: int, height: int) -> None:
-    """One muted thing: a block, a facade of windows, a line, an ellipse, a polygon, or an arc; it may stick out of the picture."""
+    """One muted thing: a block, a facade of windows, a line, an ellipse, a polygon, or an arc; it may stick out of
+    the picture.
+    """
     size = float(np.exp(rng.uniform(math.log(15), math.log(320))))
     x, y = rng.uniform(-size / 2, width + size / 2), rng.uniform(-size / 2, height + size / 2)
     w, h = size * rng.uniform(0.4, 1.2, 2)
@@ -227,7 +231,7 @@ def _place(
         if all(apart):
             return size, x, y
     raise ValueError(
-        f"objects: no room for {len(taken) + 1} objects of at least {sizes[0]} pixels in a picture of {width} x {height} pixels"
+        f"objects: no room for {len(taken) + 1} objects of at least {sizes[0]} pixels in {width} x {height} pixels"
     )
 
 
@@ -272,7 +276,8 @@ def draw_scene(
 
 
 def questions(scene: Scene, rng: np.random.Generator, *, positions: int | None = None) -> list[Question]:
-    """All color questions and some position questions about objects that are the only ones of their kind, in random order.
+    """All color questions and some position questions about objects that are the only ones of their kind, in random
+    order.
 
     Args:
         scene: what to ask about.
