@@ -22,7 +22,8 @@ class HiDeConfig:
     causal: whether an entity's row is blind to later tokens; published HiDe lets it see them.
     include_end_token: whether the row of the token that ends the user's turn counts as an entity's; published: yes.
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
-    max_new_tokens: bound on each generated reply.
+    max_new_tokens: bound on a generated answer.
+    max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
     search_prompt: fixed words before the entities; their rows are the noise prior.
     entity_prompt: instruction for the model as extractor, with `{question}` in it; `None`:
         `hide.entities.ENTITY_PROMPT`.
@@ -38,6 +39,7 @@ class HiDeConfig:
     include_end_token: bool = True
     alpha_threshold: int = 10
     max_new_tokens: int = 1024
+    max_entity_tokens: int = 256
     search_prompt: str = SEARCH_PROMPT
     entity_prompt: str | None = None
 
@@ -50,8 +52,9 @@ class HiDeConfig:
             raise ValueError(f"threshold: got {self.threshold}, want above 0 and at most 1")
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+        for name in ("max_new_tokens", "max_entity_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
         if not self.search_prompt.strip():
             raise ValueError("search_prompt: got nothing, want words whose rows serve as the noise prior")
         if self.entity_prompt is not None and "{question}" not in self.entity_prompt:

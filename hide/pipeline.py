@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,18 +110,19 @@ class HiDeResult:
 
 @dataclass
 class _Clock:
+    device: torch.device
+    progress: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
-    device: torch.device | None = None
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
+        if self.progress is not None:
+            self.progress(step)
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self.device is not None and self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
 
 class HiDe:
@@ -190,7 +191,7 @@ class HiDe:
             found = entities_by_rules(question)
         else:
             request = entity_request(question, self.config.entity_prompt)
-            found = parse_entities(self.model.generate(request, max_new_tokens=self.config.max_new_tokens))
+            found = parse_entities(self.model.generate(request, max_new_tokens=self.config.max_entity_tokens))
         if found.items:
             return found
         words = " ".join(question.stem.split()[:64])
@@ -261,6 +262,7 @@ class HiDe:
         *,
         options: Sequence[str] | None = None,
         plain: bool = True,
+        progress: Callable[[str], None] | None = None,
     ) -> HiDeResult:
         """All steps.
 
@@ -269,8 +271,9 @@ class HiDe:
             question: free, or with lettered options on lines of their own.
             options: the options, when they do not stand in the question.
             plain: also give the reply without the collage.
+            progress: called with the name of each step when it begins.
         """
-        clock = _Clock(device=self.model.model.device)
+        clock = _Clock(self.model.model.device, progress)
         question = _question(question, options)
         with clock("read and resize"):
             images = _images(image)

@@ -44,7 +44,8 @@ def images():
 @pytest.mark.parametrize("count", [1, 2])
 def test_ask_is_its_steps_one_after_another(hide, images, count):
     images = images[:count]
-    result = hide.ask(images if count > 1 else images[0], QUESTION)
+    steps = []
+    result = hide.ask(images if count > 1 else images[0], QUESTION, progress=steps.append)
     entities = hide.entities(QUESTION)
     rows = hide.attention_rows(images, entities)
     maps = hide.maps(rows)
@@ -60,7 +61,7 @@ def test_ask_is_its_steps_one_after_another(hide, images, count):
         assert (mine is None) == (asked is None) and (mine is None or mine.tobytes() == asked.tobytes())
     assert result.plain_answer == hide.answer(images, QUESTION)
     assert result.answer == hide.answer(images, QUESTION, [collages[index] for index in maps.order])
-    assert next(iter(result.seconds)) == "read and resize" and all(s >= 0 for s in result.seconds.values())
+    assert list(result.seconds) == steps and steps[0] == "read and resize" and steps[-1] == "answer"
     assert len(result.image_tokens) == count + sum(collage is not None for collage in collages)
 
 
@@ -260,7 +261,7 @@ def test_presets_hold_the_published_values_and_other_depths_are_marked(adapter):
     [
         ({"layers": ()}, "layers"), ({"sigma": -1}, "sigma"), ({"sigma": float("nan")}, "sigma"),
         ({"threshold": 0}, "threshold"), ({"threshold": 1.5}, "threshold"), ({"min_tokens": 0}, "min_tokens"),
-        ({"min_tokens": 9, "max_tokens": 8}, "max_tokens"), ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "max_tokens"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_entity_tokens": 0}, "max_entity_tokens"),
         ({"search_prompt": " "}, "search_prompt"), ({"entity_prompt": "List"}, "question"),
     ],
 )  # fmt: skip
