@@ -3,18 +3,22 @@
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.backends import explain
 from hide_kernels.collage import Collage, Layout, collage
+from hide_kernels.image_tokens import ImageTokens, maps_to_pixels, rows_to_maps
 from hide_kernels.regions import Regions, regions
 from hide_kernels.token_maps import TokenMaps, token_maps
 
 __all__ = [
     "AttentionRows",
     "Collage",
+    "ImageTokens",
     "Layout",
     "Regions",
     "TokenMaps",
     "attention_rows",
     "collage",
     "explain",
+    "maps_to_pixels",
     "regions",
+    "rows_to_maps",
     "token_maps",
 ]

@@ -87,6 +87,11 @@ def sliding_window_llm() -> PreTrainedModel:
     return randomise(transformers.MistralForCausalLM(config))
 
 
+def llm() -> PreTrainedModel:
+    """Llama, text only."""
+    return randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**text_config(**rope()))))
+
+
 FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "llava": llava}
 
 

@@ -119,13 +119,13 @@ def test_a_chunked_prefill_gives_the_rows_of_one_forward(cache):
     if cache == "static":
         past = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=40, max_batch_size=2)
     positions = torch.arange(30)[None].expand(3, 2, 30)
-    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, key_spans=[(0, 9)]) as captured:
+    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, key_spans=[(0, 9), (20, 30)]) as captured:
         for start, stop in [(0, 10), (10, 12), (12, 30)]:
             model(
                 input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], past_key_values=past,
                 use_cache=True, cache_position=torch.arange(start, stop),
             )  # fmt: skip
-    assert (captured[2].rows - want[..., :9]).abs().max() < TOLERANCE
+    assert (captured[2].rows - want[..., [*range(9), *range(20, 30)]]).abs().max() < TOLERANCE
 
 
 def test_a_new_sequence_replaces_the_rows_of_the_last():

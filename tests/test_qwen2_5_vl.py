@@ -71,10 +71,10 @@ def test_image_spans_and_rows_lie_where_the_tokens_are(adapter, pictures):
     prompt = adapter.search_prompt("star, red ring", pictures)
     ids = prompt.input_ids[0].tolist()
     image, end = adapter.model.config.image_token_id, adapter.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    assert [stop - start for start, stop in prompt.spans] == [rows * columns for rows, columns in pictures.grids]
-    for start, stop in prompt.spans:
+    assert [image.stop - image.start for image in prompt.images] == [rows * columns for rows, columns in pictures.grids]
+    for start, stop in (image.span for image in prompt.images):
         assert set(ids[start:stop]) == {image} and ids[start - 1] != image and ids[stop] == end
-    assert prompt.rows.start == prompt.spans[-1][1] + 1
+    assert prompt.rows.start == prompt.images[-1].stop + 1
     assert prompt.prior_rows == 8
     assert adapter.tokenizer.decode(ids[prompt.rows.start : prompt.rows.start + 8]) == SEARCH_PROMPT.rstrip()
     assert prompt.labels == ("star", ",", "red", "ring", "<|im_end|>")
@@ -119,7 +119,7 @@ def test_stopping_after_the_last_wanted_layer_leaves_rows_and_model_as_they_are(
         attentions = adapter.model(**adapter._inputs(prompt.input_ids, pictures), output_attentions=True).attentions
     adapter.model.set_attn_implementation("sdpa")
     chosen = torch.stack([attentions[layer] for layer in layers or range(6)])[:, 0, :, prompt.rows].mean((0, 1))
-    for row, (start, stop), grid in zip(rows, prompt.spans, pictures.grids, strict=True):
+    for row, (start, stop, _), grid in zip(rows, prompt.images, pictures.grids, strict=True):
         assert row.shape == (len(prompt.rows), *grid)
         assert (row - chosen[:, start:stop].unflatten(-1, grid)).abs().max() < 1e-6
 

@@ -23,6 +23,8 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
 from hide.images import on_colour
+from hide_kernels import ImageTokens, rows_to_maps
+from hide_kernels.integrations.image_spans import image_spans
 from hide_kernels.integrations.transformers import capture_attention_rows
 
 IMAGE_TOKEN, VISION_END = "<|image_pad|>", "<|vision_end|>"
@@ -52,17 +54,24 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class SearchPrompt:
-    """The tokenised search prompt.
+class Turn:
+    """A tokenised user turn, up to where the reply begins.
 
-    input_ids: (1, L). spans: key range of each image. rows: positions of the search prompt's tokens, the prior first,
-    template tail cut. prior_rows: how many of them are the prompt's fixed words. labels: text of each token after the
-    prior.
+    input_ids: (1, L). images: where each image's tokens lie. rows: positions of the text's tokens.
     """
 
     input_ids: Tensor
-    spans: tuple[tuple[int, int], ...]
+    images: tuple[ImageTokens, ...]
     rows: range
+
+
+@dataclass(frozen=True)
+class SearchPrompt(Turn):
+    """The search prompt: the rows of its fixed words, the prior, come first.
+
+    prior_rows: how many those are. labels: text of each token after them.
+    """
+
     prior_rows: int
     labels: tuple[str, ...]
 
@@ -169,36 +178,38 @@ class Qwen25VL:
         Raises `ValueError` if the prompt's fixed words are not tokens of their own before these entities.
         """
         text = prompt + self.escape(entities)
-        rendered = self._render(text, pictures)
-        ids = self._tokens(rendered)
-        tokens = ids[0].tolist()
-        tail = self._tokens(rendered.rpartition(text)[2])[0].tolist()
-        # The last special token of an image opens the text; the rows start behind it.
-        vision_end = self.tokenizer.convert_tokens_to_ids(VISION_END)
-        start = len(tokens) - tokens[::-1].index(vision_end)
-        stop = len(tokens) - len(tail) + (1 if include_end_token else 0)
+        turn = self._turn(text, pictures)
+        ids = turn.input_ids[0].tolist()
         prior = self._tokens(prompt.rstrip())[0].tolist()
-        if tokens[-len(tail) :] != tail or tokens[start : start + len(prior)] != prior:
+        if ids[turn.rows.start : turn.rows.start + len(prior)] != prior:
             raise ValueError(
                 f"search_prompt: {prompt!r} followed by {entities[:40]!r} does not keep its words as tokens of their "
                 "own; end it with punctuation and a blank"
             )
-        if prompt == SEARCH_PROMPT and vision_end == QWEN_VISION_END and len(prior) != QWEN_PRIOR_ROWS:
+        qwen = self.tokenizer.convert_tokens_to_ids(VISION_END) == QWEN_VISION_END
+        if prompt == SEARCH_PROMPT and qwen and len(prior) != QWEN_PRIOR_ROWS:
             raise ValueError(
                 f"tokenizer: the search prompt has {len(prior)} tokens, want {QWEN_PRIOR_ROWS} with Qwen's"
             )
-        labels = tuple(self.tokenizer.decode([token]).strip() for token in tokens[start + len(prior) : stop])
-        return SearchPrompt(ids, self.image_spans(ids), range(start, stop), len(prior), labels)
+        rows = range(turn.rows.start, turn.rows.stop + 1) if include_end_token else turn.rows
+        labels = tuple(self.tokenizer.decode([token]).strip() for token in ids[rows.start + len(prior) : rows.stop])
+        return SearchPrompt(turn.input_ids, turn.images, rows, len(prior), labels)
 
-    def image_spans(self, input_ids: Tensor) -> tuple[tuple[int, int], ...]:
-        """Half-open key range of each image in (1, L) ids."""
-        spans: list[tuple[int, int]] = []
-        for position in torch.nonzero(input_ids[0] == self.model.config.image_token_id).flatten().tolist():
-            if spans and spans[-1][1] == position:
-                spans[-1] = (spans[-1][0], position + 1)
-            else:
-                spans.append((position, position + 1))
-        return tuple(spans)
+    def turn(self, text: str, pictures: Pictures) -> Turn:
+        """One user turn, images first, and where its images and its text lie."""
+        return self._turn(self.escape(text), pictures)
+
+    def _turn(self, text: str, pictures: Pictures) -> Turn:
+        rendered = self._render(text, pictures)
+        ids = self._tokens(rendered)
+        tokens = ids[0].tolist()
+        tail = self._tokens(rendered.rpartition(text)[2])[0].tolist()
+        if tokens[-len(tail) :] != tail:
+            raise ValueError(f"text: {text[-40:]!r} melts into the chat template behind it; end it with punctuation")
+        # The last special token of the last image opens the text.
+        start = len(tokens) - tokens[::-1].index(self.tokenizer.convert_tokens_to_ids(VISION_END))
+        images = image_spans(self.model, ids, image_grid_thw=pictures.image_grid_thw)[0]
+        return Turn(ids, tuple(images), range(start, len(tokens) - len(tail)))
 
     def _render(self, text: str, pictures: Pictures | None) -> str:
         grids = pictures.grids if pictures else ()
@@ -242,19 +253,25 @@ class Qwen25VL:
         """
         layers = range(self.num_layers) if layers is None else layers
         with capture_attention_rows(
-            self.model, layers=layers, rows=prompt.rows, key_spans=prompt.spans, causal=causal
+            self.model,
+            layers=layers,
+            rows=prompt.rows,
+            key_spans=[image.span for image in prompt.images],
+            causal=causal,
         ) as captured:
             depth = max(layer % self.num_layers for layer in layers) + 1
             with _first_layers(self.model.model.language_model, depth):
                 self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
         rows = torch.stack([result.rows[0] for result in captured.values()]).mean(0)
-        per_image = rows.split([stop - start for start, stop in prompt.spans], dim=-1)
-        return [row.unflatten(-1, grid) for row, grid in zip(per_image, pictures.grids, strict=True)]
+        return rows_to_maps(rows, prompt.images)
 
-    @torch.no_grad()
     def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> str:
         """Greedy reply to one user turn. The checkpoint's repetition penalty and stop tokens stay in force."""
-        input_ids = self.input_ids(text, pictures)
+        return self.decode(self.generate_ids(self.input_ids(text, pictures), pictures, max_new_tokens=max_new_tokens))
+
+    @torch.no_grad()
+    def generate_ids(self, input_ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int) -> list[int]:
+        """The tokens of the greedy reply to (1, L) ids."""
         # As arguments, not as a generation_config: transformers 4.57 puts the checkpoint's values back where a config's
         # equal the library's defaults, and do_sample=False is one.
         reply = self.model.generate(
@@ -266,7 +283,11 @@ class Qwen25VL:
             top_k=None,
             max_new_tokens=max_new_tokens,
         )
-        return self.tokenizer.decode(reply[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+        return reply[0, input_ids.shape[1] :].tolist()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a reply, without special tokens and surrounding blanks."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def token_grid(height: int, width: int, cell: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:

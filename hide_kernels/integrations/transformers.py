@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,12 +34,12 @@ def capture_attention_rows(
     model: PreTrainedModel,
     *,
     layers: Sequence[int],
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | Literal["generated"] | None = None,
     key_spans: KeySpans | None = None,
     causal: bool = True,
     head_reduction: Literal["mean", "none", "kv_group"] | Tensor | Sequence[float] = "mean",
     return_lse: bool = False,
-) -> Iterator[dict[int, AttentionRows]]:
+) -> Iterator[CapturedRows]:
     """Record softmax attention rows of chosen layers while the model runs.
 
     Works with eager, SDPA and FlashAttention, with any cache, in one forward or in several that continue a sequence
@@ -50,33 +50,42 @@ def capture_attention_rows(
             model(**inputs)
         captured[14].rows  # (B, 20, 874), float32
 
+        with capture_attention_rows(model, layers=[14], rows="generated", key_spans=[(15, 889)]) as captured:
+            model.generate(**inputs, max_new_tokens=50)
+        captured[14].rows  # (B, 50, 874): row i is that of the query from which token i was predicted
+
     Args:
         model: a Hugging Face model whose decoder layers use transformers' attention interface.
         layers: zero-based decoder layers; negative ones count from the last.
-        rows: strictly increasing positions in the (padded) sequence; `None`: every query of every forward.
+        rows: strictly increasing positions in the (padded) sequence; `None`: every query of every forward;
+            "generated": the last query of the prompt and then each new token's, inside `generate`, greedy or sampled
+            (not with beams, an assistant or a compiled decode). Batches must be padded on the left, as `generate` wants.
+            transformers 4.57 with `prefill_chunk_size` gives one row more at the start: it decodes the last prompt token.
         key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
         causal: True gives the model's own attention, equal to `output_attentions=True`; False lets every row see
             every key of its forward (published HiDe, arXiv 2510.00054). Padding is left out in both.
 
     Yields:
-        `{layer: AttentionRows}`, filled by the forwards that run inside the block.
+        `{layer: AttentionRows}`, filled by the forwards that run inside the block. Memory is that of the rows. With
+        "generated" and no `key_spans`, earlier rows are padded with zeros for the keys that came later.
 
     Raises:
         ValueError: for layers that the model does not have, a mask that is not causal, sliding or padding, attention
             sinks, and, on leaving the block, for rows that no forward computed.
     """
     modules = decoder_attention(model)
-    if rows is not None:
-        rows = [int(row) for row in rows]
+    if rows is not None and rows != "generated":
+        if isinstance(rows, str) or not all(isinstance(row, int) for row in rows):
+            raise TypeError(f'rows: got {rows!r}, want None, "generated" or strictly increasing ints')
+        rows = list(rows)
         if not rows or rows[0] < 0 or any(a >= b for a, b in pairwise(rows)):
-            raise ValueError(f"rows: got {rows}, want None or strictly increasing positions >= 0")
-    captured: dict[int, AttentionRows] = {}
-    captures = []
+            raise ValueError(f'rows: got {rows}, want None, "generated" or strictly increasing positions >= 0')
+    captures: list[_Capture] = []
     for layer in layers:
         if not -len(modules) <= layer < len(modules):
             raise ValueError(f"layers: got {layer}, want 0 to {len(modules) - 1} ({type(model).__name__})")
         index = layer % len(modules)
-        captures.append(_Capture(index, rows, key_spans, causal, head_reduction, return_lse, captured))
+        captures.append(_Capture(index, rows, key_spans, causal, head_reduction, return_lse))
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
     originals: dict[int, Any] = {capture.layer: modules[capture.layer].config for capture in captures}
@@ -88,7 +97,7 @@ def capture_attention_rows(
             routed._attn_implementation_internal = IMPLEMENTATION
             routed.hide_capture = capture
             modules[capture.layer].config = routed
-        yield captured
+        yield CapturedRows(captures)
     finally:
         for layer, config in originals.items():
             modules[layer].config = config
@@ -116,19 +125,44 @@ def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
     return found
 
 
+class CapturedRows(Mapping[int, AttentionRows]):
+    """`{layer: AttentionRows}` of the layers that have rows by now; those of several forwards are joined on access."""
+
+    def __init__(self, captures: Sequence[_Capture]) -> None:
+        self._captures = {capture.layer: capture for capture in captures}
+
+    def __getitem__(self, layer: int) -> AttentionRows:
+        capture = self._captures[layer]
+        if not capture.pieces:
+            raise KeyError(layer)
+        if len(capture.pieces) > 1:
+            widest = max(piece.rows.shape[-1] for piece in capture.pieces)
+            rows = [nn.functional.pad(piece.rows, (0, widest - piece.rows.shape[-1])) for piece in capture.pieces]
+            lses = [piece.lse for piece in capture.pieces if piece.lse is not None]
+            capture.pieces = [AttentionRows(torch.cat(rows, -2), torch.cat(lses, -1) if lses else None)]
+        return capture.pieces[0]
+
+    def __iter__(self) -> Iterator[int]:
+        return (layer for layer, capture in self._captures.items() if capture.pieces)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @dataclass(eq=False)
 class _Capture:
-    """What is asked of one layer, and where the answer goes."""
+    """What is asked of one layer, and the answer."""
 
     layer: int
-    rows: list[int] | None
+    rows: list[int] | Literal["generated"] | None
     key_spans: KeySpans | None
     causal: bool
     head_reduction: Any
     return_lse: bool
-    results: dict[int, AttentionRows]
+    pieces: list[AttentionRows] = field(default_factory=list)
     base_config: Any = None
     positions: list[int] = field(default_factory=list)
+    keys: int = 0
 
     @property
     def implementation(self) -> str:
@@ -146,8 +180,19 @@ class _Capture:
         first = _first_position(visible, query.shape[2], key.shape[2])
         if first == 0:
             self.positions.clear()
-            self.results.pop(self.layer, None)
-        wanted = range(first, first + query.shape[2]) if self.rows is None else self.rows
+            self.pieces.clear()
+            self.keys = 0
+        elif kwargs.get("sliding_window") is not None and self.pieces and key.shape[2] <= self.keys:
+            raise ValueError(
+                f"layer {self.layer}: its sliding-window cache has dropped keys, so their places are not known; capture "
+                "a layer with full attention, or use a cache that keeps all keys"
+            )
+        wanted: Sequence[int] = range(first, first + query.shape[2])
+        if self.rows == "generated":
+            self._drop_prompt(query.shape[2])
+            wanted = wanted[-1:]
+        elif self.rows is not None:
+            wanted = self.rows
         here = [row - first for row in wanted if 0 <= row - first < query.shape[2]]
         if not here:
             return
@@ -155,6 +200,12 @@ class _Capture:
         limits = _limits(
             visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer
         )
+        self.keys = max(self.keys, key.shape[2])
+        to_come = _last_key(self.key_spans) - key.shape[2]
+        if to_come > 0:
+            # A span that lies in a later part of the prompt: keys that nobody sees yet.
+            limits.setdefault("kv_lens", torch.full((query.shape[0],), key.shape[2], device=query.device))
+            key = nn.functional.pad(key, (0, 0, 0, to_come))
         new = attention_rows(
             query[:, :, here[0] : here[-1] + 1] if len(here) == here[-1] - here[0] + 1 else query[:, :, here],
             key,
@@ -167,18 +218,31 @@ class _Capture:
             return_lse=self.return_lse,
             **limits,
         )
-        old = self.results.get(self.layer)
-        if old is not None:
-            lse = None if old.lse is None or new.lse is None else torch.cat([old.lse, new.lse], -1)
-            new = AttentionRows(torch.cat([old.rows, new.rows], -2), lse)
-        self.results[self.layer] = new
+        self.pieces.append(new)
         self.positions += [first + row for row in here]
 
+    def _drop_prompt(self, queries: int) -> None:
+        """Of a prompt that comes in several forwards, only the last one's last query predicts a token."""
+        if queries > 1 and len(self.positions) > 1:
+            raise ValueError(f"layer {self.layer}: {queries} queries in a decode step; capture without an assistant")
+        if queries > 1:
+            self.positions.clear()
+            self.pieces.clear()
+
     def check_complete(self) -> None:
-        missing = sorted(set(self.rows or ()) - set(self.positions))
+        missing = sorted(set(self.rows if isinstance(self.rows, list) else ()) - set(self.positions))
         if missing or not self.positions:
             what = f"rows {missing[:8]}{'...' if len(missing) > 8 else ''}" if missing else "any row"
             raise ValueError(f"layer {self.layer}: no forward inside the block computed {what}")
+        if _last_key(self.key_spans) > self.keys:
+            raise ValueError(f"key_spans: got {self.key_spans}, but the sequence had {self.keys} keys")
+
+
+def _last_key(key_spans: Any) -> int:
+    """One past the last key of all spans of all samples; the largest integer in there."""
+    if isinstance(key_spans, (list, tuple)):
+        return max(map(_last_key, key_spans), default=0)
+    return int(key_spans) if hasattr(key_spans, "__index__") else 0
 
 
 def _visible(mask: Tensor, length: int) -> Tensor:

@@ -1,0 +1,143 @@
+"""Which tokens of a prompt are image, and which cell of the picture each of them shows, for Hugging Face models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hide_kernels.image_tokens import ImageTokens
+
+
+def image_spans(
+    model_or_config: Any,
+    input_ids: Tensor,
+    *,
+    image_grid_thw: Tensor | None = None,
+    tile_grids: Sequence[tuple[int, int]] | None = None,
+) -> list[list[ImageTokens]]:
+    """Find each image's keys and token grid in tokenised prompts.
+
+    Args:
+        model_or_config: a model of a supported family, or its config: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL (the
+            `-hf` checkpoints), LLaVA-1.5.
+        input_ids: (B, L) or (L,), with one placeholder per image token, as the processor makes them; padding on any
+            side.
+        image_grid_thw: (images, 3), needed for the Qwen families: the processor's output of that name.
+        tile_grids: (rows, columns) of tiles of each image, for InternVL pictures of more than one tile; one tile and
+            no thumbnail where it is not given.
+
+    Returns:
+        Per sample, per image, its `ImageTokens`.
+
+    Raises:
+        TypeError, ValueError: for a family that is not supported, a missing argument, or counts that do not match.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    # Of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
+    family = getattr(type(config), "model_type", None)
+    if family not in _LAYOUTS:
+        raise ValueError(f"model_or_config: got {family or type(config).__name__!r}, want one of {sorted(_LAYOUTS)}")
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
+        raise TypeError(f"input_ids: got {input_ids!r:.60}, want an integer tensor (B, L) or (L,)")
+    token = next(getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name))
+    sizes = _LAYOUTS[family](config, image_grid_thw, tile_grids)
+    samples: list[list[ImageTokens]] = []
+    used = 0
+    for ids in input_ids.reshape(-1, input_ids.shape[-1]).cpu():
+        images: list[ImageTokens] = []
+        positions = torch.nonzero(ids == token).flatten().tolist()
+        while positions:
+            length, cells = sizes(used, _run(positions))
+            start = positions[0]
+            if positions[length - 1 : length] != [start + length - 1]:
+                raise ValueError(
+                    f"input_ids: image {used} begins at {start} and should have {length} tokens in a row, but has "
+                    f"{_run(positions)}; were placeholders cut off, or are grids and prompt of different images?"
+                )
+            images.append(ImageTokens(start, start + length, cells))
+            positions = positions[length:]
+            used += 1
+        samples.append(images)
+    given = image_grid_thw if image_grid_thw is not None else tile_grids
+    if given is not None and len(given) != used:
+        raise ValueError(f"input_ids: {used} images were found, but grids of {len(given)} were given")
+    return samples
+
+
+def _run(positions: Sequence[int]) -> int:
+    """How many of the first positions follow one another."""
+    return next((i for i, position in enumerate(positions) if position != positions[0] + i), len(positions))
+
+
+Sizes = Callable[[int, int], tuple[int, Tensor]]
+"""(number of the image, placeholders in a row at its start) -> (its tokens, its cells)."""
+
+
+def _qwen(config: Any, image_grid_thw: Tensor | None, tile_grids: Any) -> Sizes:
+    """Rows of 2 x 2 merged patches."""
+    if image_grid_thw is None:
+        raise ValueError("image_grid_thw: got None, want the processor's tensor of that name (images, 3)")
+    grids = image_grid_thw.tolist()
+    merge = config.vision_config.spatial_merge_size
+
+    def sizes(image: int, run: int) -> tuple[int, Tensor]:
+        if image >= len(grids):
+            raise ValueError(f"image_grid_thw: got {len(grids)} rows, but input_ids has more images")
+        frames, rows, columns = grids[image]
+        if frames != 1:
+            raise ValueError(f"image_grid_thw: image {image} has {frames} frames, want 1; videos are not supported")
+        rows, columns = rows // merge, columns // merge
+        return rows * columns, torch.arange(rows * columns).view(rows, columns)
+
+    return sizes
+
+
+def _internvl(config: Any, image_grid_thw: Any, tile_grids: Sequence[tuple[int, int]] | None) -> Sizes:
+    """Square tiles in reading order, each in reading order, then a thumbnail where there is more than one tile."""
+    per_tile = config.image_seq_length
+    side = _square(per_tile, "image_seq_length")
+
+    def sizes(image: int, run: int) -> tuple[int, Tensor]:
+        if tile_grids is not None and image >= len(tile_grids):
+            raise ValueError(f"tile_grids: got {len(tile_grids)}, but input_ids has more images")
+        if tile_grids is None and run != per_tile:
+            raise ValueError(
+                f"tile_grids: got None, but image {image} has {run} tokens, more than one tile of {per_tile}: pass "
+                "(rows, columns) of the tiles of each image"
+            )
+        rows, columns = tile_grids[image] if tile_grids is not None else (1, 1)
+        tiles = rows * columns
+        cells = torch.arange(tiles * per_tile).view(rows, columns, side, side).transpose(1, 2)
+        return (tiles + (tiles > 1)) * per_tile, cells.reshape(rows * side, columns * side)
+
+    return sizes
+
+
+def _llava(config: Any, image_grid_thw: Any, tile_grids: Any) -> Sizes:
+    """One square grid per image, behind the class token where the model keeps it."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    extra = int(config.vision_feature_select_strategy == "full")
+
+    def sizes(image: int, run: int) -> tuple[int, Tensor]:
+        return side * side + extra, torch.arange(extra, side * side + extra).view(side, side)
+
+    return sizes
+
+
+def _square(count: int, name: str) -> int:
+    side = round(count**0.5)
+    if side * side != count:
+        raise ValueError(f"model_or_config: its {name} is {count}, want a square number")
+    return side
+
+
+_LAYOUTS: dict[str, Callable[[Any, Any, Any], Sizes]] = {
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
+    "internvl": _internvl,
+    "llava": _llava,
+}
