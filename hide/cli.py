@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +24,6 @@ app = typer.Typer(
     help="HiDe (arXiv 2510.00054): a multimodal model looks closer at what the question is about. No training.",
     pretty_exceptions_show_locals=False,
 )
-
-
-@app.callback()
-def main() -> None:
-    """Commands share nothing; this makes `ask` a subcommand also while it is the only one."""
 
 
 @app.command()
@@ -110,6 +108,100 @@ def ask(
     times.add_row("total", f"{total:.3f}", "", style="bold")
     console.print(times)
     console.print(f"pictures: {pictures[-1]} and {len(pictures) - 1} more in {out}/", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def attend(
+    image: Annotated[Path, typer.Argument(help="The picture: any file that Pillow reads.", show_default=False)],
+    text: Annotated[str, typer.Argument(help="What the model is told about it.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A Qwen2.5-VL checkpoint: folder or hub name. Without it, a small random-weight model."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Zero-based layers to average: '14', '10,14', '8-15'; default: the preset's.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Draw so many tokens of the reply, at least 1.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: CUDA where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.npz.")] = Path("hide-attend"),
+) -> None:
+    """Draw what each token of a TEXT, and of the reply to it, attends to in an IMAGE. No HiDe in it.
+
+    These are the model's own attention maps, with FlashAttention or SDPA running and no attention matrix made.
+
+    [bold]Example:[/bold] hide attend street.jpg "Where is it?" --model Qwen/Qwen2.5-VL-7B-Instruct --layers 10-18
+    """
+    console = Console(stderr=True)
+    with _errors(console), console.status("loading transformers") as status:
+        from hide.attend import attend as attention_of
+
+        _quiet()
+        status.update(f"loading {model or 'the untrained model'}")
+        hide = _load(model, None, None, None, None, device, dtype)
+        status.update("attending")
+        wanted = _layer_list(layers) if layers else hide.config.layers or range(hide.model.num_layers)
+        found = attention_of(hide.model, image, text, layers=wanted, new_tokens=tokens)
+        status.update("drawing")
+        paths = found.save(out)
+    console = Console()
+    if model is None:
+        console.print("[yellow]The model is untrained: random weights. Its attention means nothing.[/yellow]")
+    table = Table(
+        "token", "of", "share on the image", "peak at (x, y)", title=f"Attention, layers {list(found.layers)}"
+    )
+    rows, columns = found.maps.shape[1:]
+    for index, (token, own) in enumerate(zip(found.tokens, found.maps, strict=True)):
+        y, x = divmod(int(own.argmax()), columns)
+        peak = f"{int((x + 0.5) / columns * found.image.width)}, {int((y + 0.5) / rows * found.image.height)}"
+        table.add_row(
+            _plain(token.strip() or repr(token)),
+            "text" if index < found.prompt_tokens else "reply",
+            f"{float(own.sum()):.1%}",
+            peak,
+        )
+    console.print(table)
+    console.print(f"reply: [bold]{_plain(found.reply)}[/bold]")
+    console.print(f"pictures: {paths[0]}; maps as arrays: {paths[1]}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what each operator runs on and why, and what to install for more."""
+    from hide.doctor import main as examine
+
+    raise typer.Exit(examine(typer.echo))
+
+
+def _layer_list(text: str) -> list[int]:
+    """'14', '10,14', '8-15' -> layers, each once."""
+    layers: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(
+                f"layers: got {text!r}, want numbers such as 14, lists such as 10,14 or ranges such as 8-15"
+            )
+        layers.update(dict.fromkeys(range(int(match[1]), int(match[2] or match[1]) + 1)))
+    return list(layers)
+
+
+def _quiet() -> None:
+    """No progress bars and warnings of transformers between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    """What a user can mend is one line and exit code 1, not a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        console.print(f"[red]error[/red] {_plain(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
 
 
 def _load(

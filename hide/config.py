@@ -52,6 +52,10 @@ class HiDeConfig:
             raise ValueError(f"threshold: got {self.threshold}, want above 0 and at most 1")
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
+        if self.entities_from not in ("model", "rules"):
+            raise ValueError(f"entities_from: got {self.entities_from!r}, want 'model' or 'rules'")
+        if not 0 <= self.alpha_threshold <= 255:
+            raise ValueError(f"alpha_threshold: got {self.alpha_threshold}, want 0 to 255")
         for name in ("max_new_tokens", "max_entity_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")

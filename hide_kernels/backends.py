@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 Predicate = Callable[[Mapping[str, Any]], "str | None"]
@@ -26,8 +27,11 @@ class Backend:
     refuses: Predicate
 
 
-def _serves_all(arguments: Mapping[str, Any]) -> str | None:
-    return None
+def _needs(module: str) -> Predicate:
+    def refuses(arguments: Mapping[str, Any]) -> str | None:
+        return None if find_spec(module) else f"{module} is not installed"
+
+    return refuses
 
 
 def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
@@ -46,9 +50,9 @@ def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
 # Order is preference; the last entry of each operator is its reference, the definition that the others are held to.
 OPERATORS: dict[str, tuple[Backend, ...]] = {
     "attention_rows": (Backend("torch", "plain PyTorch on any device, chunked over keys", _dense_rows_only),),
-    "token_maps": (Backend("scipy", "SciPy in float64 on the CPU", _serves_all),),
-    "regions": (Backend("scipy", "SciPy labelling on the CPU, one call for the whole batch", _serves_all),),
-    "collage": (Backend("numpy", "NumPy slices on the CPU", _serves_all),),
+    "token_maps": (Backend("scipy", "SciPy in float64 on the CPU", _needs("scipy")),),
+    "regions": (Backend("scipy", "SciPy labelling on the CPU, one call for the whole batch", _needs("scipy")),),
+    "collage": (Backend("numpy", "NumPy slices on the CPU", _needs("numpy")),),
 }
 
 

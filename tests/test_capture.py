@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -83,13 +84,15 @@ def text_inputs(seed=0, length=30):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batches_equal_eager(implementation, side):
+def test_padded_batches_equal_eager(implementation, side, padding):
     model = qwen2_5_vl()
     model.set_attn_implementation(implementation)
     ids = text_inputs()
     mask = torch.ones_like(ids)
     mask[0, slice(0, 9) if side == "left" else slice(-9, None)] = 0
+    mask[1, slice(0, padding) if side == "left" else slice(30 - padding, None)] = 0
     rows = range(10, 21)
     with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows) as captured:
         model(input_ids=ids, attention_mask=mask)
@@ -97,8 +100,21 @@ def test_padded_batches_equal_eager(implementation, side):
     assert (captured[2].rows - want).abs().max() < TOLERANCE
     with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, causal=False) as captured:
         model(input_ids=ids, attention_mask=mask)
-    assert (captured[2].rows[mask[:, None].expand(2, 11, 30) == 0] == 0).all()
-    assert (captured[2].rows.sum(-1) - 1).abs().max() < 1e-5
+    free = captured[2].rows
+    assert (free[mask[:, None].expand(2, 11, 30) == 0] == 0).all()
+    assert (free.sum(-1) - 1).abs().max() < 1e-5
+    # Which rows they are: up to its own position each is the causal row, but for the normaliser of every head.
+    each = {}
+    for causal in (True, False):
+        with (
+            torch.no_grad(),
+            capture_attention_rows(model, layers=[2], rows=rows, causal=causal, head_reduction="none") as captured,
+        ):
+            model(input_ids=ids, attention_mask=mask)
+        each[causal] = captured[2].rows
+    for index, row in enumerate(rows):
+        head = each[False][:, :, index, : row + 1]
+        assert (head / head.sum(-1, keepdim=True) - each[True][:, :, index, : row + 1]).abs().max() < TOLERANCE
 
 
 def test_sliding_window_layers_equal_eager():
@@ -119,13 +135,28 @@ def test_a_chunked_prefill_gives_the_rows_of_one_forward(cache):
     if cache == "static":
         past = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=40, max_batch_size=2)
     positions = torch.arange(30)[None].expand(3, 2, 30)
-    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, key_spans=[(0, 9), (20, 30)]) as captured:
+    with (
+        torch.no_grad(),
+        capture_attention_rows(model, layers=[2], rows=rows, key_spans=[(0, 9), (20, 30)]) as captured,
+    ):
         for start, stop in [(0, 10), (10, 12), (12, 30)]:
             model(
                 input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], past_key_values=past,
                 use_cache=True, cache_position=torch.arange(start, stop),
             )  # fmt: skip
     assert (captured[2].rows - want[..., [*range(9), *range(20, 30)]]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_chunks_on_a_sliding_window_cache_that_dropped_keys_are_refused(inside):
+    model, ids = sliding_window_llm(), text_inputs()
+    past = transformers.DynamicCache(config=model.config)
+    with torch.no_grad(), pytest.raises(ValueError, match="dropped keys"):
+        if not inside:
+            model(input_ids=ids[:, :10], past_key_values=past, use_cache=True)
+        with capture_attention_rows(model, layers=[1], rows=[12]):
+            for start in (0, 10) if inside else (10,):
+                model(input_ids=ids[:, start : start + 10], past_key_values=past, use_cache=True)
 
 
 def test_a_new_sequence_replaces_the_rows_of_the_last():
@@ -154,6 +185,44 @@ def test_flash_attention_runs_through_a_view_with_its_own_config(monkeypatch):
         model(input_ids=ids)
     assert seen == [("flash_attention_2", layer, None) for layer in range(4)]
     assert (captured[1].rows - want).abs().max() < TOLERANCE
+
+
+def test_a_chunked_prefill_on_flash_attention_keeps_all_keys_for_nested_captures(monkeypatch):
+    """FlashAttention gets no mask for queries behind a cache; it aligns them with the last keys."""
+    model, ids = qwen2_5_vl(), text_inputs()
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask[None, None], **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    want = eager_rows(model, {"input_ids": ids}, 1).mean(1)
+    model.config.text_config._attn_implementation_internal = "flash_attention_2"
+    past = transformers.DynamicCache()
+    positions = torch.arange(30)[None].expand(3, 2, 30)
+    with (
+        torch.no_grad(),
+        capture_attention_rows(model, layers=[1], rows=[3, 25], key_spans=[(0, 30)]) as outer,
+        capture_attention_rows(model, layers=[1], key_spans=[(0, 30)]) as inner,
+    ):
+        for start, stop in [(0, 18), (18, 30)]:
+            model(
+                input_ids=ids[:, start:stop],
+                position_ids=positions[..., start:stop],
+                past_key_values=past,
+                use_cache=True,
+            )
+    assert (inner[1].rows - want).abs().max() < TOLERANCE
+    assert (outer[1].rows - want[:, [3, 25]]).abs().max() < TOLERANCE
+
+
+def test_sequences_packed_into_one_are_refused_on_flash_attention(monkeypatch):
+    model, ids = sliding_window_llm(), text_inputs()[:1]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation_internal = "flash_attention_2"
+    packed = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    with pytest.raises(ValueError, match="positions restart"), torch.no_grad(), capture_attention_rows(model, layers=[1]):
+        model(input_ids=ids, position_ids=packed)
 
 
 def test_captures_nest_and_everything_is_restored_also_after_an_exception():
@@ -208,6 +277,15 @@ def test_wrong_requests_are_named(arguments, text):
     model = qwen2_5_vl()
     with pytest.raises(ValueError, match=text), torch.no_grad(), capture_attention_rows(model, **arguments):
         model(input_ids=text_inputs())
+
+
+def test_layers_named_twice_are_captured_once_and_gradients_may_be_recorded():
+    model, ids = qwen2_5_vl(), text_inputs()
+    with capture_attention_rows(model, layers=[2, -2], rows=np.array([4, 7])) as captured:
+        model(input_ids=ids)
+    assert list(captured) == [2] and captured[2].rows.requires_grad
+    want = eager_rows(model, {"input_ids": ids}, 2)[:, :, [4, 7]].mean(1)
+    assert (captured[2].rows - want).abs().max() < TOLERANCE
 
 
 def test_leaving_without_a_forward_is_an_error():

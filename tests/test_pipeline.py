@@ -163,6 +163,34 @@ def test_every_form_of_a_picture_gives_the_same_result(hide, images, tmp_path):
     assert results[1:] == results[:1] * 3
 
 
+def test_every_setting_reaches_what_it_sets(adapter, images, monkeypatch):
+    config = HiDeConfig(
+        layers=(1, 4), sigma=0.5, threshold=0.6, min_tokens=31, max_tokens=77, causal=True, include_end_token=False,
+        max_new_tokens=3, max_entity_tokens=5, search_prompt="Please look for: ",
+    )  # fmt: skip
+    calls = {}
+
+    def spy(name):
+        real = getattr(adapter, name)
+
+        def call(*args, **kwargs):
+            calls.setdefault(name, []).append(kwargs)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(adapter, name, call)
+
+    for name in ("preprocess", "search_prompt", "search_rows", "generate"):
+        spy(name)
+    HiDe(adapter, config).ask(images[0], QUESTION)
+    assert (
+        all(call == {"min_tokens": 31, "max_tokens": 77} for call in calls["preprocess"])
+        and len(calls["preprocess"]) == 2
+    )
+    assert calls["search_prompt"] == [{"prompt": "Please look for: ", "include_end_token": False}]
+    assert calls["search_rows"] == [{"layers": (1, 4), "causal": True}]
+    assert [call["max_new_tokens"] for call in calls["generate"]] == [3, 5, 3]
+
+
 def test_without_entities_the_questions_own_words_are_searched(adapter, config, images):
     result = HiDe(adapter, config, extractor=lambda text: " , ").ask(images[0], QUESTION)
     assert result.entities.items == (QUESTION,)
@@ -262,6 +290,7 @@ def test_presets_hold_the_published_values_and_other_depths_are_marked(adapter):
         ({"layers": ()}, "layers"), ({"sigma": -1}, "sigma"), ({"sigma": float("nan")}, "sigma"),
         ({"threshold": 0}, "threshold"), ({"threshold": 1.5}, "threshold"), ({"min_tokens": 0}, "min_tokens"),
         ({"min_tokens": 9, "max_tokens": 8}, "max_tokens"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_entity_tokens": 0}, "max_entity_tokens"),
+        ({"entities_from": "rule"}, "entities_from"), ({"alpha_threshold": 300}, "alpha_threshold"),
         ({"search_prompt": " "}, "search_prompt"), ({"entity_prompt": "List"}, "question"),
     ],
 )  # fmt: skip

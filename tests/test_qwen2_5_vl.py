@@ -49,6 +49,18 @@ def test_pictures_too_thin_for_the_model_are_refused_and_the_limit_is_named():
     assert token_grid(200, 1, 28, 4, 16384) == (200 // 28, 1)
 
 
+def test_rounding_does_not_carry_a_thin_picture_over_the_limit(adapter):
+    """5628 x 29 pixels are 194 : 1, but 201 x 1 cells."""
+    assert token_grid(29, 5628, 28, 4, 16384) == (1, 200)
+    assert adapter.preprocess([Image.new("RGB", (5628, 29))], min_tokens=4, max_tokens=400).grids == ((1, 200),)
+
+
+def test_the_token_budget_holds_for_large_pictures_and_small(adapter):
+    for size in [(900, 1300), (40, 30)]:
+        ((rows, columns),) = adapter.preprocess([Image.new("RGB", size)], min_tokens=30, max_tokens=50).grids
+        assert 30 <= rows * columns <= 50
+
+
 def test_small_pictures_are_brought_up_to_the_least_number_of_tokens(adapter):
     small = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     once = small.resize((84, 56), Image.Resampling.BICUBIC)
@@ -122,6 +134,28 @@ def test_stopping_after_the_last_wanted_layer_leaves_rows_and_model_as_they_are(
     for row, (start, stop, _), grid in zip(rows, prompt.images, pictures.grids, strict=True):
         assert row.shape == (len(prompt.rows), *grid)
         assert (row - chosen[:, start:stop].unflatten(-1, grid)).abs().max() < 1e-6
+
+
+def test_non_causal_rows_are_the_softmax_over_every_key(adapter, pictures):
+    """Published HiDe: the layer's own attention module, run once more without a mask."""
+    prompt = adapter.search_prompt("star, ring", pictures)
+    attention = decoder_attention(adapter.model)[2]
+    seen = []
+    handle = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
+    rows = adapter.search_rows(prompt, pictures, layers=(2,), causal=False)
+    handle.remove()
+    ((args, kwargs),) = seen
+    adapter.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = attention(*args, **{**kwargs, "attention_mask": None, "past_key_values": None})[1][
+            0, :, prompt.rows
+        ].mean(0)
+    adapter.model.set_attn_implementation("sdpa")
+    assert (want[0, prompt.rows.stop :] > 0).all(), "later tokens are seen"
+    for row, image in zip(rows, prompt.images, strict=True):
+        assert (row.flatten(1) - want[:, image.start : image.stop]).abs().max() < 1e-6
 
 
 def test_layers_are_restored_after_an_error(adapter, pictures, monkeypatch):

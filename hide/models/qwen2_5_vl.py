@@ -304,7 +304,8 @@ def token_grid(height: int, width: int, cell: int, min_tokens: int, max_tokens: 
     elif rows * columns < min_tokens:
         grow = math.sqrt(min_tokens * cell**2 / (height * width))
         rows, columns = math.ceil(height * grow / cell), math.ceil(width * grow / cell)
-    return rows, columns
+    # Rounding may carry a picture beyond what the processor accepts.
+    return min(rows, MAX_ASPECT * columns), min(columns, MAX_ASPECT * rows)
 
 
 @contextmanager

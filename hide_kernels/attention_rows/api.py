@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,10 +110,10 @@ def attention_rows(
         raise ValueError("q_positions: got None, want (R,) or (B, R) integers, because causal or window is set")
     if window is not None and window < 1:
         raise ValueError(f"window: got {window}, want None or at least 1")
-    if scale is not None and not scale == scale:
-        raise ValueError(f"scale: got {scale}, want a number")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, want None or a positive number")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, want None or a finite number")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap}, want None or a finite positive number")
     reduction, out_heads = _check_head_reduction(head_reduction, heads, kv_heads, dtype, query.device)
     if row_reduction not in (None, "mean", "sum"):
         raise ValueError(f"row_reduction: got {row_reduction!r}, want None, 'mean' or 'sum'")
@@ -201,8 +203,10 @@ def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> tuple[S
     """One list of spans per sample, and the number of output columns."""
     if key_spans is None:
         return [[(0, length)]] * batch, length
-    spans = list(key_spans)
-    nested = bool(spans) and not all(len(span) == 2 and isinstance(span[0], int) for span in spans)
+    if not isinstance(key_spans, (list, tuple)) or not all(isinstance(span, (list, tuple)) for span in key_spans):
+        raise TypeError(f"key_spans: got {key_spans!r}, want a list of (start, stop), or one such list per sample")
+    spans: list[Any] = list(key_spans)
+    nested = any(not span or isinstance(span[0], (list, tuple)) for span in spans)
     if nested and len(spans) != batch:
         raise ValueError(f"key_spans: got {len(spans)} lists of spans, want one per sample ({batch}) or a single list")
     per_sample: Spans = [[_check_span(s, length) for s in sample] for sample in (spans if nested else [spans] * batch)]
@@ -211,7 +215,7 @@ def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> tuple[S
 
 def _check_span(span: object, length: int) -> tuple[int, int]:
     try:
-        start, stop = (int(x) for x in span)  # type: ignore[attr-defined]
+        start, stop = (operator.index(x) for x in span)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise TypeError(f"key_spans: got {span!r}, want a pair of ints (start, stop)") from None
     if not 0 <= start <= stop <= length:
@@ -227,6 +231,8 @@ def _check_head_reduction(
         if out_heads is None:
             raise ValueError(f"head_reduction: got {reduction!r}, want 'mean', 'none', 'kv_group' or {heads} weights")
         return reduction, out_heads  # type: ignore[return-value]
+    if not isinstance(reduction, (Tensor, list, tuple)):
+        raise TypeError(f"head_reduction: got {reduction!r}, want 'mean', 'none', 'kv_group' or {heads} weights")
     weights = torch.as_tensor(reduction, dtype=dtype, device=device)
     if tuple(weights.shape) != (heads,):
         raise ValueError(f"head_reduction: got weights of shape {tuple(weights.shape)}, want ({heads},)")

@@ -102,10 +102,11 @@ def _sample_rows(
     for span_start, span_stop in request.spans[sample]:
         for start, stop in _blocks(span_start, span_stop, block_keys):
             block, visible = scores(start, stop)
+            if visible is not None:
+                # Before exp: a large hidden score would overflow, and its gradient be NaN.
+                block = block.masked_fill(~visible, 0.0 if normaliser is None else -torch.inf)
             if normaliser is not None:
                 block = torch.exp(block - normaliser)
-            if visible is not None:
-                block = block.masked_fill(~visible, 0.0)
             _add(out, _reduce_heads(block, request.head_reduction, kv_heads), request, first, rows, column)
             column += stop - start
     return lse if lse is not None else out.new_zeros(heads, rows)
@@ -154,9 +155,9 @@ def _reduce_heads(block: Tensor, reduction: HeadReduction, kv_heads: int) -> Ten
 def _add(out: Tensor, block: Tensor, request: RowRequest, first: int, rows: int, column: int) -> None:
     columns = slice(column, column + block.shape[-1])
     if request.row_reduction is None:
-        out[..., first : first + rows, columns] += block
+        out[..., first : first + rows, columns].add_(block)
         return
     reduced = block.sum(-2)
     if request.row_reduction == "mean":
         reduced = reduced / request.rows
-    out[..., columns] += reduced
+    out[..., columns].add_(reduced)

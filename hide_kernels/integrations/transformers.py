@@ -9,6 +9,7 @@ tower are not touched, masks are built as before, and the hidden states are the 
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,8 +60,8 @@ def capture_attention_rows(
         layers: zero-based decoder layers; negative ones count from the last.
         rows: strictly increasing positions in the (padded) sequence; `None`: every query of every forward;
             "generated": the last query of the prompt and then each new token's, inside `generate`, greedy or sampled
-            (not with beams, an assistant or a compiled decode). Batches must be padded on the left, as `generate` wants.
-            transformers 4.57 with `prefill_chunk_size` gives one row more at the start: it decodes the last prompt token.
+            (not with beams, an assistant or a compiled decode). Batches must be padded on the left, as `generate`
+            wants. With `prefill_chunk_size`, transformers 4.57 decodes the last prompt token: one more row at first.
         key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
         causal: True gives the model's own attention, equal to `output_attentions=True`; False lets every row see
             every key of its forward (published HiDe, arXiv 2510.00054). Padding is left out in both.
@@ -74,18 +75,20 @@ def capture_attention_rows(
             sinks, and, on leaving the block, for rows that no forward computed.
     """
     modules = decoder_attention(model)
-    if rows is not None and rows != "generated":
-        if isinstance(rows, str) or not all(isinstance(row, int) for row in rows):
-            raise TypeError(f'rows: got {rows!r}, want None, "generated" or strictly increasing ints')
-        rows = list(rows)
+    if rows is not None and not (isinstance(rows, str) and rows == "generated"):
+        try:
+            rows = [operator.index(row) for row in rows]
+        except TypeError:
+            raise TypeError(f'rows: got {rows!r}, want None, "generated" or strictly increasing ints') from None
         if not rows or rows[0] < 0 or any(a >= b for a, b in pairwise(rows)):
             raise ValueError(f'rows: got {rows}, want None, "generated" or strictly increasing positions >= 0')
-    captures: list[_Capture] = []
     for layer in layers:
         if not -len(modules) <= layer < len(modules):
             raise ValueError(f"layers: got {layer}, want 0 to {len(modules) - 1} ({type(model).__name__})")
-        index = layer % len(modules)
-        captures.append(_Capture(index, rows, key_spans, causal, head_reduction, return_lse))
+    captures = [
+        _Capture(layer, rows, key_spans, causal, head_reduction, return_lse)
+        for layer in dict.fromkeys(layer % len(modules) for layer in layers)
+    ]
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
     originals: dict[int, Any] = {capture.layer: modules[capture.layer].config for capture in captures}
@@ -162,31 +165,43 @@ class _Capture:
     pieces: list[AttentionRows] = field(default_factory=list)
     base_config: Any = None
     positions: list[int] = field(default_factory=list)
+    tokens: int = 0
     keys: int = 0
 
     @property
     def implementation(self) -> str:
-        """What the layer runs without us: "sdpa", "eager", "flash_attention_2", ..."""
+        """What the layer runs without this capture: "sdpa", "eager", "flash_attention_2", or an outer capture."""
         return self.base_config._attn_implementation or "eager"
 
+    @property
+    def flash(self) -> bool:
+        """Whether the layer runs a FlashAttention, under all captures."""
+        outer: _Capture | None = getattr(self.base_config, "hide_capture", None)
+        return outer.flash if outer is not None else "flash" in self.implementation
+
     def record(self, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-        for name in ("s_aux", "position_bias"):
+        for name in ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"layer {self.layer}: {name} is part of its softmax; rows cannot be captured")
+                raise ValueError(f"layer {self.layer}: {name} changes its softmax; rows cannot be captured")
+        restarts = kwargs.get("position_ids") if self.flash and mask is None else None
+        if restarts is not None and restarts.dim() == 2 and bool((restarts.diff(dim=-1) < 1).any()):
+            raise ValueError(f"layer {self.layer}: positions restart: several sequences in one row; unpack them")
         visible = None if mask is None else _visible(mask, key.shape[2])
-        if visible is None and 1 < query.shape[2] < key.shape[2] and "flash" not in self.implementation:
+        if visible is None and 1 < query.shape[2] < key.shape[2] and not self.flash:
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
         first = _first_position(visible, query.shape[2], key.shape[2])
         if first == 0:
             self.positions.clear()
             self.pieces.clear()
-            self.keys = 0
-        elif kwargs.get("sliding_window") is not None and self.pieces and key.shape[2] <= self.keys:
+            self.tokens = self.keys = 0
+        sliding = kwargs.get("sliding_window")
+        if sliding is not None and (first != self.tokens if self.tokens else first >= max(1, sliding - 1)):
             raise ValueError(
-                f"layer {self.layer}: its sliding-window cache has dropped keys, so their places are not known; capture "
-                "a layer with full attention, or use a cache that keeps all keys"
+                f"layer {self.layer}: its sliding-window cache may have dropped keys, so their places are unknown; "
+                "capture a layer with full attention, or use a cache that keeps all keys"
             )
+        self.tokens = first + query.shape[2]
         wanted: Sequence[int] = range(first, first + query.shape[2])
         if self.rows == "generated":
             self._drop_prompt(query.shape[2])
@@ -196,7 +211,7 @@ class _Capture:
         here = [row - first for row in wanted if 0 <= row - first < query.shape[2]]
         if not here:
             return
-        window = kwargs.get("sliding_window") if self.causal else None
+        window = sliding if self.causal else None
         limits = _limits(
             visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer
         )
@@ -262,7 +277,8 @@ def _first_position(visible: Tensor | None, queries: int, keys: int) -> int:
     """Sequence position of the first query: keys - queries, or less where a preallocated cache is not full."""
     if visible is None or visible.shape[1] == 1 != queries:
         return keys - queries
-    return int(_last(visible[:, -1]).max()) + 1 - queries
+    # The last key that a query sees is its own, unless the query is padding: then one at the other end tells.
+    return int(torch.maximum(_last(visible[:, 0]), _last(visible[:, -1]) + 1 - queries).max())
 
 
 def _last(visible: Tensor) -> Tensor:

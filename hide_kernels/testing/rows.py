@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -55,14 +56,17 @@ def error_budget(plain: Tensor, oracle: Tensor) -> float:
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Inside, `torch.empty` and `torch.empty_like` return NaN, so that memory read before it is written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+    """Inside, every `torch.empty*` and `new_empty*` returns NaN, so that memory read before it is written shows."""
+    owners: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
+    owners += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
 
     def poison(tensor: Tensor) -> Tensor:
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    with (
-        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs))),
-        mock.patch.object(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs))),
-    ):
+    def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: poison(function(*args, **kwargs))
+
+    with ExitStack() as stack:
+        for owner, name in owners:
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
         yield
