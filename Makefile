@@ -21,8 +21,8 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## HiDe answers a question about the example picture; pictures go to demo/
-	$(BIN)/hide ask hide/examples/scene.jpg "What is the color of the star?" --out demo
+demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
+	$(BIN)/hide ask hide/examples/scene.jpg "What is the color of the star?" --report demo
 
 test: $(STAMP) lint  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2

@@ -47,7 +47,14 @@ def ask(
     threshold: Annotated[float | None, typer.Option(help="A region's cells reach this part of the peak.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: CUDA where there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and result.json.")] = Path("hide-out"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Folder for report.html, one page that shows and explains it all, with pictures and result."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
     """Answer a QUESTION about an IMAGE, with and without HiDe, and draw what was looked at.
@@ -55,26 +62,23 @@ def ask(
     [bold]Example:[/bold] hide ask street.jpg "What is the color of the umbrella?" --model Qwen/Qwen2.5-VL-7B-Instruct
     """
     console = Console(stderr=True)
-    try:
-        with console.status("loading transformers") as status:
-            from transformers.utils import logging
+    with _errors(console), console.status("loading transformers") as status:
+        from hide.report import save_pictures, save_report
 
-            from hide.report import save_pictures
-
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            status.update(f"loading {model or 'the untrained model'}")
-            hide = _load(model, preset, layer, sigma, threshold, device, dtype)
-            result = hide.ask(image, question, options=option or None, progress=status.update)
-            status.update("drawing")
-            pictures = save_pictures(result, out)
-            document = result.to_dict()
-            if model is None:
-                document["model"] = "untrained"
-            (out / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, TypeError, OSError) as error:
-        console.print(f"[red]error[/red] {_plain(str(error))}", highlight=False)
-        raise typer.Exit(1) from None
+        _quiet()
+        status.update(f"loading {model or 'the untrained model'}")
+        hide = _load(model, preset, layer, sigma, threshold, device, dtype)
+        result = hide.ask(image, question, options=option or None, progress=status.update)
+        status.update("drawing")
+        document = result.to_dict()
+        if model is None:
+            document["model"] = "untrained"
+        for folder in dict.fromkeys(given for given in (out, report) if given) or [Path("hide-out")]:
+            pictures = save_pictures(result, folder, hide.config.threshold)
+            (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if report is not None:
+            name = model or "untrained, random weights: what it sees and answers means nothing"
+            page = save_report(result, report, hide.config, model=name)
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
@@ -107,7 +111,10 @@ def ask(
         times.add_row(step, f"{seconds:.3f}", f"{seconds / total:.0%}")
     times.add_row("total", f"{total:.3f}", "", style="bold")
     console.print(times)
-    console.print(f"pictures: {pictures[-1]} and {len(pictures) - 1} more in {out}/", highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print(f"report: {_plain(str(page))}", highlight=False, soft_wrap=True)
+    saved = f"pictures: {pictures[-1]} and {len(pictures) - 1} more in {folder}/"
+    console.print(_plain(saved), highlight=False, soft_wrap=True)
 
 
 @app.command()
