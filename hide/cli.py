@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import tempfile
@@ -170,6 +171,78 @@ def attend(
     console.print(table)
     console.print(f"reply: [bold]{_plain(found.reply)}[/bold]")
     console.print(f"pictures: {paths[0]}; maps as arrays: {paths[1]}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Option(help="scenes, or FORMAT:PATH with FORMAT one of vstar, hr-bench, mme-realworld, list."),
+    ] = "scenes",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A Qwen2.5-VL checkpoint: folder or hub name. Without it, a small random-weight model."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most so many questions.")] = 200,
+    scorer: Annotated[str, typer.Option(help="strict, or compat: the published metric.")] = "strict",
+    preset: Annotated[str | None, typer.Option(help="Name of a preset; default: the one for the model.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Zero-based decoder layer; repeat it to average.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Smoothing of the maps, in grid cells.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="A region's cells reach this part of the peak.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask questions again that failed.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: CUDA where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl; a killed run goes on there.")] = Path(
+        "hide-eval"
+    ),
+) -> None:
+    """Ask a data set's questions, plain and with HiDe, and score the answers.
+
+    Every answer is on the disk before the next question: run the same command again after a crash and it goes on.
+
+    [bold]Example:[/bold] hide eval --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out vstar-7b
+    """
+    console = Console(stderr=True)
+    with _errors(console):
+        from itertools import islice
+
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from hide.evaluation.data import READERS, scenes
+        from hide.evaluation.runner import METHODS, ResultFile, scores
+        from hide.evaluation.runner import evaluate as run
+        from hide.evaluation.scoring import SCORERS
+
+        _quiet()
+        if scorer not in SCORERS:
+            raise ValueError(f"scorer: got {scorer!r}, want one of {', '.join(SCORERS)}")
+        kind, _, path = data.partition(":")
+        if data != "scenes" and (kind not in READERS or not path):
+            raise ValueError(f"data: got {data!r}, want scenes or FORMAT:PATH with FORMAT one of {', '.join(READERS)}")
+        # One at a time: a benchmark's pictures are gigabytes.
+        samples = islice(READERS[kind](path), limit) if path else scenes(limit)
+        hide = _load(model, preset, layer, sigma, threshold, device, dtype)
+        settings = {"data": data, "model": model or "untrained", **dataclasses.asdict(hide.config)}
+        bar = Progress(
+            TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        with ResultFile(out / "results.jsonl", settings) as results, bar:
+            task = bar.add_task("questions", total=limit)
+            records: list[dict[str, Any]] = []
+
+            def done(record: dict[str, Any]) -> None:
+                records.append(record)
+                bar.advance(task)
+
+            run(hide, samples, results, retry_failed=retry_failed, progress=done)
+            bar.update(task, total=len(records))
+        if not records:
+            raise ValueError(f"data: {data} holds no question")
+    table = Table("split", *METHODS, "no answer read", "failed", title=f"{len(records)} questions, {scorer} scorer")
+    for name, of_method, unreadable, failed in scores(records, SCORERS[scorer]):
+        table.add_row(name, *(str(of_method[method]) for method in METHODS), str(unreadable), str(failed))
+    Console().print(table)
+    console.print(f"results: {out / 'results.jsonl'}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Questions with known answers: data sets, runs over them, scores."""

@@ -1,0 +1,294 @@
+"""Data set readers on hand-made files, scorers, and runs that are killed."""
+
+import base64
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hide.evaluation import data
+from hide.evaluation.data import Sample
+from hide.evaluation.runner import ResultFile, answer, evaluate, scores
+from hide.evaluation.scoring import compat, share, strict
+from hide.questions import Question
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+LETTERED = "Where is it?\n(A) left\n(B) right\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.fixture()
+def picture(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def encoded():
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def same_picture(sample):
+    return np.array_equal(np.asarray(sample.image()), PIXELS)
+
+
+def test_vstar_folders_with_boxes_and_targets(tmp_path):
+    folder = tmp_path / "relative_position"
+    folder.mkdir()
+    Image.fromarray(PIXELS).save(folder / "sa_1.png")
+    (folder / "sa_1.json").write_text(
+        json.dumps({"target_object": ["cat", "dog"], "bbox": [[1, 2, 3, 4], [5, 0, 2, 2]]})
+    )
+    record = {
+        "image": "relative_position/sa_1.png",
+        "text": LETTERED,
+        "category": "relative_position",
+        "label": "B",
+        "question_id": 7,
+    }
+    (tmp_path / "test_questions.jsonl").write_text(json.dumps(record) + "\n\n")
+    (sample,) = data.vstar(tmp_path)
+    assert (sample.id, sample.answer, sample.split) == ("7", "B", "relative_position")
+    assert sample.question == Question("Where is it?", ("left", "right"))
+    assert sample.boxes == ((1, 2, 4, 6), (5, 0, 7, 2)) and sample.entities == ("cat", "dog")
+    assert same_picture(sample)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "parquet"])
+def test_hr_bench_tables_with_base64_pictures(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    row = {
+        "index": 3,
+        "question": "Where is it?",
+        "A": "left",
+        "B": "right",
+        "C": "up",
+        "D": "down",
+        "answer": "C",
+        "category": "single",
+        "image": encoded(),
+    }
+    file = tmp_path / f"hr.{kind}"
+    if kind == "tsv":
+        file.write_text("\t".join(row) + "\n" + "\t".join(map(str, row.values())) + "\n")
+    else:
+        datasets.Dataset.from_list([row]).to_parquet(str(file))
+    (sample,) = data.hr_bench(file)
+    assert (sample.id, sample.answer, sample.split) == ("3", "C", "single")
+    assert sample.question == Question("Where is it?", ("left", "right", "up", "down"))
+    assert same_picture(sample)
+
+
+def test_mme_realworld_and_the_published_lists(tmp_path, picture):
+    record = {
+        "Question_id": "q1",
+        "Text": "Where is it?",
+        "Answer choices": ["(A) left", "(B) right"],
+        "Ground truth": "A",
+        "Image": "a.png",
+        "Category": "OCR",
+    }
+    (tmp_path / "mme.json").write_text(json.dumps([record]))
+    (sample,) = data.mme_realworld(tmp_path / "mme.json")
+    assert (sample.id, sample.answer, sample.split, sample.question.options) == ("q1", "A", "OCR", ("left", "right"))
+    assert same_picture(sample)
+    messages = [{"role": "user", "content": f"<image>{LETTERED}"}, {"role": "assistant", "content": "(B)"}]
+    records = [
+        {"id": 5, "question": LETTERED, "labels": "A", "image_path": "a.png", "category": "x"},
+        {"messages": messages, "images": ["a.png"]},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    first, second = data.published_list(tmp_path / "list.json")
+    assert (first.id, first.answer, first.split) == ("5", "A", "x") and (second.id, second.answer) == ("1", "B")
+    assert first.question == second.question == Question("Where is it?", ("left", "right"))
+    assert same_picture(first) and same_picture(second)
+
+
+def test_scenes_are_questions_with_true_boxes_and_repeatable():
+    first, again = (list(data.scenes(4, size=(500, 400), lettered=True)) for _ in range(2))
+    assert [(s.id, s.question, s.answer) for s in first] == [(s.id, s.question, s.answer) for s in again]
+    for sample in first:
+        assert sample.image().size == (500, 400) and len(sample.boxes) == len(sample.entities) >= 1
+        assert sample.question.letter(sample.answer) == sample.answer
+
+
+@pytest.mark.parametrize(
+    "reader, name, content, text",
+    [
+        (data.vstar, "", None, "test_questions.jsonl is not a file"),
+        (data.mme_realworld, "m.json", "{", "not JSON"),
+        (data.mme_realworld, "m.json", "{}", "want a list"),
+        (data.mme_realworld, "m.json", '[{"Text": "Where?"}]', "without 'Answer choices'"),
+        (data.published_list, "m.json", "[3]", "without 'question'"),
+        (data.hr_bench, "m.csv", "x", "neither .tsv nor .parquet"),
+    ],
+)
+def test_broken_data_is_named(tmp_path, reader, name, content, text):
+    pytest.importorskip("datasets")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=text):
+        list(reader(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "reply, strictly, published",
+    [
+        ("B", True, True),
+        ("b", None, True),
+        ("(B)", True, False),
+        ("The answer is B.", True, False),
+        ("A", False, False),
+        ("", None, False),
+        ("I see b", None, True),
+    ],
+)
+def test_strict_and_published_scoring_of_letters(reply, strictly, published):
+    question = Question.parse(LETTERED)
+    assert strict(question, "B", reply) is strictly
+    assert compat(question, "B", reply) is published
+
+
+def test_free_answers_are_compared_without_case_and_articles():
+    question = Question.parse("What color is it?")
+    assert strict(question, "red", "Red.") is True and strict(question, "red", "the RED") is True
+    assert strict(question, "red", "red and blue") is False and strict(question, "red", " ... ") is None
+
+
+def test_the_interval_is_wilsons():
+    found = share([True] * 8 + [False, None])
+    assert (found.right, found.total, found.value) == (8, 10, 0.8)
+    assert found.low == pytest.approx(0.4902, abs=1e-4) and found.high == pytest.approx(0.9433, abs=1e-4)
+    assert share([True] * 5).high == 1 and share([False] * 5).low == pytest.approx(0) and str(share([])) == "none"
+
+
+def sample(number, fail=False):
+    def image():
+        if fail:
+            raise ValueError("no such picture")
+        return Image.fromarray(PIXELS)
+
+    return Sample(f"q{number}", image, Question.parse(LETTERED), "B", "odd" if number % 2 else "even")
+
+
+class Fake:
+    """Answers at once: plain always A, HiDe always B."""
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.asked = seconds, []
+
+    def ask(self, image, question):
+        self.asked.append(question)
+        time.sleep(self.seconds)
+        facts = {
+            "images": [],
+            "entities": [],
+            "boxes": [],
+            "collages": [],
+            "image_tokens": [],
+            "notes": [],
+            "seconds": {},
+        }
+        return SimpleNamespace(plain_answer="A", answer="B", to_dict=lambda: facts)
+
+
+def test_a_failing_question_is_recorded_and_only_retried_on_demand(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with ResultFile(path, {"model": "m"}) as results:
+        evaluate(Fake(), [sample(0), sample(1, fail=True), sample(2)], results)
+        assert results.records["q1"]["error"] == "ValueError: no such picture"
+    with ResultFile(path, {"model": "m"}) as results:
+        hide = Fake()
+        evaluate(hide, [sample(0), sample(1), sample(2)], results)
+        assert hide.asked == []
+        table = list(scores(list(results.records.values()), strict))
+        assert [(name, of["plain"].right, of["hide"].right, of["hide"].total, failed) for name, of, _, failed in table] == [
+            ("even", 0, 2, 2, 0), ("odd", 0, 0, 1, 1), ("all", 0, 2, 3, 1),
+        ]  # fmt: skip
+        evaluate(hide, [sample(0), sample(1), sample(2)], results, retry_failed=True)
+        assert len(hide.asked) == 1 and results.records["q1"]["error"] is None
+
+
+def test_other_settings_a_second_run_and_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with ResultFile(path, {"sigma": 1}), pytest.raises(ValueError, match="another run is writing"):
+        ResultFile(path, {"sigma": 1})
+    with pytest.raises(ValueError, match="sigma: 1 there, 2 now"):
+        ResultFile(path, {"sigma": 2})
+    (tmp_path / "x").write_text("hello\n")
+    with pytest.raises(ValueError, match="not a result file"):
+        ResultFile(tmp_path / "x", {})
+
+
+def run_until_killed(path):
+    with ResultFile(path, {}) as results:
+        evaluate(Fake(0.002), (sample(number) for number in range(120)), results)
+
+
+def test_runs_killed_at_random_points_lose_nothing_and_ask_nothing_twice(tmp_path):
+    path, rng = tmp_path / "r.jsonl", random.Random(0)
+    fork = multiprocessing.get_context("fork")
+    kills = 0
+    while True:
+        process = fork.Process(target=run_until_killed, args=(path,))
+        process.start()
+        process.join(rng.uniform(0.02, 0.12))
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        if kills == 3:  # what a kill in the middle of a write leaves behind
+            with path.open("ab") as file:
+                file.write(b'{"id": "q1')
+    assert kills >= 3 and process.exitcode == 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["id"] for line in lines[1:]] == [f"q{number}" for number in range(120)]
+
+
+def test_a_real_question_leaves_a_record_that_json_can_hold():
+    from hide.models.qwen2_5_vl import Qwen25VL
+    from hide.pipeline import PRESETS, HiDe
+    from hide.tiny.model import build
+
+    (one,) = data.scenes(1, size=(200, 150), lettered=True)
+    record = answer(HiDe(Qwen25VL(*build()), PRESETS["tiny"]), one)
+    assert record["error"] is None and json.loads(json.dumps(record)) == record
+    assert record["id"] == one.id and {"plain", "hide", "boxes", "image_tokens", "seconds"} <= record.keys()
+
+
+def test_the_command_goes_on_where_it_was_and_prints_shares_by_split(tmp_path):
+    from typer.testing import CliRunner
+
+    from hide.cli import app
+    from hide.tiny.scenes import draw_scene
+
+    draw_scene(0, 200, 150, objects=3).image.save(tmp_path / "a.png")
+    records = [
+        {"id": i, "question": LETTERED, "labels": "B", "image_path": "a.png", "category": "xy"[i % 2]} for i in range(3)
+    ]
+    records.append({**records[0], "id": 3, "image_path": "missing.png"})
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    call = ["eval", "--data", f"list:{tmp_path / 'list.json'}", "--out", str(tmp_path / "out"), "--limit"]
+    assert CliRunner().invoke(app, [*call, "2"]).exit_code == 0
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    result = CliRunner().invoke(app, [*call, "9"])
+    assert result.exit_code == 0, result.output
+    after = (tmp_path / "out" / "results.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 5 and b"missing.png is not a file" in after
+    assert "4 questions" in result.output and "failed" in result.output
+    for wrong, text in (
+        (["--data", "vstar"], "FORMAT"),
+        (["--scorer", "x"], "scorer"),
+        (["--sigma", "2"], "other settings"),
+    ):
+        result = CliRunner().invoke(app, [*call, "9", *wrong])
+        assert result.exit_code == 1 and text in result.output and "Traceback" not in result.output
