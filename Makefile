@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test fuzz lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -26,6 +26,9 @@ demo: $(STAMP)  ## HiDe answers a question about the example picture; writes dem
 
 test: $(STAMP) lint  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2
+
+fuzz: $(STAMP)  ## the properties on more than 10,000 examples
+	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 tests/test_properties.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ Extractor = Callable[[str], str]
 
 OPEN_TAG, CLOSE_TAG = "<FINAL_OUTPUT>", "</FINAL_OUTPUT>"
 MAX_ENTITIES = 24
+MAX_LENGTH = 200
+"""Characters of one entity: what is longer names no thing."""
 
 ENTITY_PROMPT = f"""\
 You list the visible things that a question about a picture speaks of, so that a search can look for each of them.
@@ -66,28 +68,75 @@ def entity_request(question: Question, prompt: str | None = None) -> str:
     return (prompt or ENTITY_PROMPT).replace("{question}", question.text)
 
 
-def parse_entities(reply: str) -> Entities:
+_TAG = re.compile(f"<(/?){re.escape(OPEN_TAG[1:])}", re.IGNORECASE)
+# A line of a list in Markdown or JSON.
+_BULLET = re.compile(r"\s*(?:[-*•\"]|\d+[.)]\s)")
+# What may stand before an item: the name of the list or a key of JSON, a number, articles.
+_LABEL = re.compile(r"(?:.*:(?=[\s\"*\[{]))?", re.DOTALL)
+_BEFORE = re.compile(r"(?:\d+[.)]\s+)?(?:(?:an?|the)\s+)*")
+_AROUND = " \t\"'“”‘’`.*•-[]{}"
+
+
+def parse_entities(reply: str, request: str = ENTITY_PROMPT) -> Entities:
     """Entities of a model's reply.
 
-    The text after the last opening tag, up to the next closing tag or the end. Without tags the whole reply counts, as
-    in the published code, but only its last line that is not empty. Items lose surrounding blanks, quotes, full stops
-    and articles; empty and repeated ones are dropped; at most `MAX_ENTITIES` are kept.
+    The text after the last opening tag that has a word behind it, up to the next tag or the end. Without any tag the
+    whole reply counts, as in the published code, but only its last line with a word, or the Markdown or JSON list that
+    it ends. Items lose surrounding blanks, quotes, brackets, full stops, articles, numbers and labels; empty, repeated
+    and very long ones are dropped; at most `MAX_ENTITIES` are kept.
+
+    Lines of `request` that the reply repeats do not count, lest its examples be taken for entities; a line that begins
+    with a tag counts as repeated only behind another such line, because it may also be the answer.
     """
     notes = []
-    if OPEN_TAG in reply:
-        body = reply.rpartition(OPEN_TAG)[2].partition(CLOSE_TAG)[0]
-    else:
-        body = next((line for line in reversed(reply.replace(CLOSE_TAG, "").splitlines()) if line.strip()), "")
-        if re.search(r"\w", body):
+    # A surrogate, which only an extractor of the user's can bring, would stop the tokenizer.
+    lines = reply.encode(errors="replace").decode().splitlines()
+    own = _without_echo(lines, request)
+    if len(own) < len(lines):
+        notes.append("entities: the model's reply repeated the request; that part was left out")
+    pieces = _TAG.split("\n".join(own))
+    # Text before the first tag, then "" or "/" of each tag and the text behind it.
+    tagged = [body for slash, body in zip(pieces[1::2], pieces[2::2], strict=True) if not slash]
+    body = next((body for body in reversed(tagged) if re.search(r"\w", body)), "")
+    if not body and not tagged:
+        body = _last_list("".join(pieces[::2]).splitlines())
+        if body:
             notes.append("entities: the model's reply had no tags; its last line was read as the list")
     items: dict[str, None] = {}
     for item in re.split(r"[,;\n]", body):
-        item = re.sub(r"\s+", " ", item).strip(" \t\"'.`*-").lower()
-        item = re.sub(r"^(?:an?|the)\s+", "", item)
-        if re.search(r"\w", item) and len(item) <= 200:
+        item = re.sub(r"\s+", " ", _LABEL.sub("", item, count=1)).strip(_AROUND).lower()
+        item = _BEFORE.sub("", item, count=1).strip(_AROUND)
+        if re.search(r"\w", item) and len(item) <= MAX_LENGTH:
             items[item] = None
+    return _limited(items, notes)
+
+
+def _without_echo(lines: list[str], request: str) -> list[str]:
+    """`lines` without those of `request`, of which the last may be cut short."""
+    known = {line.strip() for line in request.splitlines()}
+    kept, echo = [], False
+    for place, line in enumerate(lines):
+        text = line.strip()
+        if text:
+            cut = echo and place == len(lines) - 1 and any(whole.startswith(text) for whole in known)
+            echo = cut or (text in known and (echo or not text.startswith(OPEN_TAG)))
+        if not (echo and text):
+            kept.append(line)
+    return kept
+
+
+def _last_list(lines: list[str]) -> str:
+    """The last line with a word, with the lines of the list that it ends."""
+    worded = [line for line in lines if re.search(r"\w", line)]
+    start = len(worded) - 1
+    while start > 0 and _BULLET.match(worded[start]) and _BULLET.match(worded[start - 1]):
+        start -= 1
+    return "\n".join(worded[max(start, 0) :])
+
+
+def _limited(items: dict[str, None], notes: list[str]) -> Entities:
     if len(items) > MAX_ENTITIES:
-        notes.append(f"entities: the reply named {len(items)}; the first {MAX_ENTITIES} were kept")
+        notes = [*notes, f"entities: {len(items)} were named; the first {MAX_ENTITIES} were kept"]
     return Entities(tuple(items)[:MAX_ENTITIES], tuple(notes))
 
 
@@ -117,17 +166,18 @@ _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*", re.UNICODE)
 def entities_by_rules(question: Question) -> Entities:
     """Entities without a model: runs of the question's content words, in any language that separates words.
 
-    Function words, question words, places and names of attributes end a run; the possessive `'s` too. The options are
-    read only when the question itself names nothing.
+    Function words, question words, places and names of attributes end a run; the possessive `'s` too, and a length of
+    `MAX_LENGTH`. The options are read only when the question itself names nothing. At most `MAX_ENTITIES` are kept.
     """
     for text in (question.stem, ", ".join(question.options)):
         items: dict[str, None] = {}
         run: list[str] = []
         position = 0
         for match in _WORD.finditer(text.lower()):
-            word = re.sub(r"['’]s$", "", match[0])
+            word = re.sub(r"['’]s$", "", match[0])[:MAX_LENGTH]
             separated = bool(re.search(r"[^\s]", text[position : match.start()]))
-            if run and (separated or word in _STOPWORDS):
+            too_long = len(" ".join([*run, word])) > MAX_LENGTH
+            if run and (separated or too_long or word in _STOPWORDS):
                 items[" ".join(run)] = None
                 run = []
             if word not in _STOPWORDS:
@@ -139,5 +189,5 @@ def entities_by_rules(question: Question) -> Entities:
         if run:
             items[" ".join(run)] = None
         if items:
-            return Entities(tuple(items)[:MAX_ENTITIES])
+            return _limited(items, [])
     return Entities(())

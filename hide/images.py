@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -22,7 +24,8 @@ def load_image(image: ImageLike) -> Image.Image:
 
     Returns:
         RGBA where the picture has transparency, RGB otherwise, turned upright if its EXIF data says how it was held
-        (published HiDe does not turn it). The first frame of an animation. 16-bit grey is scaled to 8 bits.
+        (published HiDe does not turn it). The first frame of an animation. 16-bit grey is scaled to 8 bits, without the
+        colour that a PNG may mark as transparent. Floats are taken as 0..1 if they lie there and as 0..255 otherwise.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: naming the picture and what is wrong with it.
@@ -30,49 +33,63 @@ def load_image(image: ImageLike) -> Image.Image:
     if isinstance(image, (str, Path)):
         return _open(Path(image))
     if isinstance(image, Image.Image):
-        return _to_rgb(image)
+        with _named("the Pillow image"):
+            return _to_rgb(image)
     if isinstance(image, Tensor):
-        array = image.detach().cpu()
-        if array.dim() == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-            array = array.permute(1, 2, 0)
-        return _from_array((array.float() if array.is_floating_point() else array).numpy())
+        with _named("the tensor"):
+            array = image.detach().cpu()
+            if array.dim() == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+                array = array.permute(1, 2, 0)
+            values = (array.float() if array.is_floating_point() else array).numpy()
+        return _from_array(values)
     if isinstance(image, np.ndarray):
         return _from_array(image)
     raise TypeError(f"image: got {type(image).__name__}, want a path, a Pillow image, a NumPy array or a torch tensor")
 
 
 def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise FileNotFoundError(f"image: {path} is not a file")
+    with _named(str(path)), warnings.catch_warnings():
+        if not path.is_file():
+            raise FileNotFoundError(f"image: {path} is not a file")
+        # Pillow warns at half the size that it refuses; a picture that it accepts is not news.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as opened:
+            return _to_rgb(opened)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Inside, whatever goes wrong becomes a `ValueError` that names the picture; a missing file stays one."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns at half the size that it refuses; a picture that it accepts is not news.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                return _to_rgb(opened)
+        yield
+    except FileNotFoundError:
+        raise
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"image: {path} is larger than the limit against decompression bombs ({error}); "
+            f"image: {what} is larger than the limit against decompression bombs ({error}); "
             "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image: {path} cannot be read as a picture: {error}") from None
+    # Decoders raise what they come across: OSError, SyntaxError, RuntimeError, NotImplementedError, struct.error.
+    except Exception as error:
+        raise ValueError(f"image: {what} cannot be read as a picture: {error or type(error).__name__}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
-        raise ValueError(f"image: got {image.width} x {image.height} pixels, want at least one")
+        raise ValueError(f"it has {image.width} x {image.height} pixels, want at least one")
+    image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGB", "RGBA"):
-        return image
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        values = np.asarray(image, dtype=np.float64)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         if image.mode != "F":
             values = values / 257
-        return Image.fromarray(np.clip(np.nan_to_num(values), 0, 255).round().astype(np.uint8)).convert("RGB")
-    transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-    return image.convert("RGBA" if transparent else "RGB")
+        elif values.min() >= 0 and values.max() <= 1:
+            values = values * 255
+        return Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        # Pillow knows the way to RGBA from here on only.
+        image = image.convert("LA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

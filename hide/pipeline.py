@@ -185,13 +185,14 @@ class HiDe:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
         question = _question(question)
         if self.extractor is not None:
-            found = parse_entities(self.extractor(question.text))
+            found = parse_entities(", ".join(self.extractor(question.text).splitlines()))
             found = Entities(found.items, tuple(note for note in found.notes if "no tags" not in note))
         elif self.config.entities_from == "rules":
             found = entities_by_rules(question)
         else:
             request = entity_request(question, self.config.entity_prompt)
-            found = parse_entities(self.model.generate(request, max_new_tokens=self.config.max_entity_tokens))
+            reply = self.model.generate(request, max_new_tokens=self.config.max_entity_tokens)
+            found = parse_entities(reply, request)
         if found.items:
             return found
         words = " ".join(question.stem.split()[:64])

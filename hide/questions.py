@@ -9,12 +9,13 @@ from dataclasses import dataclass
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 
-# A sentence whose only content is that the reply be a letter, as benchmarks append it in several wordings.
-_REQUEST = re.compile(
-    r"[^\n.?!]*\b(?:answer|respond|reply)\b[^\n.?!]*\bletter\b[^\n.?!]*(?:[.!]|$)(?:\s*the best answer is:?\s*$)?",
-    re.IGNORECASE,
-)
-_OPTION = re.compile(r"^\s*\(?([A-Z])[).:]\s*(.*\S)\s*$")
+# A sentence that only asks for a letter, as benchmarks append it in several wordings: it has one of these words, then
+# "letter", and is no question. Each pattern takes time linear in the text, which may have any length.
+_SENTENCE = re.compile(r"[^\n.?!]*[\n.?!]?")
+_ASKS = re.compile(r"\b(?:answer|respond|reply)\b", re.IGNORECASE)
+_LETTER = re.compile(r"\bletter\b", re.IGNORECASE)
+_BEST_ANSWER = re.compile(r"\s*the best answer is:?\s*", re.IGNORECASE)
+_OPTION = re.compile(r"\(?([A-Z])[).:]\s*(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,21 @@ class Question:
         """Read a question.
 
         Args:
-            text: the question; lines such as `(A) red` or `B. blue`, lettered from A on, are its options, and a
-                sentence that asks for a letter only is dropped (it is put back by `prompt`).
-            options: the options, when they do not stand in the text; 2 to 26 of them.
+            text: the question; lines such as `(A) red` or `B. blue`, lettered from A on, are its options (the last such
+                list where there are several), and a sentence that asks for a letter only is dropped (it is put back by
+                `prompt`). Lines lose surrounding blanks, empty lines go.
+            options: the options, when they do not stand in the text; 2 to 26 of them. Each becomes one line.
 
         Raises:
-            TypeError, ValueError: for a text that is no text or has no word in it, and for options given twice.
+            TypeError, ValueError: for a text that is no text, has no word besides options and request or is not
+                Unicode, and for options given twice.
         """
         if not isinstance(text, str):
             raise TypeError(f"question: got {type(text).__name__}, want a string")
-        found: list[str] = []
-        kept = []
-        for line in text.splitlines():
-            match = _OPTION.match(line)
-            if match and len(found) < len(LETTERS) and match[1] == LETTERS[len(found)]:
-                found.append(match[2])
-            else:
-                kept.append(line)
-        if len(found) < 2:
-            found, kept = [], text.splitlines()
+        _check_unicode("question", text)
+        lines = [line.strip() for line in text.splitlines()]
+        places = _lettered(lines)
+        found = [_OPTION.fullmatch(lines[place])[2] for place in places]  # type: ignore[index]
         if options is not None:
             if found:
                 raise ValueError(
@@ -55,11 +52,17 @@ class Question:
                 )
             if not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) and o.strip() for o in options):
                 raise ValueError(f"options: got {options!r}, want 2 to {len(LETTERS)} texts")
-            found = [option.strip() for option in options]
-        body = "\n".join(kept)
-        stem = re.sub(r"\s*\n\s*", "\n", _REQUEST.sub("", body) if found else body).strip()
+            for option in options:
+                _check_unicode("options", option)
+            found = [" ".join(option.split()) for option in options]
+        body = "\n".join(line for place, line in enumerate(lines) if place not in places)
+        if found:
+            body = "".join(map(_without_request, _SENTENCE.findall(body)))
+        stem = "\n".join(line.strip() for line in body.split("\n") if line.strip())
         if not re.search(r"\w", stem):
-            raise ValueError(f"question: got {text[:80]!r}, want a text with at least one word")
+            raise ValueError(
+                f"question: got {text[:80]!r}, want at least one word besides options and the request for a letter"
+            )
         return cls(stem, tuple(found))
 
     @property
@@ -77,23 +80,50 @@ class Question:
     def letter(self, reply: str) -> str | None:
         """The option that `reply` chooses: a letter, or `None` where it names none or cannot be understood.
 
-        Read in this order: the reply is a letter or starts with one (`B`, `(B)`, `B. blue`), it says `answer: B` or
-        `answer is (B)` (the last such place counts), it is or contains exactly one option's text.
+        Read in this order: the reply is a letter or starts with one (`B`, `(B)`, `B. blue`, `B` and a line break); it
+        says `answer: B`, `option is (B)` or the like (the last such place counts; an `A` before a word is an article);
+        it contains exactly one option's text.
         """
         letters = LETTERS[: len(self.options)]
         if not letters:
             return None
         text = reply.strip().strip("*").strip()
-        start = re.match(rf"\(?([{letters}])(?:\)|[.:,]|\s*$)", text)
+        start = re.match(rf"[(\[]?([{letters}])(?:[)\].:,]|[ \t]*(?:\n|$))", text)
         if start:
             return start[1]
-        said = re.findall(rf"answer\W*(?:is\W*)?[(\[]?([{letters}])(?![\w'])", text, re.IGNORECASE)
+        said = re.findall(rf"(?i:answer|option|choice)\W*(?i:is\b\W*)?([{letters}])(?![\w'])(?!(?<=A) \w)", text)
         if said:
-            return said[-1].upper()
+            return said[-1]
         lower = text.lower()
         named = [
             letter
             for letter, option in zip(letters, self.options, strict=True)
-            if re.search(rf"(?<!\w){re.escape(option.lower().rstrip('.'))}(?!\w)", lower)
+            if (name := option.lower().rstrip(".")) and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", lower)
         ]
         return named[0] if len(named) == 1 else None
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: got {text[:80]!r}, want Unicode; character {error.start} is a surrogate") from None
+
+
+def _lettered(lines: Sequence[str]) -> list[int]:
+    """Where the last list of at least two lines stands that are lettered from A on; other lines may lie between."""
+    lists: list[list[int]] = [[]]
+    for place, line in enumerate(lines):
+        match = _OPTION.fullmatch(line)
+        if match and match[1] == "A":
+            lists.append([])
+        if match and match[1] == LETTERS[len(lists[-1]) :][:1]:
+            lists[-1].append(place)
+    return next((places for places in reversed(lists) if len(places) >= 2), [])
+
+
+def _without_request(sentence: str) -> str:
+    """`sentence`, or the end of its line where it only asks for a letter."""
+    asks = _ASKS.search(sentence)
+    request = asks and _LETTER.search(sentence, asks.end()) and not sentence.endswith("?")
+    return "\n"[: sentence.endswith("\n")] if request or _BEST_ANSWER.fullmatch(sentence) else sentence

@@ -3,10 +3,16 @@
 import os
 
 import torch
+from hypothesis import settings
 
 # Small models gain nothing from threads, and parallel test processes would fight over the cores.
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Both try the same examples every time; "many" is what `make fuzz` runs.
+settings.register_profile("few", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("many", deadline=None, derandomize=True, max_examples=600, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 def pytest_collection_modifyitems(items):

@@ -221,7 +221,11 @@ def test_sequences_packed_into_one_are_refused_on_flash_attention(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", ALL_ATTENTION_FUNCTIONS["sdpa"])
     model.config._attn_implementation_internal = "flash_attention_2"
     packed = torch.cat([torch.arange(12), torch.arange(18)])[None]
-    with pytest.raises(ValueError, match="positions restart"), torch.no_grad(), capture_attention_rows(model, layers=[1]):
+    with (
+        pytest.raises(ValueError, match="positions restart"),
+        torch.no_grad(),
+        capture_attention_rows(model, layers=[1]),
+    ):
         model(input_ids=ids, position_ids=packed)
 
 

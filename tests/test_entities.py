@@ -2,7 +2,7 @@
 
 import pytest
 
-from hide.entities import ENTITY_PROMPT, MAX_ENTITIES, Entities, entities_by_rules, entity_request, parse_entities
+from hide.entities import ENTITY_PROMPT, Entities, entities_by_rules, entity_request, parse_entities
 from hide.questions import Question
 
 
@@ -26,12 +26,6 @@ def test_tagged_replies(reply, items):
 def test_a_reply_without_tags_is_read_by_its_last_line_and_said_so():
     found = parse_entities("Let me think.\n\ncat, dog\n")
     assert found.items == ("cat", "dog") and "no tags" in found.notes[0]
-
-
-def test_an_endless_reply_is_cut_and_said_so():
-    found = parse_entities("<FINAL_OUTPUT>" + ", ".join(f"thing {i}" for i in range(5000)))
-    assert len(found.items) == MAX_ENTITIES and "5000" in found.notes[0]
-    assert parse_entities("<FINAL_OUTPUT>" + "a" * 100_000).items == ()
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_users_extractor_is_given_the_options_and_is_believed(adapter, config,
 
     def extractor(text):
         seen.append(text)
-        return "red star, ring"
+        return "red star\nring"
 
     result = HiDe(adapter, config, extractor=extractor).ask(images[0], QUESTION, options=["red", "blue"])
     assert seen == [f"{QUESTION}\n(A) red\n(B) blue"]

@@ -37,6 +37,20 @@ def test_free_questions_are_asked_as_they_are():
     assert question.letter("B") is None
 
 
+def test_the_last_of_several_lists_holds_the_options():
+    question = Question.parse("Which list is right?\n(A) x\n(B) y\nor\n(A) z\n(B) w")
+    assert question.options == ("z", "w") and question.stem.endswith("(A) x\n(B) y\nor")
+
+
+def test_a_sentence_that_asks_about_a_letter_is_no_request_for_one():
+    question = Question.parse("Is the answer a letter?\nReply with its letter\n(A) yes\n(B) no")
+    assert question.stem == "Is the answer a letter?"
+
+
+def test_an_option_without_a_word_is_named_by_no_reply():
+    assert Question.parse("Which?", ["...", "red"]).letter("It is red, I think") == "B"
+
+
 def test_a_single_lettered_line_is_no_list_of_options():
     assert Question.parse("Is this\n(A) a cat?").options == ()
     assert Question.parse("Which?\n(B) one\n(C) two").options == ()
@@ -49,6 +63,9 @@ def test_a_single_lettered_line_is_no_list_of_options():
         ("The answer is B", "B"), ("the answer is (A).", "A"), ("Answer: B", "B"), ("**Answer:** B", "B"),
         ("First answer: A. No, the answer is B.", "B"),
         ("right", "B"), ("It is on the Left side.", "A"), ("left or right", None),
+        ("B\n\nBecause it is not on the left.", "B"), ("[B]", "B"), ("The correct option is B.", "B"), ("Option B", "B"),
+        ("The answer is B because it is", "B"), ("The answer is A because", None), ("The answer: a right turn", "B"),
+        ("Answer: a left one", "A"), ("The answer is a.", None),
         ("C", None), ("", None), ("A cat", None), ("Because", None), ("The answer is Because", None),
         ("the answer is about", None), ("I cannot tell", None),
     ],
@@ -71,8 +88,3 @@ def test_replies_are_read_strictly(reply, letter):
 def test_what_is_no_question_is_refused(arguments, error, text):
     with pytest.raises(error, match=text):
         Question.parse(*arguments)
-
-
-def test_questions_of_any_length_script_and_quoting_are_read():
-    for text in ["Что за цвет?", "这是什么颜色？", "Is it \"red\" or 'blue'?", "word " * 10_000]:
-        assert Question.parse(text).prompt == text.strip()

@@ -161,6 +161,14 @@ def test_nan_cells_reach_no_threshold() -> None:
     assert listed(found, 1) == [([0, 0, 1, 1], 1.0)]
 
 
+def test_what_is_beyond_the_dtype_is_infinite() -> None:
+    maps = torch.tensor([[[1e300, 0.0, 1e299]]], dtype=torch.float64)
+    with np.errstate(all="raise"):
+        assert regions(maps, 0.5).scores[0, :2].tolist() == [math.inf, math.inf]
+        assert regions(maps, 0.5).boxes[0, :2].tolist() == [[0, 0, 1, 1], [2, 0, 3, 1]]
+        assert regions(maps.float().nan_to_num(), 1e300).counts.tolist() == [0]
+
+
 def test_strided_maps_give_the_regions_of_the_same_values() -> None:
     maps = torch.rand(6, 9, 14, generator=torch.Generator().manual_seed(0))
     strided = torch.zeros(9, 28, 6)[:, ::2].copy_(maps.permute(1, 2, 0)).permute(2, 0, 1).requires_grad_()

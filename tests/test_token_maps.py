@@ -259,6 +259,7 @@ ROWS = torch.zeros(3, 4, 5)
         ([ROWS], {"prior_rows": 1.0}, TypeError, "prior_rows: got float"),
         ([ROWS], {"sigma": -1}, ValueError, "sigma: got -1"),
         ([ROWS], {"sigma": float("nan")}, ValueError, "sigma: got nan"),
+        ([ROWS], {"sigma": 1001}, ValueError, "sigma: got 1001, want 0 to 1000"),
         ([ROWS], {"sigma": "3"}, TypeError, "sigma: got str"),
         ([ROWS], {"backend": "fast"}, ValueError, "backend: got 'fast'.*scipy"),
     ],

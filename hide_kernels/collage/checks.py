@@ -7,6 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# Sums of kept lengths must not overflow 64 bits; no picture comes near.
+LIMIT = 2**31
+
 
 def check_boxes(name: str, boxes: Tensor, size: tuple[int, int] | None = None) -> NDArray[np.int64]:
     """`boxes` as a NumPy array, once they are (K, 4) integers in order and, if given, inside `size` (height, width)."""
@@ -17,8 +20,8 @@ def check_boxes(name: str, boxes: Tensor, size: tuple[int, int] | None = None) -
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: got shape {tuple(boxes.shape)}, want (K, 4) as x0, y0, x1, y1")
     array = boxes.cpu().numpy().astype(np.int64)
-    wrong = (array[:, :2] > array[:, 2:]).any(axis=1)
-    want = "x0 <= x1 and y0 <= y1"
+    wrong = (array[:, :2] > array[:, 2:]).any(axis=1) | (array < -LIMIT).any(axis=1) | (array >= LIMIT).any(axis=1)
+    want = "x0 <= x1 and y0 <= y1, in 32 bits"
     if size is not None:
         height, width = size
         wrong |= (array[:, :2] < 0).any(axis=1) | (array[:, 2:] > (width, height)).any(axis=1)
@@ -33,8 +36,8 @@ def check_extent(name: str, extent: tuple[int, int], what: str) -> tuple[int, in
     """`extent` as two Python ints, once they are at least 1; `what` names them, first the vertical one."""
     if not isinstance(extent, (tuple, list)) or len(extent) != 2 or not all(isinstance(n, int) for n in extent):
         raise TypeError(f"{name}: got {extent!r}, want ({what}) as ints")
-    if min(extent) < 1:
-        raise ValueError(f"{name}: got {tuple(extent)}, want ({what}), each at least 1")
+    if min(extent) < 1 or max(extent) >= LIMIT:
+        raise ValueError(f"{name}: got {tuple(extent)}, want ({what}), each at least 1 and below {LIMIT}")
     return extent[0], extent[1]
 
 

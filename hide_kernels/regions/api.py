@@ -34,6 +34,7 @@ def regions(
     The threshold is inclusive and compared in the dtype of the maps, as NumPy and PyTorch compare an array with a
     Python float: a float32 cell of 0.7 reaches a threshold of 0.7. NaN cells never do. Regions are sorted by score as
     returned, largest first; equal scores by first cell in raster order. With more than `max_regions` the largest stay.
+    A threshold beyond the dtype of the maps is infinite, and so is a score beyond float32.
 
     Args:
         maps: (M, h, w) float32 or float64, any strides.

@@ -12,6 +12,8 @@ NEIGHBOURS = np.zeros((3, 3, 3), bool)
 NEIGHBOURS[1] = True
 
 
+# A threshold or score that the dtype cannot hold is infinite, as documented, and nothing to warn of.
+@np.errstate(over="ignore")
 def regions_reference(
     maps: Tensor, threshold: float, valid: Tensor | None, max_regions: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

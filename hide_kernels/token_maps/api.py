@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,9 @@ from hide_kernels import backends
 
 FLAT = 1e-6
 """A map whose range is at most this part of its magnitude is constant: less is rounding in float32."""
+
+MAX_SIGMA = 1000
+"""Cells: far beyond any grid, where the smoothing is a constant that takes minutes."""
 
 ROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -49,7 +51,7 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
         rows: per image (T, h_i, w_i) float tensor, the rows reduced over heads and layers, laid out on the token grid
             of that image. Same T, dtype and device for all images; any strides. Cut the tail of template tokens before.
         prior_rows: P, how many rows come first as the noise prior; 0 for none.
-        sigma: standard deviation of the smoothing in grid cells; 0 for none.
+        sigma: standard deviation of the smoothing in grid cells, at most 1000; 0 for none.
         backend: `None` picks (`hide_kernels.explain("token_maps")` says which); a name is used or refused.
 
     Returns:
@@ -66,8 +68,8 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
         raise ValueError(f"prior_rows: got {prior_rows}, want 0 to {length}, the number of rows")
     if not isinstance(sigma, (int, float)) or isinstance(sigma, bool):
         raise TypeError(f"sigma: got {type(sigma).__name__}, want a float")
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma: got {sigma}, want a finite number of cells, at least 0")
+    if not 0 <= sigma <= MAX_SIGMA:
+        raise ValueError(f"sigma: got {sigma}, want 0 to {MAX_SIGMA} cells")
     backends.resolve("token_maps", backend, rows=rows, prior_rows=prior_rows, sigma=sigma)
 
     # Imported here so that importing the package does not load SciPy.
