@@ -33,7 +33,7 @@ fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hide_kernels
+	$(BIN)/mypy hide_kernels hide
 
 format: $(STAMP)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

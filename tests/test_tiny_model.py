@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from hide.config import SEARCH_PROMPT
 from hide.tiny import model as tiny
 from hide.tiny.scenes import COLORS, KINDS, draw_scene
 
@@ -71,7 +72,7 @@ def test_tokenizer(folder):
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(f" {word}")["input_ids"]) == 1
     for token in tiny.SPECIAL_TOKENS:
         assert len(tokenizer(token)["input_ids"]) == 1
-    prefix = tokenizer(tiny.SEARCH_PROMPT.rstrip())["input_ids"]
+    prefix = tokenizer(SEARCH_PROMPT.rstrip())["input_ids"]
     assert len(prefix) == 8
     for entities in ("star", "red star, ring", "unseen thing"):
-        assert tokenizer(tiny.SEARCH_PROMPT + entities)["input_ids"][:8] == prefix
+        assert tokenizer(SEARCH_PROMPT + entities)["input_ids"][:8] == prefix

@@ -18,10 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLCo
 
 from hide.tiny.scenes import COLORS, KINDS
 
-__all__ = ["SEARCH_PROMPT", "SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
-
-SEARCH_PROMPT = "Please search the images for these objects: "
-"""Its fixed part, without the blank that belongs to the first entity, is eight tokens."""
+__all__ = ["SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -38,7 +35,7 @@ MIN_PIXELS, MAX_PIXELS = 4 * (PATCH * MERGE) ** 2, 16384 * (PATCH * MERGE) ** 2
 _VOCABULARY = 2048
 # The base is small: each of the 16 frequencies then turns noticeably within a few image tokens, and few wrap round
 # in the width of a large picture.
-_ROPE_THETA = 100.0
+_ROPE_THETA = 30.0
 _ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6]}
 # A word with the one blank before it; digits one by one; runs of punctuation; line breaks; other blanks.
 _SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -81,7 +78,7 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def _image_processor_class() -> type:
+def _image_processor_class() -> Any:
     # Transformers 5 gives its PIL class that name; the plain name would need torchvision there. Version 4 has only
     # the plain one.
     return getattr(transformers, "Qwen2VLImageProcessorPil", None) or transformers.Qwen2VLImageProcessor
@@ -121,7 +118,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     if int(transformers.__version__.split(".")[0]) >= 5:
         rope: dict[str, Any] = {"rope_parameters": {"rope_theta": _ROPE_THETA, **_ROPE}}
     else:
@@ -190,7 +187,8 @@ def _initialise(model: Qwen2_5_VLForConditionalGeneration) -> None:
     """Random weights for a fast start: unit gain in every layer, and vision heads that each look at a near place at
     first.
     """
-    vision, text = model.config.vision_config, model.config.text_config
+    vision: Any = model.config.vision_config
+    text: Any = model.config.text_config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
@@ -219,7 +217,9 @@ def save(
 ) -> None:
     """Write a folder that loads like any Qwen2.5-VL checkpoint; the given model keeps its own dtype."""
     directory = Path(directory)
-    copy.deepcopy(model).to(dtype).save_pretrained(directory)
+    stored: Any = copy.deepcopy(model)
+    stored.to(dtype).save_pretrained(directory)
+    (directory / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     tokenizer.save_pretrained(directory)
     processor.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
@@ -247,6 +247,6 @@ def load(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"directory: {directory} holds no config.json")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=dtype).eval()
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
     return model, tokenizer, _image_processor_class().from_pretrained(directory)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-__all__ = ["COLORS", "KINDS", "LETTER_REQUEST", "Question", "Scene", "SceneObject", "draw_scene", "questions"]
+from hide.questions import LETTERS
+from hide.questions import Question as AskedQuestion
+
+__all__ = ["COLORS", "KINDS", "Question", "Scene", "SceneObject", "draw_scene", "questions"]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 30, 35),
@@ -25,7 +28,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (125, 35, 180),
     "pink": (255, 105, 180),
 }
-LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 
 _SUPERSAMPLING = 4
 _GAP = 8  # pixels that stay free between two objects
@@ -119,13 +121,12 @@ class Question:
     @property
     def letter(self) -> str:
         """The letter of the right option."""
-        return "ABCDEFGH"[self.options.index(self.answer)]
+        return LETTERS[self.options.index(self.answer)]
 
     @property
     def lettered_text(self) -> str:
         """The question with its options as a list of letters, and the request to answer with a letter."""
-        options = "\n".join(f"({letter}) {option}" for letter, option in zip("ABCDEFGH", self.options, strict=False))
-        return f"{self.text}\n{options}\n{LETTER_REQUEST}"
+        return AskedQuestion(self.text, self.options).prompt
 
 
 def _shape_mask(kind: str, size: int, angle: float) -> Image.Image:
@@ -270,8 +271,10 @@ def draw_scene(
         mask = _shape_mask(kind, size, rng.uniform(-0.2, 0.2))
         tint = tuple(int(c) for c in np.clip(np.asarray(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255))
         picture.paste(tint, (x, y), mask)
-        left, top, right, bottom = mask.point(lambda value: 255 * (value > 127)).getbbox()
-        drawn.append(SceneObject(kind, color, (x + left, y + top, x + right, y + bottom)))
+        rows, columns = np.nonzero(np.asarray(mask) > 127)
+        left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        box = (x + int(left), y + int(top), x + int(right), y + int(bottom))
+        drawn.append(SceneObject(kind, color, box))
     return Scene(_add_grain(picture, rng), tuple(drawn))
 
 

@@ -1,0 +1,239 @@
+"""How good the embedded model is, on scenes that training never saw: `python -m hide.tiny.measure`.
+
+Prints plain accuracy on small pictures, how much of an entity word's attention lies inside the entity's box, layer
+by layer, and plain against HiDe on large cluttered pictures, with collages from the true boxes as the upper bound.
+Everything goes through `hide.HiDe`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hide.pipeline import HiDe
+from hide.tiny import CHECKPOINT
+from hide.tiny.scenes import Question, Scene, draw_scene, questions
+
+__all__ = ["attention_shares", "main", "measure_large", "measure_small"]
+
+_CELL = 28
+_SMALL, _LARGE = 1_000, 1_000_000  # first seeds; training draws from 2**40 on
+
+
+def _small_scene(seed: int) -> Scene:
+    """A picture of 16 to 100 image tokens."""
+    rng = np.random.default_rng(seed)
+    columns, rows = (int(side) for side in rng.integers(4, 11, 2))
+    count = min(int(rng.integers(2, 7)), max(2, rows * columns // 7))
+    return draw_scene(seed, columns * _CELL, rows * _CELL, objects=count, object_size=(28, 70))
+
+
+def _large_scene(seed: int, tokens: tuple[int, int]) -> Scene:
+    """A cluttered picture with a number of image tokens in a range."""
+    rng = np.random.default_rng(seed)
+    wanted, aspect = rng.uniform(*tokens), rng.uniform(0.8, 1.7)
+    width, height = (math.ceil(_CELL * (wanted * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
+    return draw_scene(seed, width, height, objects=int(rng.integers(5, 11)), object_size=(30, 90))
+
+
+def _asked(scenes: Iterator[Scene], count: int) -> Iterator[tuple[Scene, list[Question]]]:
+    """Scenes with up to six questions, as many of each split as there are of both, until `count` are asked."""
+    rng = np.random.default_rng(count)
+    for scene in scenes:
+        found = questions(scene, rng)
+        by_split = [[question for question in found if question.split == split] for split in ("attribute", "position")]
+        each = min(3, *map(len, by_split))
+        chosen = [question for pair in zip(*(of[:each] for of in by_split), strict=True) for question in pair][:count]
+        if chosen:
+            yield scene, chosen
+        count -= len(chosen)
+        if count <= 0:
+            return
+
+
+def _inside(box: tuple[int, int, int, int], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(rows, columns) bool: the cells that a box in pixels touches."""
+    rows, columns = grid
+    x0, x1 = (edge / size[0] * columns for edge in (box[0], box[2]))
+    y0, y1 = (edge / size[1] * rows for edge in (box[1], box[3]))
+    x, y = torch.arange(columns), torch.arange(rows)[:, None]
+    return (x < x1) & (x + 1 > x0) & (y < y1) & (y + 1 > y0)
+
+
+def attention_shares(hide: HiDe, scene: Scene, layer: int) -> list[tuple[float, float]]:
+    """For each kind that occurs once: (share of its word's attention over the image inside its box, the box's share
+    of the area).
+
+    The search prompt names one kind; the row is the mean over heads of the softmax over all keys, as in HiDe.
+    """
+    pictures = hide.model.preprocess(
+        [scene.image], min_tokens=hide.config.min_tokens, max_tokens=hide.config.max_tokens
+    )
+    kinds = [thing.kind for thing in scene.objects]
+    found = []
+    for thing in scene.objects:
+        if kinds.count(thing.kind) > 1:
+            continue
+        prompt = hide.model.search_prompt(thing.kind, pictures, include_end_token=False)
+        (rows,) = hide.model.search_rows(prompt, pictures, layers=(layer,), causal=False)
+        row = rows[-1].cpu()
+        inside = _inside(thing.box, scene.image.size, (row.shape[0], row.shape[1]))
+        found.append((float(row[inside].sum() / row.sum()), float(inside.float().mean())))
+    return found
+
+
+@contextmanager
+def _each_picture_once(hide: HiDe) -> Iterator[None]:
+    """Inside, the vision encoder keeps the latest pictures' features: each question about a picture needs them."""
+    visual: Any = hide.model.model.model.visual
+    kept: dict[tuple[int, ...], Any] = {}
+    compute = visual.forward
+
+    def forward(hidden_states: Tensor, grid_thw: Tensor, **arguments: Any) -> Any:
+        found = []
+        for patches, grid in zip(hidden_states.split(grid_thw.prod(-1).tolist()), grid_thw, strict=True):
+            key = (*grid.tolist(), hash(patches.cpu().numpy().tobytes()))
+            kept[key] = kept.pop(key) if key in kept else compute(patches, grid_thw=grid[None], **arguments)
+            found.append(kept[key])
+        while len(kept) > 8:
+            kept.pop(next(iter(kept)))
+        if isinstance(found[0], Tensor):  # Transformers 4
+            return torch.cat(found)
+        return type(found[0])(
+            last_hidden_state=torch.cat([one.last_hidden_state for one in found]),
+            pooler_output=torch.cat([one.pooler_output for one in found]),
+        )
+
+    visual.forward = forward
+    try:
+        yield
+    finally:
+        del visual.forward
+
+
+def _says(reply: str, question: Question) -> bool:
+    return reply.strip().lower().rstrip(".") == question.answer
+
+
+def measure_small(hide: HiDe, count: int) -> dict[str, Any]:
+    """Plain accuracy by split and attention shares by layer on small pictures."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
+    for scene, asked in _asked(scenes, count):
+        for question in asked:
+            right[question.split].append(_says(hide.answer(scene.image, question.text), question))
+        for layer in range(hide.model.num_layers):
+            shares[layer] += attention_shares(hide, scene, layer)
+    everything = [one for split in right.values() for one in split]
+    return {
+        "questions": len(everything),
+        "plain": float(np.mean(everything)),
+        "plain_by_split": {split: float(np.mean(of)) for split, of in right.items()},
+        "words": len(shares[0]),
+        "inside_by_layer": {layer: float(np.mean([share for share, _ in of])) for layer, of in shares.items()},
+        "times_area_by_layer": {
+            layer: float(np.mean([share / area for share, area in of])) for layer, of in shares.items()
+        },
+    }
+
+
+def measure_large(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, Any]:
+    """Plain, HiDe, and collages from the true boxes on large cluttered pictures."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    splits: dict[str, list[bool]] = defaultdict(list)
+    shares, found, kept = [], [], []
+    scenes = (_large_scene(seed, tokens) for seed in range(_LARGE, 2 * _LARGE))
+    for scene, asked in _asked(scenes, count):
+        for question in asked:
+            result = hide.ask(scene.image, question.text)
+            targets = torch.tensor([scene.objects[i].box for i in question.targets])
+            (made,), _ = hide.collage(scene.image, [targets])
+            replies = {
+                "plain": result.plain_answer or "",
+                "hide": result.answer,
+                "true_boxes": hide.answer(scene.image, question.text, [made]),
+            }
+            for name, reply in replies.items():
+                right[name].append(_says(reply, question))
+                splits[f"{name} {question.split}"].append(right[name][-1])
+            boxes = result.boxes[0]
+            for target in targets:
+                middle = (target[:2] + target[2:]) / 2
+                found.append(bool(((boxes[:, :2] <= middle) & (middle < boxes[:, 2:])).all(1).any()))
+            collage = result.collages[0]
+            kept.append(
+                0.0 if collage is None else collage.width * collage.height / (scene.image.width * scene.image.height)
+            )
+        shares += attention_shares(hide, scene, (hide.config.layers or (0,))[0])
+    return {
+        "questions": len(right["plain"]),
+        "accuracy": {name: float(np.mean(of)) for name, of in right.items()},
+        "by_split": {name: float(np.mean(of)) for name, of in sorted(splits.items())},
+        "targets_in_boxes": float(np.mean(found)),
+        "collage_share_of_area": float(np.mean(kept)),
+        "layer": (hide.config.layers or (0,))[0],
+        "inside": float(np.mean([share for share, _ in shares])),
+        "times_area": float(np.mean([share / area for share, area in shares])),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--questions", type=int, default=500, help="on small and on large pictures each")
+    parser.add_argument("--parts", choices=("small", "large", "both"), default="both")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(1560, 2050), help="range of the large pictures' sizes")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--layer", type=int, help="instead of the preset's")
+    parser.add_argument("--threshold", type=float, help="instead of the preset's")
+    parser.add_argument("--sigma", type=float, help="instead of the preset's")
+    parser.add_argument("--end-token", action=argparse.BooleanOptionalAction, help="instead of the preset's")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    changes: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("threshold", "sigma") if getattr(arguments, name) is not None
+    }
+    if arguments.layer is not None:
+        changes["layers"] = (arguments.layer,)
+    if arguments.end_token is not None:
+        changes["include_end_token"] = arguments.end_token
+    hide = HiDe.from_pretrained(arguments.checkpoint, preset=arguments.preset, **changes)
+    report = {}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "small": lambda: measure_small(hide, arguments.questions),
+        "large": lambda: measure_large(hide, arguments.questions, tuple(arguments.tokens)),
+    }
+    for part, measure in parts.items():
+        if arguments.parts in (part, "both"):
+            began = time.perf_counter()
+            with _each_picture_once(hide):
+                report[part] = measure()
+            report[part]["seconds"] = round(time.perf_counter() - began, 1)
+            print(part)
+            for key, value in report[part].items():
+                print(f"  {key}: {_readable(value)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_readable(of)}" for key, of in value.items())
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The embedded model's figures: true answers score, boxes in pixels find their tokens, every count is as asked."""
+
+import pytest
+import torch
+
+from hide.pipeline import HiDe
+from hide.tiny import measure, model
+from hide.tiny.scenes import draw_scene
+
+
+@pytest.fixture(scope="module")
+def hide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
+    model.save(folder, *model.build())
+    return HiDe.from_pretrained(folder, preset="tiny")
+
+
+def test_inside():
+    inside = measure._inside((28, 0, 57, 28), (112, 56), (2, 4))
+    assert inside.tolist() == [[False, True, True, False], [False] * 4]
+    # A picture that was resized: cells are fractions of it.
+    assert measure._inside((50, 0, 100, 100), (100, 100), (1, 2)).tolist() == [[False, True]]
+
+
+def test_questions_are_balanced():
+    scenes = (measure._small_scene(seed) for seed in range(100))
+    asked = [question for _, chosen in measure._asked(scenes, 40) for question in chosen]
+    assert len(asked) == 40
+    assert abs(sum(question.split == "attribute" for question in asked) - 20) <= 1
+
+
+def test_features_are_kept_and_the_same(hide):
+    image = draw_scene(0, 140, 112, objects=2).image
+    plain = hide.attention_rows(image, "star").rows[0]
+    calls = []
+    visual = hide.model.model.model.visual
+    with measure._each_picture_once(hide):
+        handle = visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        for _ in range(3):
+            torch.testing.assert_close(hide.attention_rows(image, "star").rows[0], plain)
+        handle.remove()
+    assert len(calls) == 1
+
+
+def test_small_and_large(hide):
+    small = measure.measure_small(hide, 3)
+    assert small["questions"] == 3
+    assert set(small["times_area_by_layer"]) == set(range(6))
+    assert 0 <= small["plain"] <= 1
+    large = measure.measure_large(hide, 2, (150, 200))
+    assert large["questions"] == 2
+    assert set(large["accuracy"]) == {"plain", "hide", "true_boxes"}

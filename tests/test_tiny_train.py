@@ -1,0 +1,97 @@
+"""The embedded model's training: batches say what they claim, a stopped run goes on as if it had not stopped."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hide.tiny.data import IGNORED, Stage, make_batch, prefix_ids
+from hide.tiny.model import build, build_tokenizer, load
+from hide.tiny.scenes import COLORS, KINDS
+from hide.tiny.train import Heads, losses, train
+
+STAGES = (
+    Stage("vision", 2, 1e-3, 1e-4, (4, 5), (2, 3), 40, text=False),
+    Stage("text", 2, 1e-3, 1e-4, (4, 5), (2, 3), 40, collages=1.0, letters=0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def test_batch(tokenizer):
+    batch = make_batch(STAGES[1], 0, 7, tokenizer)
+    again, other = (make_batch(STAGES[1], 0, step, tokenizer) for step in (7, 8))
+    assert torch.equal(batch.images, again.images)
+    assert batch.images.shape != other.images.shape or not torch.equal(batch.images, other.images)
+    size, tokens = len(batch.images), batch.rows * batch.columns
+    assert batch.images.shape == (size, batch.rows * 28, batch.columns * 28, 3)
+    assert batch.kinds.shape == batch.colors.shape == (size, tokens)
+    assert int(batch.kinds.max()) <= len(KINDS)
+    text = batch.text
+    slots = text.collages.shape[1] * text.collages.shape[2] // 28**2
+    for i in range(size):
+        for number in range(int(text.branch[i].max()) + 1):
+            mine = text.branch[i] == number
+            words, wanted = text.ids[i][mine], text.labels[i][mine]
+            if number == 0:
+                assert tokenizer.decode(words[: slots + 2].tolist()).count("<|image_pad|>") == slots
+            # A label is the token that follows.
+            spoken = torch.nonzero(wanted != IGNORED).flatten()
+            assert torch.equal(wanted[spoken], words[spoken + 1])
+            if number == 1:
+                assert tokenizer.decode(words.tolist()).startswith("Please search the images for these objects: ")
+                assert not len(spoken)
+            else:
+                assert tokenizer.decode(wanted[spoken].tolist()).endswith("<|im_end|>")
+            positions = text.positions[:, i, mine]
+            assert positions[:, 0].tolist() == [len(prefix_ids(tokenizer)) + max(batch.rows, batch.columns) + 1] * 3
+        for word, color, cells in zip(text.words[i], text.word_colors[i], text.word_cells[i], strict=True):
+            if color != IGNORED:
+                kind = KINDS.index(tokenizer.decode([int(text.ids[i, word])]).strip())
+                inside = batch.kinds[i][cells[:tokens]]
+                assert set(inside.tolist()) <= {kind, IGNORED, len(KINDS)}
+                shown = text.branch[i, word] == 0
+                assert cells[tokens:].any() == shown != cells[:tokens].any()
+                if shown:
+                    blocks = (
+                        text.collages[i].unflatten(1, (-1, 28)).unflatten(0, (-1, 28)).transpose(1, 2).flatten(0, 1)
+                    )
+                    pixels = blocks[cells[tokens:]].int()
+                    assert ((pixels - torch.tensor(list(COLORS.values())[color])).abs().amax(-1) < 40).any()
+
+
+def test_branches_do_not_see_each_other(tokenizer):
+    model = build()[0]
+    heads = Heads(model.config.text_config.hidden_size)
+    batch = make_batch(STAGES[1], 0, 3, tokenizer)
+    with torch.no_grad():
+        before = losses(model, heads, tokenizer, batch).log
+        labels = batch.text.labels
+        last = batch.text.branch == batch.text.branch.max(dim=1, keepdim=True).values
+        labels[last] = IGNORED
+        first = losses(model, heads, tokenizer, batch).log["answer_loss"]
+        batch.text.ids[last & (batch.text.ids > 20)] = 5
+        assert losses(model, heads, tokenizer, batch).log["answer_loss"] == first != before["answer_loss"]
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    train(tmp_path / "once", seed=3, threads=1, stages=STAGES)
+    train(tmp_path / "twice", seed=3, threads=1, stages=STAGES[:1])
+    train(tmp_path / "twice", seed=3, threads=1, stages=STAGES)
+    states = []
+    for name in ("once", "twice"):
+        state = json.loads((tmp_path / name / "state.json").read_text())
+        assert (state["stage"], state["step"]) == (2, 0)
+        states.append(load_file(tmp_path / name / state["file"]))
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], msg=key)
+    assert (tmp_path / "once" / "curves.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (tmp_path / "twice" / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["vision", "text"]
+    model = load(tmp_path / "once" / "checkpoint")[0]
+    assert model.get_input_embeddings().weight.dtype == torch.float32
