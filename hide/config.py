@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hide_kernels.token_maps.api import MAX_SIGMA
+
 # Seven words and a colon: with Qwen's tokenizer the eight tokens whose rows are the noise prior. The blank at the end
 # belongs to the first entity's token.
 SEARCH_PROMPT = "Please search the images for these objects: "
@@ -46,8 +48,8 @@ class HiDeConfig:
     def __post_init__(self) -> None:
         if self.layers is not None and not self.layers:
             raise ValueError("layers: got none, want zero-based layer numbers, or None for all layers")
-        if not 0 <= self.sigma < float("inf"):
-            raise ValueError(f"sigma: got {self.sigma}, want a finite number of cells, 0 or more")
+        if not 0 <= self.sigma <= MAX_SIGMA:
+            raise ValueError(f"sigma: got {self.sigma}, want 0 to {MAX_SIGMA} cells")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold: got {self.threshold}, want above 0 and at most 1")
         if not 1 <= self.min_tokens <= self.max_tokens:

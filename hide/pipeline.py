@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hide.config import PRESETS, HiDeConfig
-from hide.entities import Entities, Extractor, entities_by_rules, entity_request, parse_entities
+from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, entity_request, parse_entities
 from hide.images import ImageLike, load_image, to_tensor
 from hide.models import load
 from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL
@@ -195,7 +195,7 @@ class HiDe:
             found = parse_entities(reply, request)
         if found.items:
             return found
-        words = " ".join(question.stem.split()[:64])
+        words = " ".join(question.stem.split())[:MAX_LENGTH]
         return Entities(
             (words,), (*found.notes, "entities: none were found; the question's own words took their place")
         )

@@ -197,6 +197,11 @@ def test_without_entities_the_questions_own_words_are_searched(adapter, config, 
     assert any("none were found" in note for note in result.notes)
 
 
+def test_an_endless_word_is_searched_by_its_beginning(adapter, config, images):
+    found = HiDe(adapter, config, extractor=lambda text: "").entities("_" * 50_000 + "a?")
+    assert found.items == ("_" * 200,)
+
+
 def test_a_users_extractor_is_given_the_options_and_is_believed(adapter, config, images):
     seen = []
 
@@ -288,6 +293,7 @@ def test_presets_hold_the_published_values_and_other_depths_are_marked(adapter):
     "changes, text",
     [
         ({"layers": ()}, "layers"), ({"sigma": -1}, "sigma"), ({"sigma": float("nan")}, "sigma"),
+        ({"sigma": 1001}, "sigma"),
         ({"threshold": 0}, "threshold"), ({"threshold": 1.5}, "threshold"), ({"min_tokens": 0}, "min_tokens"),
         ({"min_tokens": 9, "max_tokens": 8}, "max_tokens"), ({"max_new_tokens": 0}, "max_new_tokens"), ({"max_entity_tokens": 0}, "max_entity_tokens"),
         ({"entities_from": "rule"}, "entities_from"), ({"alpha_threshold": 300}, "alpha_threshold"),

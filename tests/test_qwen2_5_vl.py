@@ -49,6 +49,23 @@ def test_pictures_too_thin_for_the_model_are_refused_and_the_limit_is_named():
     assert token_grid(200, 1, 28, 4, 16384) == (200 // 28, 1)
 
 
+def test_a_thin_picture_keeps_to_the_token_budget():
+    assert token_grid(41, 8200, 28, 4, 60) == (1, 60) and token_grid(8200, 41, 28, 4, 60) == (60, 1)
+
+
+@pytest.mark.parametrize("text", ["assistant", "user", "\n", "a", "What is it?"])
+def test_the_text_is_found_also_where_the_chat_template_holds_the_same_words(adapter, pictures, text):
+    turn = adapter.turn(text, pictures)
+    assert adapter.tokenizer.decode(turn.input_ids[0, turn.rows.start : turn.rows.stop]) == text
+
+
+@pytest.mark.parametrize("text", ["x" * 50_000, "星" * 50_000])
+def test_more_text_than_the_model_takes_is_refused_with_both_numbers(adapter, pictures, text):
+    for call in (adapter.input_ids, adapter.turn):
+        with pytest.raises(ValueError, match=r"tokens, and the model takes 32768"):
+            call(text, pictures)
+
+
 def test_rounding_does_not_carry_a_thin_picture_over_the_limit(adapter):
     """5628 x 29 pixels are 194 : 1, but 201 x 1 cells."""
     assert token_grid(29, 5628, 28, 4, 16384) == (1, 200)

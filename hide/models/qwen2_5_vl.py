@@ -30,6 +30,8 @@ from hide_kernels.integrations.transformers import capture_attention_rows
 IMAGE_TOKEN, VISION_END = "<|image_pad|>", "<|vision_end|>"
 # The loader that the published code uses resizes to at least this many tokens before the processor does it again.
 LOADER_MIN_TOKENS = 4
+# Stands for a turn's text where only what the chat template puts around it matters.
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
 MAX_ASPECT = 200
 # Ids of Qwen's own vocabulary; smaller ones are other tokenizers.
 QWEN_VISION_END = 151653
@@ -162,7 +164,7 @@ class Qwen25VL:
 
         Special tokens that stand in `text` are broken up, so that a question cannot end its turn or add an image.
         """
-        return self._tokens(self._render(self.escape(text), pictures))
+        return self._prompt(self.escape(text), pictures)
 
     def escape(self, text: str) -> str:
         """`text` with a blank inside everything that the tokenizer would read as a special token."""
@@ -200,16 +202,25 @@ class Qwen25VL:
         return self._turn(self.escape(text), pictures)
 
     def _turn(self, text: str, pictures: Pictures) -> Turn:
-        rendered = self._render(text, pictures)
-        ids = self._tokens(rendered)
+        ids = self._prompt(text, pictures)
         tokens = ids[0].tolist()
-        tail = self._tokens(rendered.rpartition(text)[2])[0].tolist()
+        tail = self._tokens(self._render(PLACEHOLDER, pictures).rpartition(PLACEHOLDER)[2])[0].tolist()
         if tokens[-len(tail) :] != tail:
             raise ValueError(f"text: {text[-40:]!r} melts into the chat template behind it; end it with punctuation")
         # The last special token of the last image opens the text.
         start = len(tokens) - tokens[::-1].index(self.tokenizer.convert_tokens_to_ids(VISION_END))
         images = image_spans(self.model, ids, image_grid_thw=pictures.image_grid_thw)[0]
         return Turn(ids, tuple(images), range(start, len(tokens) - len(tail)))
+
+    def _prompt(self, text: str, pictures: Pictures | None) -> Tensor:
+        ids = self._tokens(self._render(text, pictures))
+        most = self.model.config.get_text_config().max_position_embeddings
+        if ids.shape[1] > most:
+            raise ValueError(
+                f"question: with its images it has {ids.shape[1]} tokens, and the model takes {most}; shorten it, or "
+                "lower max_tokens"
+            )
+        return ids
 
     def _render(self, text: str, pictures: Pictures | None) -> str:
         grids = pictures.grids if pictures else ()
@@ -301,6 +312,7 @@ def token_grid(height: int, width: int, cell: int, min_tokens: int, max_tokens: 
     if rows * columns > max_tokens:
         shrink = math.sqrt(height * width / (max_tokens * cell**2))
         rows, columns = max(1, math.floor(height / shrink / cell)), max(1, math.floor(width / shrink / cell))
+        rows, columns = min(rows, max_tokens // columns or 1), min(columns, max_tokens // rows or 1)
     elif rows * columns < min_tokens:
         grow = math.sqrt(min_tokens * cell**2 / (height * width))
         rows, columns = math.ceil(height * grow / cell), math.ceil(width * grow / cell)
