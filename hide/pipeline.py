@@ -15,7 +15,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from hide.config import PRESETS, HiDeConfig
-from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, entity_request, parse_entities
+from hide.entities import (
+    CLOSE_TAG,
+    MAX_LENGTH,
+    OPEN_TAG,
+    Entities,
+    Extractor,
+    entities_by_rules,
+    entity_request,
+    parse_entities,
+)
 from hide.images import ImageLike, load_image, to_tensor
 from hide.models import load
 from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL
@@ -185,8 +194,10 @@ class HiDe:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
         question = _question(question)
         if self.extractor is not None:
-            found = parse_entities(", ".join(self.extractor(question.text).splitlines()))
-            found = Entities(found.items, tuple(note for note in found.notes if "no tags" not in note))
+            reply = self.extractor(question.text)
+            if not isinstance(reply, str):
+                raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
+            found = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
         elif self.config.entities_from == "rules":
             found = entities_by_rules(question)
         else:
@@ -220,9 +231,7 @@ class HiDe:
         pictures = _images(images)
         if len(pictures) != len(maps.maps):
             raise ValueError(f"images: got {len(pictures)}, want {len(maps.maps)}, as many as maps has")
-        return tuple(
-            self._boxes_of(of_image, picture.size) for of_image, picture in zip(maps.maps, pictures, strict=True)
-        )
+        return self._boxes(maps, pictures)
 
     def collage(
         self, images: ImageLike | Sequence[ImageLike], boxes: Sequence[Tensor]
@@ -236,12 +245,7 @@ class HiDe:
         pictures = _images(images)
         if len(pictures) != len(boxes):
             raise ValueError(f"boxes: got {len(boxes)} tensors, want {len(pictures)}, one per image")
-        made = [
-            collage(to_tensor(picture), own, fill=WHITE, alpha_threshold=self.config.alpha_threshold)
-            for picture, own in zip(pictures, boxes, strict=True)
-        ]
-        shown = tuple(None if one.image is None else Image.fromarray(one.image.numpy()) for one in made)
-        return shown, tuple(one.boxes for one in made)
+        return self._collage(pictures, boxes)
 
     def answer(
         self,
@@ -293,7 +297,7 @@ class HiDe:
         with clock("maps"):
             maps = self.maps(rows)
         with clock("boxes and collage"):
-            collages, boxes = self.collage(images, self.boxes(maps, images))
+            collages, boxes = self._collage(images, self._boxes(maps, images))
         notes += self._doubts(maps)
         shown = [collages[index] for index in maps.order if collages[index] is not None]
         if shown:
@@ -310,7 +314,7 @@ class HiDe:
         return HiDeResult(
             question=question,
             entities=entities,
-            plain_answer=plain_answer if plain or not shown else None,
+            plain_answer=plain_answer,
             answer=answer,
             images=images,
             maps=maps,
@@ -340,6 +344,21 @@ class HiDe:
         )
         rows = self.model.search_rows(prompt, pictures, layers=self.config.layers, causal=self.config.causal)
         return EntityRows(tuple(rows), prompt.prior_rows, prompt.labels)
+
+    def _boxes(self, maps: EntityMaps, pictures: Sequence[Image.Image]) -> tuple[Tensor, ...]:
+        return tuple(
+            self._boxes_of(of_image, picture.size) for of_image, picture in zip(maps.maps, pictures, strict=True)
+        )
+
+    def _collage(
+        self, pictures: Sequence[Image.Image], boxes: Sequence[Tensor]
+    ) -> tuple[tuple[Image.Image | None, ...], tuple[Tensor, ...]]:
+        made = [
+            collage(to_tensor(picture), own, fill=WHITE, alpha_threshold=self.config.alpha_threshold)
+            for picture, own in zip(pictures, boxes, strict=True)
+        ]
+        shown = tuple(None if one.image is None else Image.fromarray(one.image.numpy()) for one in made)
+        return shown, tuple(one.boxes for one in made)
 
     def _boxes_of(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         _, rows, columns = maps.shape

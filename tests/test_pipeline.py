@@ -215,6 +215,11 @@ def test_a_users_extractor_is_given_the_options_and_is_believed(adapter, config,
     assert result.question.options == ("red", "blue")
 
 
+def test_an_extractor_that_returns_no_text_is_named(adapter, config):
+    with pytest.raises(TypeError, match="extractor: it returned NoneType"):
+        HiDe(adapter, config, extractor=lambda text: None).entities(QUESTION)
+
+
 def test_the_model_itself_extracts_where_the_config_says_so(adapter, config, monkeypatch):
     asked = []
 

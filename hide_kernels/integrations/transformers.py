@@ -316,7 +316,7 @@ def _limits(
         # What a padding query sees is the implementation's affair: nobody reads its row.
         expected, actual = (x & (positions[:, None] >= starts[:, None, None]) for x in (expected, actual))
     if not torch.equal(expected.expand_as(actual), actual):
-        raise ValueError(f"layer {layer}: its attention mask is not causal, sliding or padding; use causal=False")
+        raise ValueError(f"layer {layer}: its attention mask is not causal, sliding or padding; rows would be wrong")
     return {"q_positions": positions, "kv_starts": starts, "kv_lens": lens}
 
 
