@@ -25,6 +25,7 @@ __all__ = ["IGNORED", "TOKEN_SIDE", "Batch", "BatchStream", "Stage", "Text", "ma
 TOKEN_SIDE = PATCH * MERGE
 IGNORED = -100
 _COLLAGE_SIDE = 9  # tokens
+_COLLAGES, _LARGE_COLLAGES = 2, 8  # questions with a collage about one picture
 _MOST_FOR_GRADIENTS = 900  # tokens
 _FIRST_SEED = 1 << 40  # evaluation draws from smaller seeds
 
@@ -35,9 +36,9 @@ class Stage:
 
     `sides` is the smallest and largest side of a picture in tokens and `image_tokens` the size of a batch; `objects`
     the range of their number. A stage with `text=False` trains the vision encoder alone. The shares are those of
-    batches whose pictures are large, of other batches with a collage, and of questions asked with lettered options.
+    batches whose pictures are large, of other batches with collages, and of questions asked with lettered options.
     A large batch has two pictures with sides from `large_sides`, in the two forms in which HiDe shows large pictures:
-    the search prompt, and a question with a collage. In other batches a collage's positions are moved by up to
+    the search prompt, and questions with a collage each. In other batches a collage's positions are moved by up to
     `farthest`, as if the picture before it had been larger.
     """
 
@@ -60,22 +61,24 @@ class Stage:
 
 @dataclass
 class Text:
-    """The branches of a batch: B pictures, together L tokens each, E entity words.
+    """The branches of a batch: B pictures, together L tokens each, E entity words, K collages of Tc tokens each.
 
     `labels` holds at each token the next one where the loss wants it, else `IGNORED`; `branch` the number of the
-    conversation, -1 for padding. With collages, those are the tokens 1 ... of each picture's branches, in its first
-    conversation, whose words name what the collage shows. Tc is the number of a collage's tokens, 0 without.
+    conversation, -1 for padding. Conversation k < K shows collage k, and its words name what that shows.
     """
 
     ids: Tensor  # (B, L) int64
     positions: Tensor  # (3, B, L) int64
     branch: Tensor  # (B, L) int64
     labels: Tensor  # (B, L) int64
+    right_options: Tensor  # (B, L) int64: at the word of a lettered option, whether it is the right one, else IGNORED
     words: Tensor  # (B, E) int64, indices into L
     word_colors: Tensor  # (B, E) int64, or IGNORED
     word_places: Tensor  # (B, E, 2) int64: column and row, in its picture, of the middle of what the word names
-    word_cells: Tensor  # (B, E, T + Tc) bool: the picture's and the collage's tokens that its box touches
-    collages: Tensor | None  # (B, h, w, 3) uint8
+    word_cells: Tensor  # (B, E, T + Tc) bool: the tokens of the picture, and of its collage, that its box touches
+    word_collage: Tensor  # (B, E) int64: the collage that its conversation shows, or -1
+    collages: Tensor  # (B, K, h, w, 3) uint8
+    collage_tokens: Tensor  # (B, K, Tc) int64, indices into L
 
 
 @dataclass
@@ -129,6 +132,8 @@ class _Branches:
         self.tokenizer, self.scene, self.start = tokenizer, scene, start
         self.ids: list[int] = []
         self.labels: list[int] = []
+        self.right_options: list[int] = []
+        self.collages: list[int] = []  # the first token of each
         self.branch: list[int] = []
         self.positions: list[tuple[int, int, int]] = []
         self.entities: list[tuple[int, int]] = []  # (token, object)
@@ -140,12 +145,26 @@ class _Branches:
             for form in (kind, "\u0120" + kind)  # byte-level BPE writes a blank so
         }
 
-    def add(self, prompt: str, answer: str | None, collage: tuple[int, int] | None = None) -> None:
-        """One conversation: [collage of rows x columns tokens,] prompt, and the answer to learn, if any."""
-        position, number = self.start, max(self.branch, default=-1) + 1
+    def ask(self, question: Question, *, letters: bool, collage: tuple[int, int] | None = None, shift: int = 0) -> None:
+        """One conversation with a question and its answer to learn."""
+        if not letters:
+            self.add(question.text, question.answer, collage, shift)
+            return
+        self.add(question.lettered_text, question.letter, collage, shift)
+        for option in question.options:
+            (word,) = self.tokenizer(f" {option}")["input_ids"]
+            last = len(self.ids) - 1 - self.ids[::-1].index(word)  # the question's text may hold it too
+            self.right_options[last] = int(option == question.answer)
+
+    def add(self, prompt: str, answer: str | None, collage: tuple[int, int] | None = None, shift: int = 0) -> None:
+        """One conversation: [collage of rows x columns tokens,] prompt, and the answer to learn, if any; `shift` is
+        added to all positions.
+        """
+        position, number = self.start + shift, max(self.branch, default=-1) + 1
         if collage:
             rows, columns = collage
             pads = "<|image_pad|>" * (rows * columns)
+            self.collages.append(len(self.ids) + 1)
             self.ids += self.tokenizer(f"<|vision_start|>{pads}<|vision_end|>")["input_ids"]
             self.positions.append((position, position, position))
             self.positions += [
@@ -166,6 +185,7 @@ class _Branches:
         self.positions += [(p, p, p) for p in range(position, position + len(text))]
         self.branch += [number] * (len(self.ids) - len(self.branch))
         self.labels += [IGNORED] * (len(self.ids) - len(self.labels))
+        self.right_options += [IGNORED] * (len(self.ids) - len(self.right_options))
         if answer is not None:
             wanted = len(self.tokenizer(answer)["input_ids"]) + 1
             self.labels[-wanted - 1 : -1] = self.ids[-wanted:]
@@ -266,12 +286,6 @@ def make_batch(stage: Stage, seed: int, step: int, tokenizer: PreTrainedTokenize
     return batch
 
 
-def _ask(question: Question, stage: Stage, rng: np.random.Generator) -> tuple[str, str]:
-    if rng.random() < stage.letters:
-        return question.lettered_text, question.letter
-    return question.text, question.answer
-
-
 def _text(
     batch: Batch,
     stage: Stage,
@@ -282,64 +296,78 @@ def _text(
     large: bool,
 ) -> Text:
     start = len(prefix_ids(tokenizer)) + max(batch.rows, batch.columns) + 1
-    asked = []
+    with_collages = large or rng.random() < stage.collages
+    asked, shown = [], []
     for scene in scenes:
         found = questions(scene, rng)
-        half = 1 if large else stage.max_questions // 2
-        asked.append([q for split in ("attribute", "position") for q in [f for f in found if f.split == split][:half]])
-    grid = collages = None
-    if large or rng.random() < stage.collages:
-        chosen = [q[int(rng.integers(len(q)))] for q in asked]
-        pairs = [_collage(scene, q.targets, rng) for scene, q in zip(scenes, chosen, strict=True)]
-        made, places_in_collage = _pad_collages([pixels for pixels, _ in pairs]), [places for _, places in pairs]
-        collages = torch.from_numpy(made)
-        grid = (made.shape[1] // TOKEN_SIDE, made.shape[2] // TOKEN_SIDE)
+        by_split = [[q for q in found if q.split == split] for split in ("attribute", "position")]
+        asked.append([q for of in by_split for q in ([] if large else of[: stage.max_questions // 2])])
+        most = (_LARGE_COLLAGES if large else _COLLAGES) // 2 if with_collages else 0
+        shown.append([q for of in by_split for q in of[-most:] if most])
+    # Each picture of a batch has as many collages, all of one size.
+    each = max(1, min(map(len, shown))) if with_collages else 0
+    pixels, places = [], []
+    for scene, about in zip(scenes, shown, strict=True):
+        rng.shuffle(about)
+        del about[each:]
+        about += about[:1] * (each - len(about))
+        made = [_collage(scene, q.targets, rng) for q in about]
+        pixels += [image for image, _ in made]
+        places.append([where for _, where in made])
+    collages = _pad_collages(pixels) if each else np.zeros((0, 0, 0, 3), np.uint8)
+    grid = (collages.shape[1] // TOKEN_SIDE, collages.shape[2] // TOKEN_SIDE)
     all_branches = []
     for index, scene in enumerate(scenes):
         branches = _Branches(tokenizer, scene, start)
-        if grid:
-            branches.start = start + (0 if large else int(rng.integers(stage.farthest + 1)))
-            branches.add(*_ask(chosen[index], stage, rng), collage=grid)
-            branches.start = start
+        for question in shown[index]:
+            shift = 0 if large else int(rng.integers(stage.farthest + 1))
+            branches.ask(question, letters=rng.random() < stage.letters, collage=grid, shift=shift)
         for number, prompt in enumerate(_search_prompts(scene, rng)):
             if large or number == 0:
                 branches.add(prompt, None)
-        for question in () if large else asked[index]:
-            branches.add(*_ask(question, stage, rng))
+        for question in asked[index]:
+            branches.ask(question, letters=rng.random() < stage.letters)
         all_branches.append(branches)
     length = -(-max(len(b.ids) for b in all_branches) // 8) * 8
     most = max(1, max(len(b.entities) for b in all_branches))
     size = len(scenes)
     ids = np.full((size, length), tokenizer.pad_token_id)
-    branch, targets = np.full((size, length), -1), np.full((size, length), IGNORED)
+    branch, targets, right_options = (np.full((size, length), fill) for fill in (-1, IGNORED, IGNORED))
     positions = np.zeros((3, size, length), int)
     words, colors = np.zeros((size, most), int), np.full((size, most), IGNORED)
-    places = np.zeros((size, most, 2), int)
+    word_places, word_collage = np.zeros((size, most, 2), int), np.full((size, most), -1)
     tokens = batch.rows * batch.columns
-    cells = np.zeros((size, most, tokens + (grid[0] * grid[1] if grid else 0)), bool)
+    cells = np.zeros((size, most, tokens + grid[0] * grid[1]), bool)
     for i, (b, scene) in enumerate(zip(all_branches, scenes, strict=True)):
         used = len(b.ids)
         ids[i, :used], branch[i, :used], targets[i, :used] = b.ids, b.branch, b.labels
+        right_options[i, :used] = b.right_options
         positions[:, i, :used] = np.transpose(b.positions)
         for e, (token, which) in enumerate(b.entities):
             x0, y0, x1, y1 = box = scene.objects[which].box
-            if grid and b.branch[token] == 0:
-                x0, y0, x1, y1 = box = places_in_collage[i][which]
+            number = b.branch[token]
+            if number < each:
+                x0, y0, x1, y1 = box = places[i][number][which]
                 cells[i, e, tokens:] = _cover(box, *grid).flatten() > 0
+                word_collage[i, e] = number
             else:
                 cells[i, e, :tokens] = _cover(box, batch.rows, batch.columns).flatten() > 0
             words[i, e], colors[i, e] = token, tuple(COLORS).index(scene.objects[which].color)
-            places[i, e] = (x0 + x1) // 2 // TOKEN_SIDE, (y0 + y1) // 2 // TOKEN_SIDE
+            word_places[i, e] = (x0 + x1) // 2 // TOKEN_SIDE, (y0 + y1) // 2 // TOKEN_SIDE
+    first = np.array([b.collages for b in all_branches], int).reshape(size, each, 1)
     return Text(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         branch=torch.from_numpy(branch),
         labels=torch.from_numpy(targets),
+        right_options=torch.from_numpy(right_options),
         words=torch.from_numpy(words),
         word_colors=torch.from_numpy(colors),
-        word_places=torch.from_numpy(places),
+        word_places=torch.from_numpy(word_places),
         word_cells=torch.from_numpy(cells),
-        collages=collages,
+        word_collage=torch.from_numpy(word_collage),
+        collages=torch.from_numpy(collages.reshape(size, each, *collages.shape[1:])),
+        collage_tokens=torch.from_numpy(first + np.arange(grid[0] * grid[1])),
     )
 
 

@@ -45,12 +45,14 @@ _PLACE_LAYER, _PLACES = 1, 48
 # At these layers, words are taught to put at least this part of their attention on what they name: at the first by what
 # it looks like, at the second to read its color and place.
 _LOOK_LAYERS, _LOOK_PART, _LOOK_WEIGHT = (0, 2), 0.5, 0.2
+# Behind this layer, the word of a lettered option is to know whether it is the right one.
+_OPTION_LAYER = 4
 _SAVE_EVERY, _LOG_EVERY, _WARM_UP = 100, 10, 40
 
 
 class Heads(nn.Module):
     """The linear heads that only training uses: what covers an image token and where it lies; the same of what a word
-    names.
+    names; whether a lettered option is the right one.
     """
 
     def __init__(self, width: int) -> None:
@@ -58,6 +60,7 @@ class Heads(nn.Module):
         self.dense = nn.Linear(width, len(KINDS) + 1 + len(COLORS) + 1)
         self.place = nn.Linear(width, 2 * _PLACES)
         self.word = nn.Linear(width, len(COLORS) + 2 * _PLACES)
+        self.option = nn.Linear(width, 2)
 
 
 @dataclass
@@ -90,6 +93,10 @@ def _attention_bias(branch: Tensor, prefix: int) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf"))[:, None]
 
 
+def _unit(states: Tensor) -> Tensor:
+    return F.rms_norm(states, states.shape[-1:])
+
+
 def _place_loss(logits: Tensor, places: Tensor) -> tuple[Tensor, float]:
     """Cross entropy of column and row (..., 2 * _PLACES) against places (..., 2) int64 in tokens, and the accuracy."""
     guess = logits.float().unflatten(-1, (2, _PLACES))
@@ -106,11 +113,11 @@ def _text_losses(
     embed = model.get_input_embeddings()
     fixed = embed(torch.tensor([*before, model.config.vision_end_token_id])).expand(size, -1, -1)
     branches = embed(text.ids)
-    rows = columns = 0
-    if text.collages is not None:
-        rows, columns = (side // TOKEN_SIDE for side in text.collages.shape[1:3])
-        collage = encode_images(model, image_to_patches(text.collages), rows, columns).to(branches.dtype)
-        branches = torch.cat([branches[:, :1], collage, branches[:, 1 + rows * columns :]], dim=1)
+    collages, (rows, columns) = text.collages.shape[1], (side // TOKEN_SIDE for side in text.collages.shape[2:4])
+    if collages:
+        shown = encode_images(model, image_to_patches(text.collages.flatten(0, 1)), rows, columns)
+        at = text.collage_tokens.flatten(1)[..., None].expand(-1, -1, branches.shape[-1])
+        branches = branches.scatter(1, at, shown.to(branches.dtype).reshape(at.shape))
     first, tokens = len(before), batch.rows * batch.columns
     prefix = first + tokens + 1
     embeddings = torch.cat([fixed[:, :first], features.to(fixed.dtype), fixed[:, first:], branches], dim=1)
@@ -126,7 +133,7 @@ def _text_losses(
         frozen=prefix if batch.frozen else 0,
         row_indices=text.words + prefix,
         row_layers=(*_LOOK_LAYERS, *row_layers),
-        state_layers=(_PLACE_LAYER,),
+        state_layers=(_PLACE_LAYER, _OPTION_LAYER),
     )
     hidden = out.hidden[:, prefix:]
 
@@ -137,36 +144,50 @@ def _text_losses(
     right = logits.argmax(-1)[words] == labels[words]
     sides = torch.isin(labels[words], torch.tensor(tokenizer.convert_tokens_to_ids(["left", "right"])))
     letters = torch.isin(labels[words], torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCD"))))
+    in_collage = ((text.branch < collages)[wanted])[words]
     log = {"answer_loss": answer.item()}
     for name, of in (("attribute", ~sides & ~letters), ("position", sides), ("letter", letters)):
-        if of.any():
-            log[name] = right[of].float().mean().item()
+        for form, where in ((name, of & ~in_collage), (f"collage_{name}", of & in_collage)):
+            if where.any():
+                log[form] = right[where].float().mean().item()
+    lettered = text.right_options != IGNORED
+    option = torch.zeros(())
+    if lettered.any():
+        logits, labels = (
+            heads.option(_unit(out.states[_OPTION_LAYER][:, prefix:][lettered])).float(),
+            text.right_options[lettered],
+        )
+        option = F.cross_entropy(logits, labels)
+        log["option"] = (logits.argmax(-1) == labels).float().mean().item()
 
     # Frozen image tokens cannot learn their place: the head alone would learn to make up for it.
-    shown = slice(prefix + 1, prefix + 1 + rows * columns)
-    seen = [(shown, image_positions(rows, columns))]
-    if not batch.frozen:
-        seen.append((slice(first, first + tokens), places))
-    states = F.rms_norm(torch.cat([out.states[_PLACE_LAYER][:, where] for where, _ in seen], dim=1), hidden.shape[-1:])
-    own = torch.cat([of.flip(0).T for _, of in seen]).expand(size, -1, -1)
+    learning = [] if batch.frozen else [(out.states[_PLACE_LAYER][:, first : first + tokens], places)]
+    if collages:
+        at = (text.collage_tokens + prefix).flatten(1)[..., None].expand(-1, -1, hidden.shape[-1])
+        learning.append((out.states[_PLACE_LAYER].gather(1, at), image_positions(rows, columns).repeat(1, collages)))
     image_place = torch.zeros(())
-    if own.shape[1]:
+    if learning:
+        states = _unit(torch.cat([of for of, _ in learning], dim=1))
+        own = torch.cat([of.flip(0).T for _, of in learning]).expand(size, -1, -1)
         image_place, log["image_place"] = _place_loss(heads.place(states), own)
 
     # At the word itself: what it names has which color, and lies where? In a large picture it need only be found.
     valid = text.word_colors != IGNORED
     cells = text.word_cells[valid]
-    plain = ~cells[:, tokens:].any(-1)  # words that no collage shows
+    plain = text.word_collage[valid] < 0
     picked = hidden.gather(1, text.words[..., None].expand(-1, -1, hidden.shape[-1]))[valid]
     read = ~plain | (not batch.frozen)
     color, place = heads.word(picked[read]).float().split([len(COLORS), 2 * _PLACES], dim=-1)
     word_color = F.cross_entropy(color, text.word_colors[valid][read])
     log["word_color"] = (color.argmax(-1) == text.word_colors[valid][read]).float().mean().item()
     word_place, log["word_place"] = _place_loss(place, text.word_places[valid][read])
-    on_images = {
-        layer: torch.cat([row[..., first : first + tokens], row[..., shown]], dim=-1)[valid]
-        for layer, row in out.rows.items()
-    }
+    on_images = {layer: row[valid][:, first : first + tokens] for layer, row in out.rows.items()}
+    if collages:
+        picture = torch.arange(size)[:, None].expand(text.words.shape)[valid]
+        at = text.collage_tokens[picture, text.word_collage[valid].clamp(min=0)] + prefix
+        on_images = {
+            layer: torch.cat([on_images[layer], row[valid].gather(1, at)], dim=-1) for layer, row in out.rows.items()
+        }
     on_object = torch.stack([(on_images[layer] * cells).sum(-1) for layer in _LOOK_LAYERS])
     look = F.relu(math.log(_LOOK_PART) - (on_object + 1e-6).log()).mean()
     log["look_loss"] = look.item()
@@ -177,7 +198,7 @@ def _text_losses(
         log[f"times_{layer}"] = (share / in_picture.float().mean(-1)).mean().item()
     if (~plain).any():
         log["inside_collage"] = on_object[-1, ~plain].mean().item()
-    taught = _WORD_WEIGHT * word_color + _PLACE_WEIGHT * (image_place + word_place) + _LOOK_WEIGHT * look
+    taught = _WORD_WEIGHT * (word_color + option) + _PLACE_WEIGHT * (image_place + word_place) + _LOOK_WEIGHT * look
     return Step(answer + taught, log)
 
 
