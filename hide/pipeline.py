@@ -27,7 +27,7 @@ from hide.entities import (
 )
 from hide.images import ImageLike, load_image, to_tensor
 from hide.models import load
-from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL
+from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL, Reply, SearchPrompt
 from hide.questions import Question
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import boxes_to_pixels
@@ -73,7 +73,8 @@ class HiDeResult:
     answer: the reply to the images and the collages. letter, plain_letter: the option that each reply names, if any.
     images: the loaded pictures. maps: as `HiDe.maps`. boxes: per image (K, 4) int64 pixels x0, y0, x1, y1 half-open.
     collages: per image a picture, or `None` where there is no region. notes: fallbacks that were taken, and doubts.
-    seconds: wall time of each step. image_tokens: per image, then per collage in the order they were shown.
+    seconds: wall time of each step. tokens: those that each step sent through the model, prompt and reply.
+    image_tokens: per image, then per collage in the order they were shown.
     """
 
     question: Question
@@ -86,6 +87,7 @@ class HiDeResult:
     collages: tuple[Image.Image | None, ...]
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    tokens: dict[str, int]
     image_tokens: tuple[int, ...]
 
     @property
@@ -114,6 +116,7 @@ class HiDeResult:
             "image_tokens": list(self.image_tokens),
             "notes": list(self.notes),
             "seconds": {step: round(seconds, 4) for step, seconds in self.seconds.items()},
+            "tokens": dict(self.tokens),
         }
 
 
@@ -122,6 +125,7 @@ class _Clock:
     device: torch.device
     progress: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
@@ -192,28 +196,20 @@ class HiDe:
 
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
-        question = _question(question)
-        if self.extractor is not None:
-            reply = self.extractor(question.text)
-            if not isinstance(reply, str):
-                raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
-            found = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
-        elif self.config.entities_from == "rules":
-            found = entities_by_rules(question)
-        else:
-            request = entity_request(question, self.config.entity_prompt)
-            reply = self.model.generate(request, max_new_tokens=self.config.max_entity_tokens)
-            found = parse_entities(reply, request)
-        if found.items:
-            return found
-        words = " ".join(question.stem.split())[:MAX_LENGTH]
-        return Entities(
-            (words,), (*found.notes, "entities: none were found; the question's own words took their place")
-        )
+        return self._entities(_question(question))[0]
 
     def attention_rows(self, images: ImageLike | Sequence[ImageLike], entities: Entities | str) -> EntityRows:
         """Step 2a: the attention of each token of the search prompt over each image."""
-        return self._attention_rows(self._preprocess(_images(images)), entities)
+        return self._attention_rows(self._preprocess(_images(images)), entities)[0]
+
+    def attention_rows_by_layer(
+        self, images: ImageLike | Sequence[ImageLike], entities: Entities | str
+    ) -> tuple[EntityRows, ...]:
+        """Step 2a for every layer by itself, from one forward: what a layer is chosen by."""
+        pictures = self._preprocess(_images(images))
+        prompt = self._search_prompt(pictures, entities)
+        rows = self.model.search_rows(prompt, pictures, layers=None, causal=self.config.causal, keep_layers=True)
+        return tuple(EntityRows(of_layer, prompt.prior_rows, prompt.labels) for of_layer in zip(*rows, strict=True))
 
     def maps(self, rows: EntityRows) -> EntityMaps:
         """Step 2b: Token-wise Attention Decoupling, rows -> one purified map per token that has one."""
@@ -252,7 +248,7 @@ class HiDe:
         images: ImageLike | Sequence[ImageLike],
         question: str | Question,
         collages: Sequence[Image.Image | None] = (),
-    ) -> str:
+    ) -> Reply:
         """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain.
 
         `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
@@ -285,13 +281,12 @@ class HiDe:
             pictures = self._preprocess(images)
         plain_answer = None
         if plain:
-            with clock("plain answer"):
-                plain_answer = self._answer(pictures, question)
+            plain_answer = self._clocked_answer(clock, "plain answer", pictures, question)
         with clock("entities"):
-            entities = self.entities(question)
+            entities, clock.tokens["entities"] = self._entities(question)
         notes = [*self._notes, *entities.notes]
         with clock("attention rows"):
-            rows = self._attention_rows(pictures, entities)
+            rows, clock.tokens["attention rows"] = self._attention_rows(pictures, entities)
             if not all(bool(torch.isfinite(row).all()) for row in rows.rows):
                 notes.append("attention: some rows hold NaN or inf and were left out; a larger dtype may mend it")
         with clock("maps"):
@@ -303,13 +298,12 @@ class HiDe:
         if shown:
             with clock("answer"):
                 everything = self._with_collages(pictures, shown)
-                answer = self._answer(everything, question)
+            answer = self._clocked_answer(clock, "answer", everything, question)
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
             everything = pictures
             if plain_answer is None:
-                with clock("answer"):
-                    plain_answer = self._answer(pictures, question)
+                plain_answer = self._clocked_answer(clock, "answer", pictures, question)
             answer = plain_answer
         return HiDeResult(
             question=question,
@@ -322,6 +316,7 @@ class HiDe:
             collages=collages,
             notes=tuple(notes),
             seconds=clock.seconds,
+            tokens=clock.tokens,
             image_tokens=tuple(rows * columns for rows, columns in everything.grids),
         )
 
@@ -334,16 +329,46 @@ class HiDe:
         shown = [_in_aspect(picture) for picture in collages if picture is not None]
         return pictures + self._preprocess(shown) if shown else pictures
 
-    def _answer(self, pictures: Pictures, question: Question) -> str:
+    def _answer(self, pictures: Pictures, question: Question) -> Reply:
         return self.model.generate(question.prompt, pictures, max_new_tokens=self.config.max_new_tokens)
 
-    def _attention_rows(self, pictures: Pictures, entities: Entities | str) -> EntityRows:
+    def _clocked_answer(self, clock: _Clock, step: str, pictures: Pictures, question: Question) -> str:
+        with clock(step):
+            reply = self._answer(pictures, question)
+        clock.tokens[step] = reply.tokens
+        return reply.text
+
+    def _entities(self, question: Question) -> tuple[Entities, int]:
+        """The entities, and how many tokens went through the model for them."""
+        tokens = 0
+        if self.extractor is not None:
+            reply = self.extractor(question.text)
+            if not isinstance(reply, str):
+                raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
+            found = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
+        elif self.config.entities_from == "rules":
+            found = entities_by_rules(question)
+        else:
+            request = entity_request(question, self.config.entity_prompt)
+            said = self.model.generate(request, max_new_tokens=self.config.max_entity_tokens)
+            tokens, found = said.tokens, parse_entities(said.text, request)
+        if found.items:
+            return found, tokens
+        words = " ".join(question.stem.split())[:MAX_LENGTH]
+        note = "entities: none were found; the question's own words took their place"
+        return Entities((words,), (*found.notes, note)), tokens
+
+    def _attention_rows(self, pictures: Pictures, entities: Entities | str) -> tuple[EntityRows, int]:
+        """The rows, and how many tokens went through the model for them."""
+        prompt = self._search_prompt(pictures, entities)
+        rows = self.model.search_rows(prompt, pictures, layers=self.config.layers, causal=self.config.causal)
+        return EntityRows(tuple(rows), prompt.prior_rows, prompt.labels), prompt.input_ids.shape[1]
+
+    def _search_prompt(self, pictures: Pictures, entities: Entities | str) -> SearchPrompt:
         text = entities if isinstance(entities, str) else entities.text
-        prompt = self.model.search_prompt(
+        return self.model.search_prompt(
             text, pictures, prompt=self.config.search_prompt, include_end_token=self.config.include_end_token
         )
-        rows = self.model.search_rows(prompt, pictures, layers=self.config.layers, causal=self.config.causal)
-        return EntityRows(tuple(rows), prompt.prior_rows, prompt.labels)
 
     def _boxes(self, maps: EntityMaps, pictures: Sequence[Image.Image]) -> tuple[Tensor, ...]:
         return tuple(

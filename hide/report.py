@@ -66,11 +66,11 @@ def save_pictures(result: HiDeResult, directory: str | Path, threshold: float | 
     written = []
     overview = []
     for index, collage in enumerate(result.collages):
-        small = _small(result.images[index])
+        small = small_picture(result.images[index])
         maps = _maps(result, index)
         pictures = {
             "heat": _heat(small, _strongest(maps), threshold),
-            "boxes": _boxes(small, result.images[index].size, result.boxes[index]),
+            "boxes": boxed_picture(small, result.images[index].size, result.boxes[index]),
         }
         if len(maps):
             pictures["tokens"] = _tokens_figure(small, maps, result.maps.labels[index], threshold)
@@ -103,8 +103,8 @@ def report_html(result: HiDeResult, config: HiDeConfig, *, model: str = "") -> s
     """
     question = result.question
     long = ' class="long"' if len(question.stem) > 240 else ""
-    page = Template(resources.files("hide").joinpath("report_template.html").read_text(encoding="utf-8"))
-    return page.substitute(
+    return fill_page(
+        "report_template.html",
         title=escape(f"HiDe: {_short(question.stem, 80)}"),
         question=f"<h1{long}>{escape(question.stem)}</h1>",
         options=_options_html(result),
@@ -118,6 +118,13 @@ def report_html(result: HiDeResult, config: HiDeConfig, *, model: str = "") -> s
     )
 
 
+def fill_page(template: str, **parts: str) -> str:
+    """A page of this package with its parts, all of them HTML, in place."""
+    files = resources.files("hide")
+    page = Template(files.joinpath(template).read_text(encoding="utf-8"))
+    return page.substitute(parts, style=files.joinpath("report.css").read_text(encoding="utf-8"))
+
+
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +134,7 @@ def _fit(size: Size, limit: Size, at_least: int = 0) -> Size:
     return max(MIN_SIDE, round(size[0] * scale)), max(MIN_SIDE, round(size[1] * scale))
 
 
-def _small(picture: Image.Image) -> Image.Image:
+def small_picture(picture: Image.Image) -> Image.Image:
     """RGB at the size of the report; the large pictures are touched only here."""
     return on_colour(picture).resize(_fit(picture.size, PICTURE), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
@@ -186,7 +193,7 @@ def _ring(mask: Image.Image, width: int) -> Image.Image:
     return Image.fromarray(wider - np.asarray(mask))
 
 
-def _boxes(small: Image.Image, size: Size, boxes: Tensor) -> Image.Image:
+def boxed_picture(small: Image.Image, size: Size, boxes: Tensor) -> Image.Image:
     """The picture with numbered boxes: deleted parts dark, parts that become gaps of the collage pale."""
     if not len(boxes):
         return small
@@ -398,20 +405,20 @@ def _answers_html(result: HiDeResult) -> str:
 
 def _image_html(result: HiDeResult, index: int, threshold: float) -> str:
     picture = result.images[index]
-    small, maps, labels = _small(picture), _maps(result, index), result.maps.labels[index]
+    small, maps, labels = small_picture(picture), _maps(result, index), result.maps.labels[index]
     name = "The picture" if len(result.images) == 1 else f"Picture {index + 1} of {len(result.images)}"
     tokens = f", {result.image_tokens[index]} image tokens" if index < len(result.image_tokens) else ""
     cells = f", maps of {maps.shape[2]} x {maps.shape[1]} cells" if len(maps) else ""
     wide = " wide" if _wide(small) else ""
     on_white = ", on white" if picture.mode == "RGBA" else ""
-    left = _figure(
+    left = figure_html(
         small, f"{name}, as it was given", f"As it was given{on_white}{_stretched(picture.size, small.size)}"
     )
     parts = [f"<h2>{name}</h2>", f"<p>{picture.width} x {picture.height} pixels{tokens}{cells}.</p>"]
     if not len(maps):
         parts.append(f'<div class="pair{wide}">{left}</div><p>No token has a map here, so there is no region.</p>')
         return "\n".join(parts)
-    right = _figure(
+    right = figure_html(
         _heat(small, _strongest(maps), threshold),
         f"{name} in grey under the strongest map of each cell; tokens: {', '.join(labels)}",
         f"Attention of {_count(len(maps), 'token')}{', in each cell that of the strongest' if len(maps) > 1 else ''}",
@@ -434,7 +441,7 @@ def _tokens_html(
 ) -> str:
     panel = _panel(small)
     panels = [
-        _figure(
+        figure_html(
             _heat(panel, heat, threshold),
             f"Attention of token {label!r}: strongest {_place(heat)}",
             f"<code>{escape(label.strip()) or '(blank)'}</code>",
@@ -473,13 +480,13 @@ def _boxes_html(small: Image.Image, size: Size, boxes: Tensor, collage: Image.Im
     return f"""<h3>{count}</h3>
 <p>Clear parts are copied into the collage. Dark parts are deleted. Pale parts lie in a kept column and a kept row, but
 in no box: they become white gaps. The blue strips at the edges mark the kept columns (top) and rows (left).</p>
-{_figure(_boxes(small, size, boxes), boxes_alt, style="frame")}
+{figure_html(boxed_picture(small, size, boxes), boxes_alt, style="frame")}
 {_boxes_table(boxes, layout)}
 <h3>Collage</h3>
 <p>{_kept("columns", _runs(layout.columns), size[0])} {_kept("rows", _runs(layout.rows), size[1])} What is left moves
 together, so left stays left and above stays above. The collage is {collage.width} x {collage.height} pixels{tokens}:
 {_percent(collage.width * collage.height / (size[0] * size[1]))} of the picture's area.</p>
-{_figure(drawn, layout_alt, f"{zoom}. The strips are those above, end to end.", style="frame")}"""
+{figure_html(drawn, layout_alt, f"{zoom}. The strips are those above, end to end.", style="frame")}"""
 
 
 def _kept(what: str, runs: Runs, of: int) -> str:
@@ -547,7 +554,7 @@ def _list_html(items: Iterable[str], style: str) -> str:
     return f'<ul class="{style}">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
 
 
-def _figure(picture: Image.Image, alt: str, caption: str = "", *, style: str = "", above: bool = False) -> str:
+def figure_html(picture: Image.Image, alt: str, caption: str = "", *, style: str = "", above: bool = False) -> str:
     """`caption` is HTML, `alt` is text."""
     image = _img(picture, alt)
     text = f"<figcaption>{caption}</figcaption>" if caption else ""

@@ -85,7 +85,7 @@ def test_the_command_draws_and_tells(picture, tmp_path):
         app, ["attend", str(tmp_path / "a.png"), TEXT, "--layers", "1,4", "--tokens", "3", "--out", str(tmp_path / "o")]
     )
     assert result.exit_code == 0, result.output
-    assert "star" in result.output and "untrained" in result.output and (tmp_path / "o" / "attention.png").is_file()
+    assert "star" in result.output and "embedded" in result.output and (tmp_path / "o" / "attention.png").is_file()
     for layers in ("x", "1-9"):
         result = CliRunner().invoke(app, ["attend", str(tmp_path / "a.png"), TEXT, "--layers", layers])
         assert result.exit_code == 1 and "layers" in result.output and "Traceback" not in result.output

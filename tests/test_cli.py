@@ -26,10 +26,10 @@ def run(*arguments):
 def test_ask_prints_entities_boxes_answers_times_and_saves_pictures(picture, tmp_path):
     result = run("ask", picture, QUESTION, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for text in ("untrained", "entities", "star", "boxes", "plain answer", "HiDe answer", "attention rows", "total"):
+    for text in ("embedded", "entities", "star", "boxes", "plain answer", "HiDe answer", "attention rows", "total"):
         assert text in result.output
     document = json.loads((tmp_path / "result.json").read_text())
-    assert document["entities"] == ["star"] and document["model"] == "untrained"
+    assert document["entities"] == ["star"] and document["model"] == "embedded"
     for name in ("overview.png", "image_0_heat.png", "image_0_boxes.png", "image_0_collage.png"):
         with Image.open(tmp_path / name) as image:
             assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 20, f"{name} shows nothing"

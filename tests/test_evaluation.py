@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from hide.evaluation import data
 from hide.evaluation.data import Sample
-from hide.evaluation.runner import ResultFile, answer, evaluate, scores
+from hide.evaluation.runner import ResultFile, answer, ask_here, evaluate, score_groups, score_methods
 from hide.evaluation.scoring import compat, share, strict
 from hide.questions import Question
 
@@ -113,11 +114,12 @@ def test_mme_realworld_and_the_published_lists(tmp_path, picture):
 
 
 def test_scenes_are_questions_with_true_boxes_and_repeatable():
-    first, again = (list(data.scenes(4, size=(500, 400), lettered=True)) for _ in range(2))
+    first, again = (list(data.scenes(4, sizes=[(500, 400)], lettered=True)) for _ in range(2))
     assert [(s.id, s.question, s.answer) for s in first] == [(s.id, s.question, s.answer) for s in again]
     for sample in first:
         assert sample.image().size == (500, 400) and len(sample.boxes) == len(sample.entities) >= 1
         assert sample.question.letter(sample.answer) == sample.answer
+    assert [s.split for s in first] == ["attribute", "position"] * 2
 
 
 @pytest.mark.parametrize(
@@ -185,35 +187,42 @@ class Fake:
     def __init__(self, seconds=0.0):
         self.seconds, self.asked = seconds, []
 
-    def ask(self, image, question):
+    def ask(self, image, question, plain):
         self.asked.append(question)
         time.sleep(self.seconds)
-        facts = {
-            "images": [],
-            "entities": [],
-            "boxes": [],
-            "collages": [],
-            "image_tokens": [],
-            "notes": [],
-            "seconds": {},
-        }
-        return SimpleNamespace(plain_answer="A", answer="B", to_dict=lambda: facts)
+        facts = {"images": [], "entities": [], "boxes": [], "collages": [], "image_tokens": [50], "notes": []}
+        return SimpleNamespace(
+            plain_answer="A",
+            answer="B",
+            seconds={"read and resize": 1.0, "plain answer": 2.0, "attention rows": 4.0, "answer": 8.0},
+            tokens={"plain answer": 10, "entities": 20, "attention rows": 40, "answer": 80},
+            to_dict=lambda: facts,
+        )
+
+
+def run(hide, samples, results, **keywords):
+    evaluate(partial(ask_here, hide), samples, results, **keywords)
 
 
 def test_a_failing_question_is_recorded_and_only_retried_on_demand(tmp_path):
     path = tmp_path / "r.jsonl"
     with ResultFile(path, {"model": "m"}) as results:
-        evaluate(Fake(), [sample(0), sample(1, fail=True), sample(2)], results)
+        run(Fake(), [sample(0), sample(1, fail=True), sample(2)], results)
         assert results.records["q1"]["error"] == "ValueError: no such picture"
     with ResultFile(path, {"model": "m"}) as results:
         hide = Fake()
-        evaluate(hide, [sample(0), sample(1), sample(2)], results)
+        run(hide, [sample(0), sample(1), sample(2)], results)
         assert hide.asked == []
-        table = list(scores(list(results.records.values()), strict))
-        assert [(name, of["plain"].right, of["hide"].right, of["hide"].total, failed) for name, of, _, failed in table] == [
-            ("even", 0, 2, 2, 0), ("odd", 0, 0, 1, 1), ("all", 0, 2, 3, 1),
+        records = list(results.records.values())
+        table = list(score_groups(records, strict))
+        assert [(name, of["plain"].right, of["hide"].right, of["hide"].total, failed) for name, of, failed in table] == [
+            ("even", 0, 2, 2, 0), ("odd", 0, 0, 1, 1), ("up to 100 image tokens", 0, 2, 2, 0), ("size unknown", 0, 0, 1, 1),
+            ("all", 0, 2, 3, 1),
         ]  # fmt: skip
-        evaluate(hide, [sample(0), sample(1), sample(2)], results, retry_failed=True)
+        plain, ours = score_methods(records, strict).values()
+        assert (plain.share.right, plain.tokens, plain.seconds, plain.gained) == (0, 10, 3, 0)
+        assert (ours.share.right, ours.tokens, ours.seconds, ours.gained, ours.lost) == (2, 140, 13, 2, 0)
+        run(hide, [sample(0), sample(1), sample(2)], results, retry_failed=True)
         assert len(hide.asked) == 1 and results.records["q1"]["error"] is None
 
 
@@ -230,7 +239,7 @@ def test_other_settings_a_second_run_and_foreign_files_are_refused(tmp_path):
 
 def run_until_killed(path):
     with ResultFile(path, {}) as results:
-        evaluate(Fake(0.002), (sample(number) for number in range(120)), results)
+        run(Fake(0.002), (sample(number) for number in range(120)), results)
 
 
 def test_runs_killed_at_random_points_lose_nothing_and_ask_nothing_twice(tmp_path):
@@ -259,10 +268,12 @@ def test_a_real_question_leaves_a_record_that_json_can_hold():
     from hide.pipeline import PRESETS, HiDe
     from hide.tiny.model import build
 
-    (one,) = data.scenes(1, size=(200, 150), lettered=True)
+    (one,) = data.scenes(1, sizes=[(200, 150)], lettered=True)
     record = answer(HiDe(Qwen25VL(*build()), PRESETS["tiny"]), one)
     assert record["error"] is None and json.loads(json.dumps(record)) == record
-    assert record["id"] == one.id and {"plain", "hide", "boxes", "image_tokens", "seconds"} <= record.keys()
+    assert record["id"] == one.id and {"boxes", "image_tokens", "entities", "notes"} <= record.keys()
+    assert record["replies"].keys() == record["tokens"].keys() == record["seconds"].keys() == {"plain", "hide"}
+    assert record["tokens"]["hide"] > record["tokens"]["plain"] > record["image_tokens"][0]
 
 
 def test_the_command_goes_on_where_it_was_and_prints_shares_by_split(tmp_path):

@@ -69,6 +69,7 @@ def result_of(images, tokens, *, question="Where is it?", plain="left", answer="
         collages=tuple(collages),
         notes=tuple(notes),
         seconds={"read and resize": 0.25, "attention rows": 0.5, "answer": 1.25},
+        tokens={"attention rows": 720, "answer": 905},
         image_tokens=tuple(700 + index for index in range(len(images) + len(shown))),
     )
 
@@ -421,7 +422,7 @@ def test_ask_writes_the_report_next_to_the_pictures(given, with_pictures, tmp_pa
         page = Page(Path("seen/report.html").read_text(encoding="utf-8"))
         document = json.loads(Path("seen/result.json").read_text())
         assert page.inside["h1"] == [question] and document["answer"].strip() in page.text
-        assert "threshold 0.625" in page.words and "untrained" in page.words
+        assert "threshold 0.625" in page.words and "embedded" in page.words
 
 
 def chromium(tmp_path, *arguments):

@@ -15,13 +15,6 @@ def hide(tmp_path_factory):
     return HiDe.from_pretrained(folder, preset="tiny")
 
 
-def test_inside():
-    inside = measure._inside((28, 0, 57, 28), (112, 56), (2, 4))
-    assert inside.tolist() == [[False, True, True, False], [False] * 4]
-    # A picture that was resized: cells are fractions of it.
-    assert measure._inside((50, 0, 100, 100), (100, 100), (1, 2)).tolist() == [[False, True]]
-
-
 def test_questions_are_balanced():
     scenes = (measure._small_scene(seed) for seed in range(100))
     asked = [question for _, chosen in measure._asked(scenes, 40) for question in chosen]

@@ -13,7 +13,7 @@ from hide.tiny.train import Heads, losses, train
 
 STAGES = (
     Stage("vision", 2, 1e-3, 1e-4, (4, 5), (2, 3), 40, text=False),
-    Stage("text", 2, 1e-3, 1e-4, (4, 5), (2, 3), 40, collages=1.0, letters=0.5),
+    Stage("text", 2, 1e-3, 1e-4, (4, 5), (2, 3), 40, collages=1.0, letters=0.5, farthest=9),
 )
 
 
@@ -32,36 +32,51 @@ def test_batch(tokenizer):
     assert batch.kinds.shape == batch.colors.shape == (size, tokens)
     assert int(batch.kinds.max()) <= len(KINDS)
     text = batch.text
-    slots = text.collages.shape[1] * text.collages.shape[2] // 28**2
+    count, height, width = text.collages.shape[1:4]
+    slots, forms = height * width // 28**2, set()
+    assert count >= 1
+    start = len(prefix_ids(tokenizer)) + max(batch.rows, batch.columns) + 1
     for i in range(size):
         for number in range(int(text.branch[i].max()) + 1):
             mine = text.branch[i] == number
             words, wanted = text.ids[i][mine], text.labels[i][mine]
-            if number == 0:
-                assert tokenizer.decode(words[: slots + 2].tolist()).count("<|image_pad|>") == slots
+            said = tokenizer.decode(words.tolist())
+            assert said.count("<|image_pad|>") == (slots if number < count else 0)
+            if number < count:
+                shown = text.ids[i][text.collage_tokens[i, number]]
+                assert set(tokenizer.convert_ids_to_tokens(shown.tolist())) == {"<|image_pad|>"}
+                assert set(text.branch[i][text.collage_tokens[i, number]].tolist()) == {number}
             # A label is the token that follows.
             spoken = torch.nonzero(wanted != IGNORED).flatten()
             assert torch.equal(wanted[spoken], words[spoken + 1])
-            if number == 1:
-                assert tokenizer.decode(words.tolist()).startswith("Please search the images for these objects: ")
+            if number == count:
+                assert said.startswith("Please search the images for these objects: ")
                 assert not len(spoken)
             else:
                 assert tokenizer.decode(wanted[spoken].tolist()).endswith("<|im_end|>")
-            positions = text.positions[:, i, mine]
-            assert positions[:, 0].tolist() == [len(prefix_ids(tokenizer)) + max(batch.rows, batch.columns) + 1] * 3
-        for word, color, cells in zip(text.words[i], text.word_colors[i], text.word_cells[i], strict=True):
+            shift = int(text.positions[0, i, mine][0]) - start
+            assert 0 <= shift <= (STAGES[1].farthest if number < count else 0)
+            forms.add((number < count, shift > 0))
+            # Lettered: one option is right, and it is the one that the letter names.
+            options = text.right_options[i][mine]
+            if (options != IGNORED).any():
+                right = tokenizer.decode([int(words[options == 1])]).strip()
+                letter = tokenizer.decode([int(wanted[spoken[0]])])
+                assert f"({letter}) {right}\n" in said
+        for e in range(text.words.shape[1]):
+            word, color, cells = text.words[i, e], text.word_colors[i, e], text.word_cells[i, e]
             if color != IGNORED:
                 kind = KINDS.index(tokenizer.decode([int(text.ids[i, word])]).strip())
                 inside = batch.kinds[i][cells[:tokens]]
                 assert set(inside.tolist()) <= {kind, IGNORED, len(KINDS)}
-                shown = text.branch[i, word] == 0
-                assert cells[tokens:].any() == shown != cells[:tokens].any()
-                if shown:
-                    blocks = (
-                        text.collages[i].unflatten(1, (-1, 28)).unflatten(0, (-1, 28)).transpose(1, 2).flatten(0, 1)
-                    )
-                    pixels = blocks[cells[tokens:]].int()
+                which = int(text.word_collage[i, e])
+                assert which == (int(text.branch[i, word]) if text.branch[i, word] < count else -1)
+                assert cells[tokens:].any() == (which >= 0) != cells[:tokens].any()
+                if which >= 0:
+                    blocks = text.collages[i, which].unflatten(1, (-1, 28)).unflatten(0, (-1, 28)).transpose(1, 2)
+                    pixels = blocks.flatten(0, 1)[cells[tokens:]].int()
                     assert ((pixels - torch.tensor(list(COLORS.values())[color])).abs().amax(-1) < 40).any()
+    assert {(True, True), (False, False)} <= forms
 
 
 def test_branches_do_not_see_each_other(tokenizer):

@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,16 @@ class Sample:
 
 
 def scenes(
-    count: int, *, seed: int = 1_000_000, size: tuple[int, int] = (1400, 1000), lettered: bool = False
+    count: int,
+    *,
+    seed: int = 1_000_000,
+    sizes: Sequence[tuple[int, int]] = ((280, 196), (700, 560), (1540, 1120)),
+    lettered: bool = False,
 ) -> Iterator[Sample]:
-    """Questions about drawn scenes (`hide.tiny.scenes`), one per scene. Seeds from a million on were never trained on.
+    """Questions about drawn scenes (`hide.tiny.scenes`), one per scene, attributes and positions in turn. Training draws
+    from other seeds.
 
-    size: (width, height) of the scenes in pixels.
+    sizes: (width, height) of the scenes in pixels, in turn; the default ones have 70, 500 and 2,200 image tokens.
     """
     import numpy as np
 
@@ -49,9 +54,11 @@ def scenes(
     number = 0
     while count > 0:
         scene_seed, number = seed + number, number + 1
-        scene = draw_scene(scene_seed, *size)
-        asked = questions(scene, np.random.default_rng(scene_seed))
-        if not asked:
+        # Two questions of each size, one of each kind.
+        wanted = ("attribute", "position")[scene_seed % 2]
+        scene = draw_scene(scene_seed, *sizes[scene_seed // 2 % len(sizes)], objects=5, object_size=(28, 80))
+        asked = [q for q in questions(scene, np.random.default_rng(scene_seed)) if q.split == wanted]
+        if not asked:  # no two things are apart from left to right
             continue
         count -= 1
         one = asked[0]

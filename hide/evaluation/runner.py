@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from statistics import fmean
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
 
 from hide.evaluation.data import Sample
 from hide.evaluation.scoring import Scorer, Share, share
+from hide.evaluation.views import METHODS, VIEWS
 from hide.pipeline import HiDe
 from hide.questions import Question
 
@@ -101,79 +105,179 @@ class ResultFile:
 
 
 def evaluate(
-    hide: HiDe,
+    ask: Callable[[Iterable[Sample]], Iterable[dict[str, Any]]],
     samples: Iterable[Sample],
     results: ResultFile,
     *,
     retry_failed: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
-    """Ask every sample that `results` has no record of, plain and with HiDe, and record each as soon as it is answered.
-
-    A question that fails is recorded with its error, and the run goes on.
+    """Ask every sample that `results` has no record of, and record each as soon as it is answered.
 
     Args:
+        ask: samples -> their records, in any order, each as soon as it is known: `partial(ask_here, hide)`, or
+            `hide.evaluation.on_ray`. It may be handed no sample.
         retry_failed: ask those again whose record is an error.
         progress: called with each record, also with those that were there before.
     """
-    for sample in samples:
-        record = results.records.get(sample.id)
-        if record is None or (retry_failed and record.get("error")):
-            record = answer(hide, sample)
-            results.append(record)
+
+    def open_questions() -> Iterator[Sample]:
+        for sample in samples:
+            record = results.records.get(sample.id)
+            if record is None or (retry_failed and record["error"]):
+                yield sample
+            elif progress is not None:
+                progress(record)
+
+    for record in ask(open_questions()):
+        results.append(record)
         if progress is not None:
             progress(record)
 
 
-def answer(hide: HiDe, sample: Sample) -> dict[str, Any]:
-    """One question's record: the replies of both ways, times, tokens, boxes and notes, or the error."""
-    record: dict[str, Any] = {
+def ask_here(
+    hide: HiDe, samples: Iterable[Sample], methods: Sequence[str] = ("plain", "hide")
+) -> Iterator[dict[str, Any]]:
+    """One question after the other, in this process."""
+    for sample in samples:
+        yield answer(hide, sample, methods)
+
+
+def blank_record(sample: Sample, error: str) -> dict[str, Any]:
+    """What is recorded of a question that could not be answered."""
+    return {
         "id": sample.id,
         "split": sample.split,
         "question": sample.question.stem,
         "options": list(sample.question.options),
         "answer": sample.answer,
-    }
-    start = time.perf_counter()
-    try:
-        result = hide.ask(sample.image(), sample.question)
-    except Exception as error:  # whatever one question does, the others are asked
-        return {**record, "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - start}
-    facts = result.to_dict()
-    return {
-        **record,
-        "error": None,
-        "plain": result.plain_answer,
-        "hide": result.answer,
-        **{
-            name: facts[name]
-            for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes", "seconds")
-        },
+        "error": error,
+        "replies": {},
+        "tokens": {},
+        "seconds": {},
     }
 
 
-METHODS = ("plain", "hide")
+def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide")) -> dict[str, Any]:
+    """One question's record: each method's reply, tokens and seconds, the boxes and notes; or the error.
 
-
-def scores(records: Sequence[dict[str, Any]], scorer: Scorer) -> Iterator[tuple[str, dict[str, Share], int, int]]:
-    """Per split, then for all: (name, share of right replies by method, unreadable replies, failed questions).
-
-    A failed question counts as wrong for both methods.
+    `methods` are names in `METHODS`. Tokens are all that went through the model for the method, prompts and replies;
+    seconds its wall time, with the steps that it shares with others counted for each. "true-boxes" is left out where
+    the data set has no boxes.
     """
-    splits = sorted({record["split"] for record in records})
-    for name in [*splits, "all"] if len(splits) > 1 else splits:
-        chosen = [record for record in records if name == "all" or record["split"] == name]
-        unreadable = 0
-        of_method = {}
-        for method in METHODS:
-            verdicts = [None if record["error"] else _verdict(record, method, scorer) for record in chosen]
-            unreadable += sum(v is None and not r["error"] for v, r in zip(verdicts, chosen, strict=True))
-            of_method[method] = share(verdicts)
-        yield name, of_method, unreadable, sum(bool(record["error"]) for record in chosen)
+    record = blank_record(sample, "")
+    try:
+        image = sample.image()
+        result = hide.ask(image, sample.question, plain="plain" in methods)
+        record["replies"] = {"plain": result.plain_answer, "hide": result.answer}
+        seconds, tokens = result.seconds, result.tokens
+        read, last = seconds["read and resize"], seconds.get("answer", 0.0)
+        before = sum(seconds.values()) - seconds.get("plain answer", 0.0) - last
+        tokens_before = tokens["entities"] + tokens["attention rows"]
+        record["seconds"] = {"plain": read + seconds.get("plain answer", 0.0), "hide": before + last}
+        record["tokens"] = {
+            "plain": tokens.get("plain answer", 0),
+            "hide": tokens_before + tokens.get("answer", tokens.get("plain answer", 0)),
+        }
+        for method in methods:
+            if method not in VIEWS:
+                continue
+            own = method == "true-boxes"
+            boxes = torch.tensor(sample.boxes).reshape(-1, 4) if own else result.boxes[0]
+            if own and not len(boxes):
+                continue
+            start = time.perf_counter()
+            view = VIEWS[method](result.images[0], boxes) if len(boxes) else None
+            reply = hide.answer(image, sample.question, [view])
+            spent = time.perf_counter() - start
+            record["replies"][method] = reply.text
+            record["seconds"][method] = spent if own else before + spent
+            record["tokens"][method] = reply.tokens if own else tokens_before + reply.tokens
+    except Exception as error:  # whatever one question does, the others are asked
+        return blank_record(sample, f"{type(error).__name__}: {error}")
+    facts = result.to_dict()
+    kept = {name: facts[name] for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes")}
+    asked = {name: {m: of[m] for m in methods if m in of} for name, of in record.items() if isinstance(of, dict)}
+    return {**record, **asked, **kept, "error": None}
 
 
-def _verdict(record: dict[str, Any], method: str, scorer: Scorer) -> bool | None:
-    question = Question(record["question"], tuple(record["options"]))
-    with contextlib.suppress(KeyError):
-        return scorer(question, record["answer"], record[method] or "")
-    return None
+class MethodScore(NamedTuple):
+    """One method over all questions: how many are right; replies that could not be read; mean tokens and seconds of
+    the questions that did not fail; how many it answers right that the plain question does not, and the reverse.
+    """
+
+    share: Share
+    unreadable: int
+    tokens: float
+    seconds: float
+    gained: int
+    lost: int
+
+
+def score_methods(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, MethodScore]:
+    """Each method's score over all questions that it was asked; a failed question counts as wrong for all."""
+    found = {}
+    for method in _methods(records):
+        asked = [record for record in records if record["error"] or method in record["replies"]]
+        answered = [record for record in asked if not record["error"]]
+        right = [verdict(record, method, scorer) for record in asked]
+        plain = [verdict(record, "plain", scorer) for record in asked]
+        tokens, seconds = (
+            fmean(record[what][method] for record in answered) if answered else math.nan
+            for what in ("tokens", "seconds")
+        )
+        found[method] = MethodScore(
+            share(right),
+            sum(one is None and not record["error"] for one, record in zip(right, asked, strict=True)),
+            tokens,
+            seconds,
+            gained=sum(bool(ours) and not theirs for ours, theirs in zip(right, plain, strict=True)),
+            lost=sum(bool(theirs) and not ours for ours, theirs in zip(right, plain, strict=True)),
+        )
+    return found
+
+
+def score_groups(records: Sequence[dict[str, Any]], scorer: Scorer) -> Iterator[tuple[str, dict[str, Share], int]]:
+    """Per split, then per size, then for all: (name, share of right replies by method, failed questions)."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["split"]):
+        groups.setdefault(record["split"], []).append(record)
+    for record in sorted(records, key=_image_tokens):
+        groups.setdefault(_size(_image_tokens(record)), []).append(record)
+    groups["all"] = list(records)
+    for name, chosen in groups.items():
+        yield (
+            name,
+            {
+                method: share([verdict(r, method, scorer) for r in chosen if r["error"] or method in r["replies"]])
+                for method in _methods(records)
+            },
+            sum(bool(record["error"]) for record in chosen),
+        )
+
+
+# Image tokens: a thumbnail, a screen, a photograph, 4K, what is shrunk to the limit of 16,384.
+_SIZES = (100, 1_000, 4_000, 12_000)
+
+
+def _image_tokens(record: dict[str, Any]) -> float:
+    return record["image_tokens"][0] if not record["error"] else math.inf
+
+
+def _size(tokens: float) -> str:
+    if tokens == math.inf:
+        return "size unknown"
+    above = [limit for limit in _SIZES if limit >= tokens]
+    return f"up to {above[0]:,} image tokens" if above else f"above {_SIZES[-1]:,} image tokens"
+
+
+def _methods(records: Sequence[dict[str, Any]]) -> list[str]:
+    asked = {method for record in records for method in record["replies"]}
+    return [method for method in METHODS if method in asked] or ["plain", "hide"]
+
+
+def verdict(record: dict[str, Any], method: str, scorer: Scorer) -> bool | None:
+    """Whether a method's reply is right; `None`: it cannot be read, or there is none."""
+    if method not in record["replies"]:
+        return None
+    return scorer(Question(record["question"], tuple(record["options"])), record["answer"], record["replies"][method])

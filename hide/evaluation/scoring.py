@@ -43,7 +43,7 @@ class Share(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})" if self.total else "none"
+        return f"{self.value:.0%} ({100 * self.low:.0f}–{100 * self.high:.0f})" if self.total else "none"
 
 
 def share(results: Sequence[bool | None]) -> Share:

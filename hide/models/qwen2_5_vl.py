@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -53,6 +53,13 @@ class Pictures:
             torch.cat([self.image_grid_thw, other.image_grid_thw]),
             self.grids + other.grids,
         )
+
+
+class Reply(NamedTuple):
+    """What the model said, and how many tokens went through it: the prompt's, images included, and the reply's."""
+
+    text: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -253,14 +260,21 @@ class Qwen25VL:
 
     @torch.no_grad()
     def search_rows(
-        self, prompt: SearchPrompt, pictures: Pictures, *, layers: Sequence[int] | None, causal: bool
+        self,
+        prompt: SearchPrompt,
+        pictures: Pictures,
+        *,
+        layers: Sequence[int] | None,
+        causal: bool,
+        keep_layers: bool = False,
     ) -> list[Tensor]:
         """Attention rows of the search prompt over each image, averaged over heads and layers.
 
         Runs the model up to the last of `layers` (zero-based; `None`: all) and no further, without logits.
 
         Returns:
-            Per image (T, rows, columns) float32 on the model's device, T = `len(prompt.rows)`.
+            Per image (T, rows, columns) float32 on the model's device, T = `len(prompt.rows)`; with `keep_layers`
+            (layers, T, rows, columns), not averaged over the layers.
         """
         layers = range(self.num_layers) if layers is None else layers
         with capture_attention_rows(
@@ -273,12 +287,14 @@ class Qwen25VL:
             depth = max(layer % self.num_layers for layer in layers) + 1
             with _first_layers(self.model.model.language_model, depth):
                 self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
-        rows = torch.stack([result.rows[0] for result in captured.values()]).mean(0)
-        return rows_to_maps(rows, prompt.images)
+        rows = torch.stack([result.rows[0] for result in captured.values()])
+        return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
 
-    def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> str:
+    def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> Reply:
         """Greedy reply to one user turn. The checkpoint's repetition penalty and stop tokens stay in force."""
-        return self.decode(self.generate_ids(self.input_ids(text, pictures), pictures, max_new_tokens=max_new_tokens))
+        ids = self.input_ids(text, pictures)
+        new = self.generate_ids(ids, pictures, max_new_tokens=max_new_tokens)
+        return Reply(self.decode(new), ids.shape[1] + len(new))
 
     @torch.no_grad()
     def generate_ids(self, input_ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int) -> list[int]:

@@ -24,8 +24,7 @@ __all__ = ["IGNORED", "TOKEN_SIDE", "Batch", "BatchStream", "Stage", "Text", "ma
 
 TOKEN_SIDE = PATCH * MERGE
 IGNORED = -100
-_COLLAGE_SIDE = 9  # tokens
-_COLLAGES, _LARGE_COLLAGES = 2, 8  # questions with a collage about one picture
+_COLLAGES = 4  # questions with a collage about one picture, at most
 _MOST_FOR_GRADIENTS = 900  # tokens
 _FIRST_SEED = 1 << 40  # evaluation draws from smaller seeds
 
@@ -39,7 +38,7 @@ class Stage:
     batches whose pictures are large, of other batches with collages, and of questions asked with lettered options.
     A large batch has two pictures with sides from `large_sides`, in the two forms in which HiDe shows large pictures:
     the search prompt, and questions with a collage each. In other batches a collage's positions are moved by up to
-    `farthest`, as if the picture before it had been larger.
+    `farthest`, as if the picture before it had been larger. A collage has at most `collage_side` tokens a side.
     """
 
     name: str
@@ -57,6 +56,7 @@ class Stage:
     large: float = 0.0
     large_sides: tuple[int, int] = (26, 46)
     farthest: int = 0
+    collage_side: int = 9
 
 
 @dataclass
@@ -204,20 +204,21 @@ def _search_prompts(scene: Scene, rng: np.random.Generator) -> Iterator[str]:
 
 
 def _collage(
-    scene: Scene, targets: Sequence[int], rng: np.random.Generator
+    scene: Scene, targets: Sequence[int], rng: np.random.Generator, side: int
 ) -> tuple[np.ndarray, dict[int, tuple[int, int, int, int]]]:
     """The collage (h, w, 3) uint8 that boxes around the targets give, with some that show other things, as HiDe's do;
-    and where in it each target's box lies.
+    and where in it each target's box lies. `side`: its largest, in tokens.
     """
     from hide_kernels.collage import collage
 
     width, height = scene.image.size
     others = [i for i in range(len(scene.objects)) if i not in targets]
     boxes = [scene.objects[i].box for i in (*targets, *rng.permutation(others)[: int(rng.integers(0, 3))].tolist())]
-    for _ in range(int(rng.integers(0, 3))):
-        x, y, w, h = rng.integers(0, (width, height, 3 * TOKEN_SIDE, 3 * TOKEN_SIDE))
+    largest = (side // 3) * TOKEN_SIDE
+    for _ in range(int(rng.integers(0, side // 3))):
+        x, y, w, h = rng.integers(0, (width, height, largest, largest))
         boxes.append((x, y, x + w + TOKEN_SIDE, y + h + TOKEN_SIDE))
-    limit = _COLLAGE_SIDE * TOKEN_SIDE
+    limit = side * TOKEN_SIDE
     pixels = torch.from_numpy(np.array(scene.image))
     for kept in range(len(boxes), 0, -1):
         margins = rng.integers(-4, TOKEN_SIDE, (kept, 4)) * (-1, -1, 1, 1)
@@ -302,7 +303,7 @@ def _text(
         found = questions(scene, rng)
         by_split = [[q for q in found if q.split == split] for split in ("attribute", "position")]
         asked.append([q for of in by_split for q in ([] if large else of[: stage.max_questions // 2])])
-        most = (_LARGE_COLLAGES if large else _COLLAGES) // 2 if with_collages else 0
+        most = _COLLAGES // 2 if with_collages else 0
         shown.append([q for of in by_split for q in of[-most:] if most])
     # Each picture of a batch has as many collages, all of one size.
     each = max(1, min(map(len, shown))) if with_collages else 0
@@ -311,7 +312,7 @@ def _text(
         rng.shuffle(about)
         del about[each:]
         about += about[:1] * (each - len(about))
-        made = [_collage(scene, q.targets, rng) for q in about]
+        made = [_collage(scene, q.targets, rng, stage.collage_side) for q in about]
         pixels += [image for image, _ in made]
         places.append([where for _, where in made])
     collages = _pad_collages(pixels) if each else np.zeros((0, 0, 0, 3), np.uint8)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hide.evaluation.calibrate import cells_inside
 from hide.pipeline import HiDe
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import Question, Scene, draw_scene, questions
@@ -62,15 +63,6 @@ def _asked(scenes: Iterator[Scene], count: int) -> Iterator[tuple[Scene, list[Qu
             return
 
 
-def _inside(box: tuple[int, int, int, int], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """(rows, columns) bool: the cells that a box in pixels touches."""
-    rows, columns = grid
-    x0, x1 = (edge / size[0] * columns for edge in (box[0], box[2]))
-    y0, y1 = (edge / size[1] * rows for edge in (box[1], box[3]))
-    x, y = torch.arange(columns), torch.arange(rows)[:, None]
-    return (x < x1) & (x + 1 > x0) & (y < y1) & (y + 1 > y0)
-
-
 def attention_shares(hide: HiDe, scene: Scene, layer: int) -> list[tuple[float, float]]:
     """For each kind that occurs once: (share of its word's attention over the image inside its box, the box's share
     of the area).
@@ -88,7 +80,7 @@ def attention_shares(hide: HiDe, scene: Scene, layer: int) -> list[tuple[float, 
         prompt = hide.model.search_prompt(thing.kind, pictures, include_end_token=False)
         (rows,) = hide.model.search_rows(prompt, pictures, layers=(layer,), causal=False)
         row = rows[-1].cpu()
-        inside = _inside(thing.box, scene.image.size, (row.shape[0], row.shape[1]))
+        inside = cells_inside([thing.box], scene.image.size, (row.shape[0], row.shape[1]))
         found.append((float(row[inside].sum() / row.sum()), float(inside.float().mean())))
     return found
 
@@ -133,7 +125,7 @@ def measure_small(hide: HiDe, count: int) -> dict[str, Any]:
     scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
     for scene, asked in _asked(scenes, count):
         for question in asked:
-            right[question.split].append(_says(hide.answer(scene.image, question.text), question))
+            right[question.split].append(_says(hide.answer(scene.image, question.text).text, question))
         for layer in range(hide.model.num_layers):
             shares[layer] += attention_shares(hide, scene, layer)
     everything = [one for split in right.values() for one in split]
@@ -163,7 +155,7 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, 
             replies = {
                 "plain": result.plain_answer or "",
                 "hide": result.answer,
-                "true_boxes": hide.answer(scene.image, question.text, [made]),
+                "true_boxes": hide.answer(scene.image, question.text, [made]).text,
             }
             for name, reply in replies.items():
                 right[name].append(_says(reply, question))

@@ -38,8 +38,41 @@ STAGES = (
     Stage("many", 300, 8e-4, 6e-4, (6, 16), (4, 9), 1800, collages=0.3, letters=0.2, large=0.12, large_sides=(18, 30)),
     Stage("all", 730, 6e-4, 3e-5, (4, 20), (3, 10), 1800, (28, 100), collages=0.35, letters=0.3, large=0.35),
     Stage("far", 250, 5e-4, 3e-5, (4, 8), (3, 8), 1100, (28, 100), collages=0.9, letters=0.3, large=0.12, farthest=75),
+    Stage(
+        "place",
+        560,
+        8e-4,
+        3e-5,
+        (4, 9),
+        (3, 9),
+        700,
+        (28, 100),
+        max_questions=2,
+        collages=1.0,
+        letters=0.2,
+        large=0.25,
+        large_sides=(18, 46),
+        farthest=75,
+    ),
+    Stage(
+        "wide",
+        250,
+        6e-4,
+        2e-5,
+        (6, 16),
+        (3, 9),
+        700,
+        (28, 100),
+        max_questions=2,
+        collages=1.0,
+        letters=0.1,
+        large=0.3,
+        large_sides=(24, 46),
+        farthest=60,
+        collage_side=18,
+    ),
 )
-_DENSE_WEIGHT, _WORD_WEIGHT, _PLACE_WEIGHT = 0.5, 0.3, 0.15
+_DENSE_WEIGHT, _WORD_WEIGHT, _PLACE_WEIGHT = 0.5, 0.3, 0.4
 # Image tokens learn their own place behind this layer, so that later ones can look it up.
 _PLACE_LAYER, _PLACES = 1, 48
 # At these layers, words are taught to put at least this part of their attention on what they name: at the first by what

@@ -1,0 +1,255 @@
+"""Settings of HiDe for a model, from a data set whose questions come with the boxes of what they ask about.
+
+Three experiments: which layer's attention lies in the boxes; what smoothing and threshold keep of the boxes and of the
+rest of the picture; and whether answers get better by the form in which the boxes are shown (`hide.evaluation.runner`
+with the methods of `hide.evaluation.views`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hide.entities import Entities
+from hide.evaluation.data import Sample
+from hide.evaluation.tables import ResultTable
+from hide.pipeline import EntityMaps, HiDe
+from hide_kernels.collage import merge_boxes, plan_layout
+
+SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+class LayerScore(NamedTuple):
+    """Means over questions, of the means over entity tokens, of what lies in the true boxes.
+
+    inside: part of the row over the image. times: that, over the boxes' part of the area. purified: part of the
+    purified map. peak: how often the purified map has its peak there.
+    """
+
+    inside: float
+    times: float
+    purified: float
+    peak: float
+
+
+class GridScore(NamedTuple):
+    """Means over questions for one sigma and one threshold.
+
+    recall: part of the true boxes' area that the found boxes cover. precision: part of the found boxes' area that lies
+    in true ones; 0 where none was found. collage: the collage's area over the picture's.
+    """
+
+    recall: float
+    precision: float
+    collage: float
+
+    @property
+    def value(self) -> float:
+        """Recall times the part of the picture that is left away: what is recommended has the highest."""
+        return self.recall * (1 - self.collage)
+
+
+Grid = Mapping[tuple[float, float], GridScore]
+"""(sigma, threshold) -> score."""
+
+
+def layer_sweep(
+    hide: HiDe, samples: Iterable[Sample], *, progress: Callable[[], None] = lambda: None
+) -> list[LayerScore]:
+    """Where each layer's attention lies; one forward per question for all layers.
+
+    The maps are smoothed as `hide.config` says. Entities are the data set's own where it has them. Samples have boxes.
+    """
+    found: dict[int, list[LayerScore]] = defaultdict(list)
+    for sample in samples:
+        image = sample.image()
+        for layer, rows in enumerate(hide.attention_rows_by_layer(image, _entities(hide, sample))):
+            inside = cells_inside(sample.boxes, image.size, _grid_of(rows.rows[0])).to(rows.rows[0].device)
+            tokens = rows.rows[0][rows.prior_rows :]
+            share = float((tokens * inside).sum((1, 2)).div(tokens.sum((1, 2)).clamp(min=1e-30)).mean())
+            maps = hide.maps(rows).maps[0]
+            part = (maps * inside).sum((1, 2)) / maps.sum((1, 2))
+            at_peak = inside.flatten()[maps.flatten(1).argmax(1)].float()
+            purified, peak = (float(of.mean()) if len(maps) else 0.0 for of in (part, at_peak))
+            found[layer].append(LayerScore(share, share / float(inside.float().mean()), purified, peak))
+        progress()
+    return [LayerScore(*map(fmean, zip(*found[layer], strict=True))) for layer in sorted(found)]
+
+
+def settings_grid(
+    hide: HiDe,
+    samples: Iterable[Sample],
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    thresholds: Sequence[float] = THRESHOLDS,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[tuple[float, float], GridScore]:
+    """What each sigma and threshold keep, with the layers of `hide.config`; one forward per question serves all."""
+    variants = {
+        (sigma, threshold): HiDe(hide.model, dataclasses.replace(hide.config, sigma=sigma, threshold=threshold))
+        for sigma in sigmas
+        for threshold in thresholds
+    }
+    found: dict[tuple[float, float], list[GridScore]] = defaultdict(list)
+    for sample in samples:
+        image = sample.image()
+        rows = hide.attention_rows(image, _entities(hide, sample))
+        truth = torch.tensor(sample.boxes)
+        maps: dict[float, EntityMaps] = {}
+        for (sigma, threshold), variant in variants.items():
+            if sigma not in maps:
+                maps[sigma] = variant.maps(rows)
+            boxes = merge_boxes(variant.boxes(maps[sigma], image)[0].cpu())
+            found[sigma, threshold].append(_grid_score(boxes, truth, image.size))
+        progress()
+    return {setting: GridScore(*map(fmean, zip(*scores, strict=True))) for setting, scores in found.items()}
+
+
+def best_layer(scores: Sequence[LayerScore]) -> int:
+    """The layer whose purified maps lie in the true boxes with the largest part."""
+    return max(range(len(scores)), key=lambda layer: scores[layer].purified)
+
+
+def best_setting(grid: Grid) -> tuple[float, float]:
+    """(sigma, threshold) with the highest value; of equal ones the first."""
+    return max(grid, key=lambda setting: grid[setting].value)
+
+
+def cells_inside(boxes: Iterable[tuple[int, int, int, int]], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(rows, columns) bool: the cells of a grid over a picture that any of the boxes touches.
+
+    boxes: half-open pixels x0, y0, x1, y1. size: (width, height) of the picture. grid: (rows, columns).
+    """
+    rows, columns = grid
+    x, y = torch.arange(columns), torch.arange(rows)[:, None]
+    inside = torch.zeros(grid, dtype=torch.bool)
+    for box in boxes:
+        x0, x1 = (edge / size[0] * columns for edge in (box[0], box[2]))
+        y0, y1 = (edge / size[1] * rows for edge in (box[1], box[3]))
+        inside |= (x < x1) & (x + 1 > x0) & (y < y1) & (y + 1 > y0)
+    return inside
+
+
+def layer_table(scores: Sequence[LayerScore]) -> ResultTable:
+    """One line per layer."""
+    rows = [
+        (str(layer), f"{score.inside:.1%}", f"{score.times:.1f}", f"{score.purified:.1%}", f"{score.peak:.1%}")
+        for layer, score in enumerate(scores)
+    ]
+    header = ("layer", "of the row in the boxes", "times their area", "of the purified map", "peaks in the boxes")
+    return ResultTable("Attention inside the true boxes, by layer", header, rows)
+
+
+def grid_tables(grid: Grid) -> list[ResultTable]:
+    """Recall, precision, collage area and value: sigma down, threshold across."""
+    sigmas, thresholds = _axes(grid)
+    return [
+        ResultTable(
+            title,
+            ("sigma", *(f"threshold {threshold:g}" for threshold in thresholds)),
+            [(f"{sigma:g}", *(f"{value(grid[sigma, threshold]):.1%}" for threshold in thresholds)) for sigma in sigmas],
+        )
+        for title, value in _GRID_PARTS
+    ]
+
+
+_GRID_PARTS: tuple[tuple[str, Callable[[GridScore], float]], ...] = (
+    ("Recall: part of the true boxes that is kept", lambda score: score.recall),
+    ("Precision: part of the found boxes that is true", lambda score: score.precision),
+    ("Collage area over the picture's", lambda score: score.collage),
+    ("Recall times the area that is left away", lambda score: score.value),
+)
+
+
+def save_pictures(directory: Path, layers: Sequence[LayerScore], grid: Grid) -> list[Path]:
+    """Draw `layers.png` and `grid.png`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(max(6, 0.3 * len(layers) + 3), 4), layout="constrained")
+    axes = figure.subplots()
+    for name, values in (
+        ("of the row", [score.inside for score in layers]),
+        ("of the purified map", [score.purified for score in layers]),
+        ("peaks", [score.peak for score in layers]),
+    ):
+        axes.plot(values, marker="o", label=name)
+    axes.axvline(best_layer(layers), color="0.7", zorder=0)
+    axes.set(xlabel="layer", ylabel="part inside the true boxes", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    paths = [directory / "layers.png", directory / "grid.png"]
+    figure.savefig(paths[0], dpi=110)
+
+    sigmas, thresholds = _axes(grid)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    best = best_setting(grid)
+    for panel, (title, value) in zip(figure.subplots(2, 2).flat, _GRID_PARTS, strict=True):
+        table = np.array([[value(grid[sigma, threshold]) for threshold in thresholds] for sigma in sigmas])
+        panel.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        panel.set_title(title, fontsize=10)
+        panel.set_xticks(range(len(thresholds)), [f"{threshold:g}" for threshold in thresholds])
+        panel.set_yticks(range(len(sigmas)), [f"{sigma:g}" for sigma in sigmas])
+        panel.set(xlabel="threshold", ylabel="sigma, cells")
+        for row, column in np.ndindex(table.shape):
+            chosen = (sigmas[row], thresholds[column]) == best
+            panel.text(
+                column, row, f"{table[row, column]:.2f}", ha="center", va="center", fontsize=8,
+                color="white" if table[row, column] < 0.6 else "black", weight="bold" if chosen else "normal",
+                bbox={"boxstyle": "round", "fill": False, "edgecolor": "red"} if chosen else None,
+            )  # fmt: skip
+    figure.savefig(paths[1], dpi=110)
+    return paths
+
+
+def to_dict(layers: Sequence[LayerScore], grid: Grid) -> dict[str, Any]:
+    """Both experiments for JSON."""
+    return {
+        "layers": [score._asdict() for score in layers],
+        "grid": [
+            {"sigma": sigma, "threshold": threshold, **score._asdict(), "value": score.value}
+            for (sigma, threshold), score in grid.items()
+        ],
+    }
+
+
+def _axes(grid: Grid) -> tuple[list[float], list[float]]:
+    return sorted({sigma for sigma, _ in grid}), sorted({threshold for _, threshold in grid})
+
+
+def _entities(hide: HiDe, sample: Sample) -> Entities:
+    return Entities(sample.entities) if sample.entities else hide.entities(sample.question)
+
+
+def _grid_of(maps: Tensor) -> tuple[int, int]:
+    return maps.shape[-2], maps.shape[-1]
+
+
+def _grid_score(boxes: Tensor, truth: Tensor, size: tuple[int, int]) -> GridScore:
+    if not len(boxes):
+        return GridScore(0.0, 0.0, 0.0)
+    height, width = plan_layout(boxes).size
+    both = _covered(boxes, truth)
+    return GridScore(both / _covered(truth, truth), both / _covered(boxes, boxes), height * width / (size[0] * size[1]))
+
+
+def _covered(some: Tensor, others: Tensor) -> int:
+    """Pixels that lie in a box of each set: counted on the grid that all edges together draw."""
+    xs, ys = (torch.cat([some[:, axis::2], others[:, axis::2]]).unique() for axis in (0, 1))
+    cells = torch.ones(len(ys) - 1, len(xs) - 1, dtype=torch.bool)
+    for boxes in (some, others):
+        own = torch.zeros_like(cells)
+        for x0, y0, x1, y1 in boxes.tolist():
+            own |= ((ys[:-1] >= y0) & (ys[1:] <= y1))[:, None] & ((xs[:-1] >= x0) & (xs[1:] <= x1))
+        cells &= own
+    return int((cells * ys.diff()[:, None] * xs.diff()).sum())

@@ -1,0 +1,316 @@
+"""The commands `hide eval`, `hide calibrate` and `hide entities`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hide.console import (
+    DeviceOption,
+    DtypeOption,
+    LayerOption,
+    ModelOption,
+    PresetOption,
+    SigmaOption,
+    ThresholdOption,
+    errors,
+    load_model,
+    quiet,
+)
+
+if TYPE_CHECKING:
+    from hide.evaluation.data import Sample
+    from hide.evaluation.tables import ResultTable
+    from hide.pipeline import HiDe
+
+DataOption = Annotated[
+    str, typer.Option("--data", help="scenes, or FORMAT:PATH with FORMAT one of vstar, hr-bench, mme-realworld, list.")
+]
+
+
+def evaluate(
+    data: DataOption = "scenes",
+    model: ModelOption = None,
+    limit: Annotated[int, typer.Option(help="At most so many questions.")] = 200,
+    methods: Annotated[
+        str,
+        typer.Option(help="Ways of asking, separated by commas: plain, hide, tiles, masked, crop, true-boxes; or all."),
+    ] = "plain,hide",
+    scorer: Annotated[str, typer.Option(help="strict, or compat: the published metric.")] = "strict",
+    corrupt_entities: Annotated[
+        str | None, typer.Option(help="drop, wrong or add: make one entity of every question wrong.")
+    ] = None,
+    preset: PresetOption = None,
+    layer: LayerOption = None,
+    sigma: SigmaOption = None,
+    threshold: ThresholdOption = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask questions again that failed.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on Ray: 'local' starts it here, else the address of a cluster, such as auto."),
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(help="Models to run on Ray; default: one per GPU, without GPUs one per CPU.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.jsonl, summary.md and report.html; a killed run goes on there.")
+    ] = Path("hide-eval"),
+) -> None:
+    """Ask a data set's questions, plain and with HiDe, and score the answers.
+
+    Every answer is on the disk before the next question: run the same command again after a crash and it goes on.
+
+    [bold]Examples:[/bold]
+
+    hide eval --methods all --limit 60
+
+    hide eval --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out vstar-7b
+
+    hide eval --data hr-bench:hr_bench_4k.tsv --model Qwen/Qwen2.5-VL-7B-Instruct --ray local
+    """
+    console = Console(stderr=True)
+    with errors(console):
+        from hide.evaluation.gallery import save_gallery
+        from hide.evaluation.on_ray import ask_on_ray
+        from hide.evaluation.runner import ResultFile, ask_here
+        from hide.evaluation.runner import evaluate as run
+        from hide.evaluation.scoring import SCORERS
+        from hide.evaluation.tables import group_table, method_table
+
+        quiet()
+        if scorer not in SCORERS:
+            raise ValueError(f"scorer: got {scorer!r}, want one of {', '.join(SCORERS)}")
+        if actors is not None and (ray is None or actors < 1):
+            raise ValueError(f"actors: got {actors}, want at least 1, together with --ray")
+        asked = _methods(methods)
+        samples = functools.partial(_samples, data, limit)
+        samples()
+        load = functools.partial(
+            _load_corrupted, corrupt_entities, data, model, preset, layer, sigma, threshold, device, dtype
+        )
+        hide = load()
+        settings = {
+            "data": data,
+            "model": model or "embedded",
+            "methods": asked,
+            "corrupt_entities": corrupt_entities,
+            **dataclasses.asdict(hide.config),
+        }
+        records: list[dict[str, Any]] = []
+        with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:
+            task = bar.add_task("questions", total=limit)
+
+            def done(record: dict[str, Any]) -> None:
+                records.append(record)
+                bar.advance(task)
+
+            ask: Callable[..., Any]
+            if ray is None:
+                ask = functools.partial(ask_here, hide, methods=asked)
+            else:
+                del hide  # the actors have models of their own
+                ask = functools.partial(ask_on_ray, load, methods=asked, address=ray, actors=actors)
+            run(ask, samples(), results, retry_failed=retry_failed, progress=done)
+            bar.update(task, total=len(records))
+        if not records:
+            raise ValueError(f"data: {data} holds no question")
+        tables = [method_table(records, SCORERS[scorer]), group_table(records, SCORERS[scorer])]
+        title = f"{data}, {model or 'the embedded model'}, {scorer} scorer"
+        page = save_gallery(out / "report.html", title, tables, records, samples(), SCORERS[scorer], settings)
+        _finish(console, out, title, tables, [page, out / "results.jsonl"])
+
+
+def calibrate(
+    data: DataOption = "scenes",
+    model: ModelOption = None,
+    limit: Annotated[int, typer.Option(help="Questions for layers, sigma and threshold.")] = 100,
+    answers: Annotated[int, typer.Option(help="Questions to answer in every form of collage; 0: none.")] = 40,
+    preset: PresetOption = None,
+    layer: LayerOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
+        "hide-calibrate"
+    ),
+) -> None:
+    """Find the layer, sigma and threshold for a model, from questions with the boxes of what they ask about.
+
+    The scenes it draws are others than those of `hide eval`. Of the benchmarks, V*Bench has boxes.
+
+    [bold]Example:[/bold] hide calibrate --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out calibrate-7b
+    """
+    console = Console(stderr=True)
+    with errors(console), _bar(console) as bar:
+        from hide.evaluation import calibrate as experiments
+        from hide.evaluation.runner import ResultFile, ask_here
+        from hide.evaluation.runner import evaluate as run
+        from hide.evaluation.scoring import SCORERS
+        from hide.evaluation.tables import method_table
+        from hide.evaluation.views import METHODS
+        from hide.pipeline import HiDe
+
+        quiet()
+
+        def samples(count: int) -> list[Sample]:
+            return [one for one in _samples(data, count, seed=_CALIBRATION_SEED) if one.boxes]
+
+        chosen = samples(limit)
+        if not chosen:
+            raise ValueError(f"data: {data} has no boxes, and without them there is nothing to calibrate by")
+        hide = load_model(model, preset, layer, None, None, device, dtype)
+        task = bar.add_task("layers", total=len(chosen))
+        layers = experiments.layer_sweep(hide, chosen, progress=functools.partial(bar.advance, task))
+        config = dataclasses.replace(hide.config, layers=tuple(layer or [experiments.best_layer(layers)]))
+        task = bar.add_task("sigma and threshold", total=len(chosen))
+        grid = experiments.settings_grid(
+            HiDe(hide.model, config), chosen, progress=functools.partial(bar.advance, task)
+        )
+        sigma, threshold = experiments.best_setting(grid)
+        config = dataclasses.replace(config, sigma=sigma, threshold=threshold)
+        tables = [experiments.layer_table(layers), *experiments.grid_tables(grid)]
+        out.mkdir(parents=True, exist_ok=True)
+        found: dict[str, Any] = {
+            "data": data,
+            "model": model or "embedded",
+            "questions": len(chosen),
+            **experiments.to_dict(layers, grid),
+            "recommended": {"layers": config.layers, "sigma": sigma, "threshold": threshold},
+        }
+        if answers:
+            task = bar.add_task("answers", total=answers)
+            settings = {"data": data, "model": model or "embedded", **dataclasses.asdict(config)}
+            with ResultFile(out / "answers.jsonl", settings) as results:
+                ask = functools.partial(ask_here, HiDe(hide.model, config), methods=list(METHODS))
+                run(ask, samples(answers), results, progress=lambda _: bar.advance(task))
+            records = list(results.records.values())
+            tables.append(method_table(records, SCORERS["strict"]))
+            found["answers"] = records
+        (out / "calibration.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        pictures = experiments.save_pictures(out, layers, grid)
+    _finish(console, out, f"{data}, {model or 'the embedded model'}", tables, [out / "calibration.json", *pictures])
+    changes = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if value != next(f.default for f in dataclasses.fields(config) if f.name == name)
+    }
+    Console().print(f"recommended: HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})")
+
+
+def entities(
+    model: ModelOption = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with question, entities and, if any, options; default: the project's own 76."),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    misses: Annotated[bool, typer.Option("--misses", help="Print every question that differs.")] = False,
+) -> None:
+    """Precision and recall of entity extraction, by rules and, with --model, by the model.
+
+    Things: an entity is right if its content words are those of an annotated one. Words: each counts by itself, as each
+    token has its own map in HiDe.
+
+    [bold]Example:[/bold] hide entities --model Qwen/Qwen2.5-VL-7B-Instruct --misses
+    """
+    console = Console(stderr=True)
+    with errors(console), _bar(console) as bar:
+        from hide.entities import entities_by_rules
+        from hide.evaluation.entity_test import annotated_questions, score_entities
+        from hide.evaluation.tables import ResultTable
+
+        questions = annotated_questions(data)
+        extractors: dict[str, Any] = {"rules": entities_by_rules}
+        if model is not None:
+            quiet()
+            hide = load_model(model, device=device, dtype=dtype)
+            hide.config = dataclasses.replace(hide.config, entities_from="model")
+            extractors[model] = hide.entities
+        rows, wrong = [], {}
+        for name, extract in extractors.items():
+            task = bar.add_task(name, total=len(questions))
+            scores = score_entities(extract, questions, progress=functools.partial(bar.advance, task))
+            wrong[name] = scores.wrong
+            rows.append((name, *(f"{of:.1%}" for s in (scores.things, scores.words) for of in (s.precision, s.recall))))
+    header = ("extractor", "things: precision", "recall", "words: precision", "recall")
+    Console().print(ResultTable(f"Entities of {len(questions)} questions", header, rows).rich())
+    for name, differing in wrong.items() if misses else ():
+        for annotated, found in differing:
+            Console().print(
+                f"[bold]{escape(annotated.question.text)}[/bold]\n  wanted: {escape(', '.join(annotated.entities))}\n"
+                f"  {escape(name)}: {escape(', '.join(found))}"
+            )
+
+
+# Scenes of `hide eval` begin at a million, training's at 2**40.
+_CALIBRATION_SEED = 500_000
+
+
+def _samples(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample]:
+    """Read as they are asked for: a benchmark's pictures are gigabytes."""
+    from hide.evaluation.data import READERS, scenes
+
+    kind, _, path = data.partition(":")
+    if data != "scenes" and (kind not in READERS or not path):
+        raise ValueError(f"data: got {data!r}, want scenes or FORMAT:PATH with FORMAT one of {', '.join(READERS)}")
+    return islice(READERS[kind](path), limit) if path else scenes(limit, seed=seed)
+
+
+def _methods(text: str) -> list[str]:
+    from hide.evaluation.views import METHODS
+
+    asked = list(METHODS) if text == "all" else [name.strip() for name in text.split(",")]
+    unknown = [name for name in asked if name not in METHODS]
+    if unknown or not {"plain", "hide"} <= set(asked):
+        raise ValueError(f"methods: got {text!r}, want plain, hide and any of {', '.join(METHODS)}; or all")
+    return [method for method in METHODS if method in asked]
+
+
+def _load_corrupted(corrupt: str | None, data: str, *arguments: Any) -> HiDe:
+    hide = load_model(*arguments)
+    if corrupt is not None:
+        from hide.evaluation.entity_test import annotated_questions, corrupting
+        from hide.pipeline import HiDe
+        from hide.tiny.scenes import KINDS
+
+        others = KINDS if data == "scenes" else sorted({one for q in annotated_questions() for one in q.entities})
+        sound = HiDe(hide.model, hide.config)
+        hide = HiDe(hide.model, hide.config, extractor=corrupting(sound.entities, corrupt, others))
+    return hide
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _finish(console: Console, out: Path, title: str, tables: Sequence[ResultTable], files: Sequence[Path]) -> None:
+    """Print the tables, and write them with the command that made them."""
+    from hide.evaluation.tables import markdown
+
+    for table in tables:
+        Console().print(table.rich())
+    command = shlex.join(["hide", *sys.argv[1:]])
+    (out / "summary.md").write_text(markdown(title, command, tables), encoding="utf-8")
+    for file in (out / "summary.md", *files):
+        console.print(escape(str(file)), highlight=False, soft_wrap=True)

@@ -1,0 +1,222 @@
+"""Forms in which boxes are shown, tables, the gallery, calibration."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from hide.cli import app
+from hide.evaluation import calibrate, data
+from hide.evaluation.data import Sample
+from hide.evaluation.gallery import failures, save_gallery
+from hide.evaluation.runner import answer, score_groups, score_methods
+from hide.evaluation.scoring import strict
+from hide.evaluation.tables import ResultTable, group_table, markdown, method_table
+from hide.evaluation.views import METHODS, crop, masked, preserved, tiles
+from hide.models.qwen2_5_vl import Qwen25VL
+from hide.pipeline import PRESETS, EntityRows, HiDe
+from hide.questions import Question
+from hide.tiny.model import build
+
+PIXELS = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+BOXES = torch.tensor([[5, 4, 15, 10], [40, 20, 60, 40]])
+
+
+def test_forms_show_the_boxes_and_nothing_else():
+    picture = Image.fromarray(PIXELS)
+    first, second = PIXELS[4:10, 5:15], PIXELS[20:40, 40:60]
+    row = np.asarray(tiles(picture, BOXES))
+    assert row.shape == (20, 30, 3) and (row[:, :20] == second).all() and (row[:6, 20:] == first).all()
+    assert (row[6:, 20:] == 255).all()
+    white = np.asarray(masked(picture, BOXES))
+    kept = np.zeros((40, 60), bool)
+    kept[4:10, 5:15] = kept[20:40, 40:60] = True
+    assert (white[kept] == PIXELS[kept]).all() and (white[~kept] == 255).all()
+    assert (np.asarray(crop(picture, BOXES)) == PIXELS[4:40, 5:60]).all()
+    collage = np.asarray(preserved(picture, BOXES))
+    assert collage.shape == (26, 30, 3) and (collage[:6, :10] == first).all() and (collage[6:, 10:] == second).all()
+    see_through = Image.fromarray(np.dstack([PIXELS, np.zeros((40, 60), np.uint8)]))
+    assert (np.asarray(crop(see_through, BOXES)) == 255).all()
+
+
+@pytest.fixture(scope="module")
+def hide():
+    return HiDe(Qwen25VL(*build()), dataclasses.replace(PRESETS["tiny"], layers=(2,), max_new_tokens=2))
+
+
+def test_every_method_is_asked_and_paid_for(hide):
+    for sample in data.scenes(3, sizes=[(280, 196)]):
+        record = answer(hide, sample, list(METHODS))
+        assert record["error"] is None
+        asked = set(METHODS)
+        assert record["replies"].keys() == record["tokens"].keys() == record["seconds"].keys() == asked
+        # The masked copy has as many tokens as the picture; the data set's boxes need no search.
+        tokens = record["tokens"]
+        assert tokens["masked"] == max(tokens.values()) and tokens["true-boxes"] < tokens["hide"]
+        without = answer(hide, dataclasses.replace(sample, boxes=()), ["plain", "hide", "true-boxes"])
+        assert without["replies"].keys() == {"plain", "hide"}
+    (share,) = [of for name, of, _ in score_groups([record, without], strict) if name == "all"]
+    assert share["true-boxes"].total == 1 and share["plain"].total == 2
+
+
+def record_of(number, plain, ours, error=None, tokens=500):
+    return {
+        "id": f"q{number}", "split": "s", "question": "Where is it?", "options": ["left", "right"], "answer": "A",
+        "error": error, "replies": {} if error else {"plain": plain, "hide": ours},
+        "tokens": {} if error else {"plain": 10, "hide": 30}, "seconds": {} if error else {"plain": 1.0, "hide": 2.0},
+        "image_tokens": [tokens], "boxes": [[[1, 1, 9, 9]]], "entities": ["a<b"],
+    }  # fmt: skip
+
+
+RECORDS = [
+    record_of(0, "A", "A"), record_of(1, "A", "B"), record_of(2, "B", "A"), record_of(3, "B", "what?", tokens=20_000),
+    record_of(4, "", "", "ValueError: <no>"),
+]  # fmt: skip
+
+
+def test_tables_count_what_hide_gains_and_loses():
+    ours = score_methods(RECORDS, strict)["hide"]
+    assert (ours.share.right, ours.share.total, ours.unreadable, ours.gained, ours.lost) == (2, 5, 1, 1, 1)
+    table = method_table(RECORDS, strict)
+    assert table.rows[1] == ("hide", "40% (12–77)", "+1 −1", "1", "30", "2.00")
+    names = [row[0] for row in group_table(RECORDS, strict).rows]
+    assert names == ["s", "up to 1,000 image tokens", "above 12,000 image tokens", "size unknown", "all"]
+
+
+def test_tables_survive_bars_and_brackets():
+    table = ResultTable("T", ("a|b", "n"), [("[red]", "<1>")])
+    assert "| a\\|b | n |\n| --- | ---: |\n| [red] | <1> |" in markdown("H", "hide eval", [table])
+    assert "<td>[red]</td><td class=number>&lt;1&gt;</td>" in table.html()
+
+
+def test_gallery_shows_the_telling_failures_first(tmp_path):
+    assert [record["id"] for record in failures(RECORDS, strict)] == ["q1", "q3", "q4"]
+
+    def image():
+        return Image.fromarray(PIXELS)
+
+    def gone():
+        raise OSError("gone")
+
+    question = Question("Where is it?", ("left", "right"))
+    samples = [Sample(f"q{i}", gone if i == 3 else image, question, "A", "s", ((2, 2, 8, 8),)) for i in range(5)]
+    page = save_gallery(tmp_path / "r.html", "T & U", [], RECORDS, samples, strict, {"model": "m"}).read_text()
+    assert page.index("q1: Where") < page.index("q3: Where") < page.index("q4: Where") and "q0: Where" not in page
+    assert page.count("<img ") == 3  # q1: boxes, collage, true boxes
+    for text in ("T &amp; U", "ValueError: &lt;no&gt;", "a&lt;b", "can no longer be read: gone", "no answer read"):
+        assert text in page
+    assert "$" not in page and 'src="http' not in page
+
+
+class Planted:
+    """A model whose layer 1 alone looks at the true box."""
+
+    class Model:
+        num_layers = 3
+
+    model = Model()
+    config = PRESETS["tiny"]
+
+    def __init__(self, box):
+        self.box = box
+        self.maps = HiDe(Qwen25VL.__new__(Qwen25VL), dataclasses.replace(self.config, layers=None, sigma=0.0)).maps
+
+    def attention_rows_by_layer(self, image, entities):
+        generator = torch.Generator().manual_seed(0)
+        columns, rows = image.width // 28, image.height // 28
+        layers = []
+        for layer in range(3):
+            row = torch.rand(3, rows, columns, generator=generator) * 0.1
+            if layer == 1:
+                x0, y0, x1, y1 = (edge // 28 for edge in self.box)
+                row[2, y0:y1, x0:x1] = 5
+            layers.append(EntityRows((row,), 2, ("star",)))
+        return tuple(layers)
+
+
+def test_layer_sweep_finds_the_layer_that_looks():
+    box = (28, 28, 84, 56)
+    sample = Sample("q", lambda: Image.new("RGB", (280, 196)), Question("Where?"), "", "s", (box,), ("star",))
+    scores = calibrate.layer_sweep(Planted(box), [sample])
+    assert calibrate.best_layer(scores) == 1 and scores[1].peak == 1
+    assert scores[1].inside > 0.7 > 0.1 > scores[0].inside and scores[1].purified > 0.9
+    # Two of 70 cells: the attention's share over the area's.
+    assert scores[1].times == pytest.approx(scores[1].inside * 35)
+
+
+def test_cells_inside_are_those_that_a_box_touches():
+    inside = calibrate.cells_inside([(28, 0, 57, 28), (0, 55, 1, 56)], (112, 56), (2, 4))
+    assert inside.tolist() == [[False, True, True, False], [True, False, False, False]]
+    # A picture that was resized: cells are fractions of it.
+    assert calibrate.cells_inside([(50, 0, 100, 100)], (100, 100), (1, 2)).tolist() == [[False, True]]
+
+
+def test_areas_are_those_of_painted_pixels():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sets = []
+        for _ in range(2):
+            corner = rng.integers(0, 30, (int(rng.integers(1, 5)), 2))
+            sets.append(torch.tensor(np.concatenate([corner, corner + rng.integers(1, 12, corner.shape)], axis=1)))
+        painted = []
+        for boxes in sets:
+            canvas = np.zeros((50, 50), bool)
+            for x0, y0, x1, y1 in boxes.tolist():
+                canvas[y0:y1, x0:x1] = True
+            painted.append(canvas)
+        assert calibrate._covered(*sets) == (painted[0] & painted[1]).sum()
+
+
+def test_grid_scores_and_the_recommendation():
+    truth = torch.tensor([[0, 0, 10, 10]])
+    score = calibrate._grid_score(torch.tensor([[0, 5, 10, 15], [50, 50, 60, 60]]), truth, (100, 100))
+    assert score == (0.5, 0.25, 20 * 20 / 10_000) and score.value == pytest.approx(0.48)
+    assert calibrate._grid_score(torch.zeros(0, 4, dtype=torch.int64), truth, (100, 100)).value == 0
+    grid = {(1.0, 0.5): score, (1.0, 0.2): calibrate.GridScore(1.0, 0.1, 0.4), (2.0, 0.2): score}
+    assert calibrate.best_setting(grid) == (1.0, 0.2)
+    assert calibrate.grid_tables(grid | {(2.0, 0.5): score})[0].rows == [
+        ("1", "100.0%", "50.0%"),
+        ("2", "50.0%", "50.0%"),
+    ]
+
+
+def test_the_grid_is_what_hide_itself_makes_of_the_rows(hide):
+    samples = list(data.scenes(2, sizes=[(280, 196)]))
+    grid = calibrate.settings_grid(hide, samples, sigmas=(0.0, 1.0), thresholds=(0.3, 0.7))
+    assert len(grid) == 4
+    config = dataclasses.replace(hide.config, sigma=1.0, threshold=0.3)
+    shares = []
+    for sample in samples:
+        image = sample.image()
+        ours = HiDe(hide.model, config)
+        maps = ours.maps(ours.attention_rows(image, ", ".join(sample.entities)))
+        (made,), _ = ours.collage(image, ours.boxes(maps, image))
+        shares.append(0 if made is None else made.width * made.height / (image.width * image.height))
+    assert grid[1.0, 0.3].collage == pytest.approx(np.mean(shares)) and max(shares) > 0
+
+
+def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path):
+    call = ["calibrate", "--limit", "2", "--answers", "1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    best = found["recommended"]
+    assert len(found["layers"]) == 6 and len(found["grid"]) == len(calibrate.SIGMAS) * len(calibrate.THRESHOLDS)
+    assert found["layers"][best["layers"][0]]["purified"] == max(layer["purified"] for layer in found["layers"])
+    assert f"threshold={best['threshold']}" in result.output and "recommended: HiDeConfig(" in result.output
+    assert set(found["answers"][0]["replies"]) == set(METHODS)
+    for name in ("layers.png", "grid.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 8
+    assert "### Recall" in (tmp_path / "summary.md").read_text()
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    assert CliRunner().invoke(app, call).exit_code == 0 and (tmp_path / "answers.jsonl").read_bytes() == before
+    none = tmp_path / "none.json"
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    none.write_text(json.dumps([{"question": "Where is it?", "labels": "A", "image_path": "a.png"}]))
+    result = CliRunner().invoke(app, [*call, "--data", f"list:{none}"])
+    assert result.exit_code == 1 and "has no boxes" in result.output

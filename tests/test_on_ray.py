@@ -1,0 +1,68 @@
+"""Evaluation on Ray with two actors on this machine, one of which is killed in the middle."""
+
+import functools
+import os
+import signal
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from hide.evaluation.data import Sample
+from hide.evaluation.on_ray import ask_on_ray
+from hide.evaluation.runner import ResultFile, evaluate
+from hide.questions import Question
+
+ray = pytest.importorskip("ray")
+# Workers cannot import a test module: send it with what is in it.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def load(folder):
+    """A stand-in for a model: it says who it is, and dies where the question tells it to."""
+    from types import SimpleNamespace
+
+    def ask(image, question, plain):
+        (folder / f"worker-{os.getpid()}").touch()
+        if question.stem == "die?" or (question.stem == "die once?" and not (folder / "died").exists()):
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if question.stem == "fail?":
+            raise ValueError("no")
+        time.sleep(0.05)
+        facts = {name: [] for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes")}
+        spent = dict.fromkeys(("read and resize", "plain answer", "answer"), 0.0)
+        tokens = dict.fromkeys(("plain answer", "entities", "attention rows", "answer"), 1)
+        return SimpleNamespace(
+            plain_answer="a", answer=str(os.getpid()), seconds=spent, tokens=tokens, to_dict=lambda: facts
+        )
+
+    return SimpleNamespace(ask=ask)
+
+
+def sample(number, stem="what?"):
+    return Sample(f"q{number}", functools.partial(Image.new, "RGB", (4, 4)), Question(stem), "a", "s")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
+def test_a_killed_actor_is_replaced_and_every_question_is_answered_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("hide.evaluation.on_ray.RETRIES", 1)  # starting an actor takes seconds
+    samples = [sample(i, {7: "die once?", 9: "fail?", 11: "die?"}.get(i, "what?")) for i in range(24)]
+    with ResultFile(tmp_path / "r.jsonl", {}) as results:
+        ask = functools.partial(ask_on_ray, functools.partial(load, tmp_path), actors=2)
+        seen = []
+        evaluate(ask, samples, results, progress=seen.append)
+        assert sorted(record["id"] for record in seen) == sorted(one.id for one in samples)
+        records = results.records
+    assert records["q7"]["error"] is None and records["q9"]["error"] == "ValueError: no"
+    assert "Actor" in records["q11"]["error"], "a question that kills every actor fails, and the others go on"
+    assert sum(record["error"] is None for record in records.values()) == 22
+    # Two at first, one in the place of each that died: once, and twice for the question that always kills.
+    assert len(list(tmp_path.glob("worker-*"))) >= 4
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 25
+
+
+def test_what_ray_cannot_give_is_said(tmp_path):
+    with pytest.raises(ValueError, match="ray: no cluster at 'auto'"):
+        list(ask_on_ray(functools.partial(load, tmp_path), [], address="auto"))
