@@ -12,6 +12,7 @@ namespace hide {
 struct Span {
   int left, right, source_x, source_y;
 };
+static_assert(sizeof(Span) == 16, "hide_kernels/geometry.py");
 
 struct Picture {
   const u8* pixels;

@@ -24,5 +24,6 @@ struct CudaBlock {
 
 }  // namespace hide
 
-// No kernel is launched with more threads per block than this (hide_kernels/geometry.py).
-#define HIDE_KERNEL extern "C" __global__ void __launch_bounds__(512)
+// No kernel is launched with more threads per block than this (hide_kernels/geometry.py). Two blocks per multiprocessor
+// are enough, which leaves 64 registers per thread; left to itself, the compiler spills to have more.
+#define HIDE_KERNEL extern "C" __global__ void __launch_bounds__(512, 2)

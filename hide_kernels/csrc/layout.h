@@ -23,6 +23,7 @@ struct Plan {
   int kept_rows[kCapacity][2];  // start, stop of the source rows that some box covers
   int kept_columns[kCapacity][2];
 };
+static_assert(sizeof(Plan) == 4 * (8 + 12 * kCapacity), "hide_kernels/geometry.py");
 
 enum Status { kDone, kInvalid, kTooMany };
 
@@ -33,6 +34,7 @@ struct LayoutMemory {
   int run_starts[2], run_stops[2];
   int pooled, invalid, changed;
 };
+static_assert(sizeof(LayoutMemory) <= 37 * 1024, "hide_kernels/geometry.py");
 
 // A cell's edge in pixels: normalised first, then scaled and cut, as the reference does.
 HIDE_FN int to_pixel(i64 edge, i64 cells, i64 pixels) {

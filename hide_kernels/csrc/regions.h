@@ -34,6 +34,7 @@ struct Region {
   int cells;
   int exponent;
 };
+static_assert(sizeof(Region) == 32, "hide_kernels/geometry.py");
 
 // One map; one that is not used has no rows.
 template <class T>
@@ -304,7 +305,6 @@ HIDE_FN void regions_block(Block& block, const T* maps, const bool* valid, Regio
     block.sync();
     finish_map(block, graph.table, *count, map.width, slots,
                slots_at(index, slots, boxes, scores, sizes, counts, overflow));
-    block.sync();
   }
 }
 
