@@ -95,7 +95,7 @@ setup(
             depends=[str(path) for path in sorted(CSRC.iterdir())],
             # Python 3.11 and PyTorch 2.11 are the oldest that the build runs on.
             define_macros=[("Py_LIMITED_API", "0x030b0000"), ("TORCH_TARGET_VERSION", "0x020b000000000000")],
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
             py_limited_api=True,
         )
     ],
