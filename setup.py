@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST ("8.0;9.0") chooses the GPU architectures.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,9 +64,15 @@ class Build(build_ext):
             else:
                 extension.define_macros.append(("HIDE_CUDA", None))
                 # The static runtime: PyTorch's own may be of another version.
-                root = Path(nvcc() or "").resolve().parents[1]
-                extension.library_dirs += [str(root / "lib64"), str(root / "lib")]
+                extension.library_dirs += self._runtime()
                 extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+    def _runtime(self) -> list[str]:
+        """Where nvcc, which may be a wrapper anywhere, links the CUDA runtime from."""
+        command = [nvcc() or "nvcc", "--dryrun", "-c", str(CSRC / "kernels.cu")]
+        plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        libraries = next(line for line in plan.splitlines() if "LIBRARIES=" in line)
+        return re.findall(r'-L"?([^"\s]+)', libraries)
 
     def _kernels(self) -> str:
         """Compiles the kernels for every architecture, and for later ones as PTX of the newest."""
