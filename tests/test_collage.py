@@ -356,7 +356,7 @@ def test_the_compiled_plan_is_the_references_whatever_the_order_of_boxes(count: 
     for seed in range(12):
         boxes = scattered(count, extent, largest, seed)
         want = merge_boxes(boxes)
-        for given in (boxes, boxes.flip(0), boxes.int()):
+        for given in (boxes, boxes.flip(0), boxes.int(), boxes.t().contiguous().t()):
             plan = compiled.plan_compiled(given[None], None, grid=None, size=(extent, extent))
             assert plan.status == compiled.DONE and torch.equal(plan.boxes.long(), want)
             if len(want):

@@ -279,6 +279,14 @@ def test_scores_of_any_magnitude_and_sign_are_the_same_everywhere(dtype: torch.d
     assert found.boxes[0, :2, 0].tolist() == ([5, 16] if dtype == torch.float32 else [3, 5])
 
 
+@pytest.mark.parametrize("units, score", [(0.5, 1.0), (0.75, 1 + 2**-23)])
+def test_cells_are_rounded_to_the_unit_of_their_region_half_to_even(units: float, score: float) -> None:
+    # 2**14 cells below 2**1: the unit is 2**-47. 1 + 2**-24 lies between two float32, so one unit more tips it.
+    maps = torch.zeros(1, 128, 128, dtype=torch.float64)
+    maps[0, 3, :3] = torch.tensor([1.0, 2.0**-24, units * 2.0**-47], dtype=torch.float64)
+    assert same_everywhere(maps, 0.0).scores[0, 0] == score
+
+
 def test_sizes_count_cells() -> None:
     array = torch.zeros(1, 6, 9)
     array[0, 1:4, 1:4], array[0, 2, 2], array[0, 5, 5:8] = 1, 0, 1
