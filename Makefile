@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz lint format bench clean
+.PHONY: help install demo test fuzz sanitize lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
 
 install: $(STAMP)  ## create .venv and install the package with its test tools
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
@@ -30,6 +30,14 @@ test: $(STAMP) lint  ## linters, type checks and all tests
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 tests/test_properties.py
 
+sanitize:  ## the kernels on blocks of real threads, looking for races, bad accesses and overflow
+	@mkdir -p build
+	g++ -std=c++17 -O1 -g -pthread -fsanitize=thread tests/csrc/driver.cpp -o build/driver_thread
+	build/driver_thread 15
+	g++ -std=c++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all tests/csrc/driver.cpp \
+		-o build/driver_address
+	build/driver_address 15
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +47,7 @@ format: $(STAMP)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## ratios that a CPU can show
+bench: $(STAMP)  ## what a CPU can show
 	$(BIN)/python -m benchmarks.regions_to_collage
 
 clean:  ## remove .venv and everything built

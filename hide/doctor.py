@@ -47,7 +47,7 @@ PACKAGES = (
 def examine() -> list[Finding]:
     """All findings, in the order in which they are worth reading. Never raises."""
     findings = [Finding("machine", "Python", f"{platform.python_version()} on {platform.platform()}")]
-    for probe in (_memory, _packages, _torchvision, _devices, _operators):
+    for probe in (_memory, _packages, _torchvision, _devices, _extension, _operators):
         try:
             findings += probe()
         except Exception as error:
@@ -122,6 +122,20 @@ def _devices() -> list[Finding]:
         )
         found.append(Finding("devices", f"cuda:{index}", state))
     return found
+
+
+def _extension() -> list[Finding]:
+    native = importlib.import_module("hide_kernels.native")
+    module, reason = native.extension()
+    if module is None:
+        return [Finding("extension", "host part", f"{reason}: PyTorch and SciPy are used instead", native.BUILD)]
+    found = [Finding("extension", "host part", "built, loads")]
+    if module.cuda:
+        return [*found, Finding("extension", "CUDA part", "built, loads")]
+    if importlib.util.find_spec("cupy"):
+        return [*found, Finding("extension", "CUDA part", "not built: CuPy compiles the kernels at first use")]
+    advice = "with an NVIDIA GPU: install nvcc and a CUDA build of PyTorch, then reinstall; or install CuPy"
+    return [*found, Finding("extension", "CUDA part", "not built", advice)]
 
 
 def _operators() -> list[Finding]:

@@ -2,7 +2,7 @@
 
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.backends import explain
-from hide_kernels.collage import Collage, Layout, collage
+from hide_kernels.collage import Collage, Layout, collage, collage_of_maps
 from hide_kernels.image_tokens import ImageTokens, maps_to_pixels, rows_to_maps
 from hide_kernels.regions import Regions, regions
 from hide_kernels.token_maps import TokenMaps, token_maps
@@ -16,6 +16,7 @@ __all__ = [
     "TokenMaps",
     "attention_rows",
     "collage",
+    "collage_of_maps",
     "explain",
     "maps_to_pixels",
     "regions",

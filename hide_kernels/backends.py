@@ -47,12 +47,61 @@ def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _launches(device: str, argument: str) -> Predicate:
+    """The compiled kernels, for calls whose `argument` lies on `device` ("cpu" or "cuda")."""
+
+    def refuses(arguments: Mapping[str, Any]) -> str | None:
+        try:
+            from hide_kernels import native
+        except ImportError as error:
+            return f"{error.name} is not installed"
+        return _elsewhere(device, arguments.get(argument), argument) or native.missing(device)
+
+    return refuses
+
+
+def _elsewhere(device: str, tensor: Any, argument: str) -> str | None:
+    """Why a call is none for `device`; without a tensor to look at, whether there is such a device at all."""
+    if tensor is not None:
+        return None if tensor.device.type == device else f"{argument} is on {tensor.device}"
+    if device == "cuda":
+        import torch
+
+        return None if torch.cuda.is_available() else "there is no CUDA device"
+    return None
+
+
+def _int32_cells(refuses: Predicate, dims: int) -> Predicate:
+    """Cells of the last `dims` dimensions of `maps` are counted in 32 bits."""
+
+    def also_refuses(arguments: Mapping[str, Any]) -> str | None:
+        maps = arguments.get("maps")
+        if maps is not None and maps.shape[-dims:].numel() >= 2**31:
+            return f"maps of {tuple(maps.shape)} have too many cells for 32-bit indices"
+        return refuses(arguments)
+
+    return also_refuses
+
+
+def _cupy_labels(arguments: Mapping[str, Any]) -> str | None:
+    return _elsewhere("cuda", arguments.get("maps"), "maps") or _needs("cupy")(arguments)
+
+
 # Order is preference; the last entry of each operator is its reference, the definition that the others are held to.
 OPERATORS: dict[str, tuple[Backend, ...]] = {
     "attention_rows": (Backend("torch", "plain PyTorch on any device, chunked over keys", _dense_rows_only),),
     "token_maps": (Backend("scipy", "SciPy in float64 on the CPU", _needs("scipy")),),
-    "regions": (Backend("scipy", "SciPy labelling on the CPU, one call for the whole batch", _needs("scipy")),),
-    "collage": (Backend("numpy", "NumPy slices on the CPU", _needs("numpy")),),
+    "regions": (
+        Backend("cuda", "one thread block per map, one launch", _int32_cells(_launches("cuda", "maps"), 2)),
+        Backend("cupy", "CuPy labelling, one call for the whole batch", _int32_cells(_cupy_labels, 3)),
+        Backend("cpp", "the same kernels as C++ on one core", _int32_cells(_launches("cpu", "maps"), 2)),
+        Backend("scipy", "SciPy labelling on the CPU, one call for the whole batch", _needs("scipy")),
+    ),
+    "collage": (
+        Backend("cuda", "boxes, layout and pixels on the device, one read by the host", _launches("cuda", "image")),
+        Backend("cpp", "the same kernels as C++ on one core", _launches("cpu", "image")),
+        Backend("numpy", "NumPy slices on the CPU", _needs("numpy")),
+    ),
 }
 
 

@@ -10,7 +10,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from hide_kernels.collage import boxes_to_pixels, collage, final_boxes, merge_boxes, opaque_boxes, plan_layout
+from hide_kernels import geometry, native
+from hide_kernels.collage import (
+    Collage,
+    Layout,
+    boxes_to_pixels,
+    collage,
+    collage_of_maps,
+    compiled,
+    final_boxes,
+    merge_boxes,
+    opaque_boxes,
+    plan_layout,
+)
+from hide_kernels.regions import regions
 
 Box = tuple[int, int, int, int]
 Mask = NDArray[np.bool_]
@@ -307,6 +320,137 @@ def test_the_source_and_the_boxes_are_left_alone() -> None:
     assert torch.equal(boxes, before[1])
 
 
+# The compiled kernels
+
+needs_extension = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
+
+
+def assert_same_collage(one: Collage, other: Collage) -> None:
+    assert torch.equal(one.boxes, other.boxes)
+    assert (one.layout is None) == (other.layout is None)
+    if one.layout is not None and other.layout is not None:
+        assert_same_layout(one.layout, other.layout)
+    assert (one.image is None) == (other.image is None)
+    if one.image is not None and other.image is not None:
+        assert one.image.dtype == other.image.dtype and torch.equal(one.image, other.image)
+
+
+def assert_same_layout(one: Layout, other: Layout) -> None:
+    assert one.size == other.size
+    for part in ("columns", "rows", "positions"):
+        first, second = getattr(one, part), getattr(other, part)
+        assert first.dtype == second.dtype and torch.equal(first, second), part
+
+
+def scattered(count: int, extent: int, largest: int, seed: int) -> torch.Tensor:
+    """Boxes inside a square, some of no area."""
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, extent, (count, 2))
+    boxes = np.concatenate([corners, corners + random.integers(0, largest + 1, (count, 2))], axis=1)
+    return torch.from_numpy(np.minimum(boxes, extent))
+
+
+@needs_extension
+@pytest.mark.parametrize("count, extent, largest", [(0, 9, 3), (1, 9, 3), (8, 30, 9), (40, 300, 40), (600, 9000, 300)])
+def test_the_compiled_plan_is_the_references_whatever_the_order_of_boxes(count: int, extent: int, largest: int) -> None:
+    for seed in range(12):
+        boxes = scattered(count, extent, largest, seed)
+        want = merge_boxes(boxes)
+        for given in (boxes, boxes.flip(0), boxes.int(), boxes.t().contiguous().t()):
+            plan = compiled.plan_compiled(given[None], None, grid=None, size=(extent, extent))
+            assert plan.status == compiled.DONE and torch.equal(plan.boxes.long(), want)
+            if len(want):
+                assert plan.layout is not None
+                assert_same_layout(plan.layout, plan_layout(want))
+            else:
+                assert plan.layout is None
+
+
+@needs_extension
+def test_boxes_of_all_maps_are_pooled_and_scaled_as_the_reference_does() -> None:
+    random = torch.Generator().manual_seed(0)
+    for rows, columns, size in ((95, 170, (4320, 7680)), (7, 49, (7, 49)), (31, 22, (20, 13))):
+        maps = torch.rand(9, rows, columns, generator=random)
+        found = regions(maps, 0.95, max_regions=60)
+        used = torch.arange(60) < found.counts[:, None]
+        want = merge_boxes(boxes_to_pixels(found.boxes[used], grid=(rows, columns), size=size))
+        plan = compiled.plan_compiled(found.boxes, found.counts, grid=(rows, columns), size=size)
+        assert plan.most == found.counts.max()
+        assert plan.status == (compiled.DONE if len(want) and used.sum() <= 1024 else plan.status)
+        if plan.status == compiled.DONE:
+            assert torch.equal(plan.boxes.long(), want)
+
+
+@needs_extension
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("fill", [None, WHITE, (1, 200, 3)])
+@pytest.mark.parametrize("order", ["rows first", "channels first", "flipped", "every second"])
+def test_every_source_gives_the_references_collage(
+    order: str, fill: tuple[int, int, int] | None, channels: int
+) -> None:
+    image = noise(90, 121, channels)
+    if channels == 4:
+        image[..., 3] |= 16
+        image[20:60, 40:70, 3] = 3
+    if order == "channels first":
+        image = image.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    elif order == "flipped":
+        image = image.permute(1, 0, 2)
+    elif order == "every second":
+        image = image[::2, 1::2]
+    for seed in range(6):
+        boxes = scattered(7, min(image.shape[:2]), 30, seed)
+        for alpha in ("blend", "drop") if fill else ("blend",):
+            look = {"fill": fill, "alpha": alpha}
+            got, want = (collage(image, boxes, backend=name, **look) for name in ("cpp", "numpy"))  # type: ignore[arg-type]
+            assert_same_collage(got, want)
+
+
+@needs_extension
+def test_more_boxes_than_one_block_takes_go_the_hosts_way() -> None:
+    side = 3 * 40
+    corners = torch.cartesian_prod(torch.arange(40), torch.arange(40)) * 3
+    boxes = torch.cat([corners, corners + 1], 1)
+    image = noise(side, side, 3)
+    for count in (geometry.CAPACITY, geometry.CAPACITY + 1):
+        status = compiled.plan_compiled(boxes[None, :count], None, grid=None, size=(side, side)).status
+        assert status == (compiled.DONE if count == geometry.CAPACITY else compiled.TOO_MANY)
+        got, want = (collage(image, boxes[:count], fill=BLACK, backend=name) for name in ("cpp", "numpy"))
+        assert len(want.boxes) == count
+        assert_same_collage(got, want)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("threshold", [0.6, 0.97, 0.9999])
+def test_a_collage_of_maps_is_that_of_their_boxes(channels: int, threshold: float) -> None:
+    maps = torch.rand(5, 31, 44, generator=torch.Generator().manual_seed(0))
+    valid = torch.tensor([True, True, False, True, True])
+    image = noise(310, 300, channels)
+    found = regions(maps, threshold, valid=valid, max_regions=400)
+    assert not found.overflow.any()
+    cells = found.boxes[torch.arange(400) < found.counts[:, None]]
+    want = collage(image, boxes_to_pixels(cells, grid=(31, 44), size=(310, 300)), fill=WHITE, backend="numpy")
+    for slots in (3, 400):
+        got = collage_of_maps(image, maps, threshold, valid=valid, max_regions=slots, fill=WHITE)
+        assert_same_collage(got, want)
+
+
+def test_a_collage_of_no_maps_or_of_maps_without_regions_is_none() -> None:
+    for maps in (torch.zeros(0, 3, 4), torch.zeros(2, 3, 4)):
+        got = collage_of_maps(noise(9, 12, 3), maps, 0.5)
+        assert got.image is None and got.layout is None and got.boxes.shape == (0, 4)
+
+
+@needs_extension
+def test_a_source_of_100_megapixels_costs_its_boxes_only() -> None:
+    row = torch.arange(10_000, dtype=torch.int64)
+    # Every row shows the same memory, so the picture is large and its memory is not.
+    image = torch.stack([row % 251, row // 251, row % 7], 1).to(torch.uint8)[None].expand(10_000, -1, -1)
+    got = collage(image, tensor([[0, 0, 3, 5], [9_990, 9_900, 10_000, 10_000]]), fill=WHITE, backend="cpp")
+    assert got.image is not None and got.image.shape == (105, 13, 3)
+    assert torch.equal(got.image[5:, 3:], image[9_900:, 9_990:])
+
+
 IMAGE = torch.zeros(8, 9, 3, dtype=torch.uint8)
 ALPHA = IMAGE[..., 0]
 INSIDE = tensor([[0, 0, 4, 4]])
@@ -355,6 +499,10 @@ INSIDE = tensor([[0, 0, 4, 4]])
         (lambda: collage(IMAGE, INSIDE, alpha="drop"), ValueError, "alpha: got 'drop' with fill=None"),
         (lambda: collage(IMAGE, INSIDE, alpha_threshold=1.0), TypeError, "alpha_threshold: got float"),  # type: ignore[arg-type]
         (lambda: collage(IMAGE, INSIDE, backend="fast"), ValueError, "backend: got 'fast'.*numpy"),
+        (lambda: collage(IMAGE, INSIDE, backend="cuda"), ValueError, "'cuda' cannot serve .*: image is on cpu"),
+        (lambda: collage_of_maps(ALPHA, torch.ones(1, 2, 2), 0.5), ValueError, r"image: got shape \(8, 9\)"),
+        (lambda: collage_of_maps(IMAGE, ALPHA, 0.5), TypeError, "maps: got dtype torch.uint8"),
+        (lambda: collage_of_maps(IMAGE, torch.ones(1, 2, 2), 0.5, fill=(0, 0, 256)), ValueError, "fill: got"),
         (lambda: final_boxes(IMAGE, INSIDE, grid=(3, 4)), ValueError, r"boxes\[0\].*y1 <= 3"),
     ],
 )

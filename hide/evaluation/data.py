@@ -42,8 +42,9 @@ def scenes(
     sizes: Sequence[tuple[int, int]] = ((280, 196), (700, 560), (1540, 1120)),
     lettered: bool = False,
 ) -> Iterator[Sample]:
-    """Questions about drawn scenes (`hide.tiny.scenes`), one per scene, attributes and positions in turn. Training draws
-    from other seeds.
+    """Questions about drawn scenes (`hide.tiny.scenes`), one per scene, attributes and positions in turn.
+
+    seed: the first scene's; training draws from other ones.
 
     sizes: (width, height) of the scenes in pixels, in turn; the default ones have 70, 500 and 2,200 image tokens.
     """

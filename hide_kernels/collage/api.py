@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,14 @@ from torch import Tensor
 
 from hide_kernels import backends
 from hide_kernels.collage.boxes import boxes_to_pixels, merge, opaque
-from hide_kernels.collage.checks import check_boxes, check_level
+from hide_kernels.collage.checks import check_boxes, check_kind, check_level
 from hide_kernels.collage.layout import Layout, plan_layout
+
+if TYPE_CHECKING:
+    from hide_kernels.collage.compiled import Plan
+
+# Backends on the kernels of csrc: one plan, on the device or on the host.
+COMPILED = ("cuda", "cpp")
 
 
 class Collage(NamedTuple):
@@ -43,7 +49,7 @@ def collage(
     rows and columns that no box covers are deleted, and the pixels of the boxes are copied. Only the boxes are read.
 
     Args:
-        image: (H, W, 3) RGB or (H, W, 4) RGBA, uint8, any strides.
+        image: (H, W, 3) RGB or (H, W, 4) RGBA, uint8, any strides: channels first is `image.permute(1, 2, 0)`.
         boxes: (K, 4) int32 or int64, half-open x0, y0, x1, y1 in pixels, inside the image.
         fill: `None` gives RGBA with transparent black gaps and the pixels as they are (alpha 255 for an RGB source).
             (r, g, b) gives RGB with gaps of that colour: white is what Qwen sees, black what InternVL sees.
@@ -59,28 +65,21 @@ def collage(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
-    height, width = _check_image(image)
-    pixels = check_boxes("boxes", boxes, (height, width))
-    if fill is not None:
-        _check_fill(fill)
-    if alpha not in ("blend", "drop"):
-        raise ValueError(f"alpha: got {alpha!r}, want 'blend' or 'drop'")
-    if alpha == "drop" and fill is None:
-        raise ValueError("alpha: got 'drop' with fill=None, which keeps alpha; want a fill colour")
-    check_level("alpha_threshold", alpha_threshold)
-    backends.resolve(
+    size = check_image(image)
+    check_kind("boxes", boxes)
+    check_look(fill, alpha, alpha_threshold)
+    name = backends.resolve(
         "collage", backend, image=image, boxes=boxes, fill=fill, alpha=alpha, alpha_threshold=alpha_threshold
     )
+    look = Look(fill, alpha == "blend", alpha_threshold)
+    if name in COMPILED:
+        from hide_kernels.collage.compiled import DONE, plan_compiled
 
-    from hide_kernels.collage.reference import gather_reference
-
-    shown = _shown(image, pixels, alpha_threshold)
-    kept = torch.from_numpy(shown).to(boxes.device)
-    if not len(shown):
-        return Collage(None, kept, None)
-    layout = plan_layout(kept)
-    canvas = gather_reference(image.cpu().numpy(), shown, layout.positions.numpy(), layout.size, fill, alpha == "blend")
-    return Collage(torch.from_numpy(canvas).to(image.device), kept, layout)
+        plan = plan_compiled(boxes.to(image.device)[None], None, grid=None, size=size)
+        if plan.status == DONE:
+            return planned_collage(image, plan, look, name, boxes.device)
+    pixels = check_boxes("boxes", boxes, size)
+    return boxed_collage(image, _shown(image, merge(pixels), alpha_threshold), look, name, boxes.device)
 
 
 def final_boxes(image: Tensor, cells: Tensor, *, grid: tuple[int, int], alpha_threshold: int = 10) -> Tensor:
@@ -102,18 +101,63 @@ def final_boxes(image: Tensor, cells: Tensor, *, grid: tuple[int, int], alpha_th
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
-    size = _check_image(image)
+    size = check_image(image)
     check_level("alpha_threshold", alpha_threshold)
     pixels = boxes_to_pixels(cells, grid=grid, size=size)
-    return torch.from_numpy(_shown(image, pixels.cpu().numpy(), alpha_threshold)).to(cells.device)
+    return torch.from_numpy(_shown(image, merge(pixels.cpu().numpy()), alpha_threshold)).to(cells.device)
 
 
-def _shown(image: Tensor, pixels: NDArray[np.int64], alpha_threshold: int) -> NDArray[np.int64]:
-    merged = merge(pixels)
-    return opaque(image[..., 3].cpu().numpy(), merged, alpha_threshold) if image.shape[2] == 4 else merged
+class Look(NamedTuple):
+    """What a collage shows of the pixels, from arguments that were checked."""
+
+    fill: tuple[int, int, int] | None
+    blend: bool
+    alpha_threshold: int
 
 
-def _check_image(image: Tensor) -> tuple[int, int]:
+def planned_collage(image: Tensor, plan: Plan, look: Look, backend: str, boxes_device: torch.device) -> Collage:
+    """Collage from a plan made where the image is; boxes over transparency are cut down, and laid out, on the host."""
+    if image.shape[2] == 4:
+        shown = _shown(image, plan.boxes.long().numpy(), look.alpha_threshold)
+        if not np.array_equal(shown, plan.boxes.numpy()):
+            return boxed_collage(image, shown, look, backend, boxes_device)
+    kept = plan.boxes.to(boxes_device, torch.int64)
+    if plan.layout is None:
+        return Collage(None, kept, None)
+    return Collage(_gather(image, *plan.on_device, plan.layout.size, look, backend), kept, plan.layout)
+
+
+def boxed_collage(
+    image: Tensor, shown: NDArray[np.int64], look: Look, backend: str, boxes_device: torch.device
+) -> Collage:
+    """Collage of the boxes as they are, laid out on the host."""
+    kept = torch.from_numpy(shown)
+    if not len(shown):
+        return Collage(None, kept.to(boxes_device), None)
+    layout = plan_layout(kept)
+    canvas = _gather(image, kept, layout.positions, layout.size, look, backend)
+    return Collage(canvas, kept.to(boxes_device), layout)
+
+
+def _gather(image: Tensor, boxes: Tensor, positions: Tensor, size: tuple[int, int], look: Look, backend: str) -> Tensor:
+    from hide_kernels.collage.reference import gather_reference
+
+    if backend in COMPILED:
+        from hide_kernels.collage.compiled import gather_compiled
+
+        boxes, positions = (of.to(image.device, torch.int32) for of in (boxes, positions))
+        canvas = gather_compiled(image, boxes, positions, size, look.fill, look.blend)
+        if canvas is not None:
+            return canvas
+    pixels, source, target = (of.cpu().numpy() for of in (image, boxes, positions))
+    return torch.from_numpy(gather_reference(pixels, source, target, size, look.fill, look.blend)).to(image.device)
+
+
+def _shown(image: Tensor, merged: NDArray[np.int64], alpha_threshold: int) -> NDArray[np.int64]:
+    return opaque(image[..., 3], merged, alpha_threshold) if image.shape[2] == 4 else merged
+
+
+def check_image(image: Tensor) -> tuple[int, int]:
     if not isinstance(image, Tensor):
         raise TypeError(f"image: got {type(image).__name__}, want a torch.Tensor")
     if image.dtype != torch.uint8:
@@ -121,6 +165,16 @@ def _check_image(image: Tensor) -> tuple[int, int]:
     if image.ndim != 3 or image.shape[2] not in (3, 4) or 0 in image.shape[:2]:
         raise ValueError(f"image: got shape {tuple(image.shape)}, want (H, W, 3) or (H, W, 4)")
     return image.shape[0], image.shape[1]
+
+
+def check_look(fill: tuple[int, int, int] | None, alpha: str, alpha_threshold: int) -> None:
+    if fill is not None:
+        _check_fill(fill)
+    if alpha not in ("blend", "drop"):
+        raise ValueError(f"alpha: got {alpha!r}, want 'blend' or 'drop'")
+    if alpha == "drop" and fill is None:
+        raise ValueError("alpha: got 'drop' with fill=None, which keeps alpha; want a fill colour")
+    check_level("alpha_threshold", alpha_threshold)
 
 
 def _check_fill(fill: tuple[int, int, int]) -> None:

@@ -84,7 +84,7 @@ def opaque_boxes(alpha: Tensor, boxes: Tensor, threshold: int = 10) -> Tensor:
         raise ValueError(f"alpha: got shape {tuple(alpha.shape)}, want (H, W)")
     check_level("threshold", threshold)
     array = check_boxes("boxes", boxes, (alpha.shape[0], alpha.shape[1]))
-    return torch.from_numpy(opaque(alpha.cpu().numpy(), array, threshold)).to(boxes.device)
+    return torch.from_numpy(opaque(alpha, array, threshold)).to(boxes.device)
 
 
 def merge(boxes: Boxes) -> Boxes:
@@ -125,11 +125,11 @@ def merge(boxes: Boxes) -> Boxes:
     return apart[np.lexsort((apart[:, 0], apart[:, 1]))]
 
 
-def opaque(alpha: NDArray[np.uint8], boxes: Boxes, threshold: int) -> Boxes:
-    """`opaque_boxes` on NumPy arrays that were checked."""
+def opaque(alpha: Tensor, boxes: Boxes, threshold: int) -> Boxes:
+    """`opaque_boxes` on arguments that were checked; of an image on a device, only the boxes come to the host."""
     parts = []
     for x0, y0, x1, y1 in boxes.tolist():
-        solid = alpha[y0:y1, x0:x1] > threshold
+        solid = (alpha[y0:y1, x0:x1] > threshold).cpu().numpy()
         if solid.all():
             parts.append((x0, y0, x1, y1))
         else:

@@ -11,14 +11,19 @@ from torch import Tensor
 LIMIT = 2**31
 
 
-def check_boxes(name: str, boxes: Tensor, size: tuple[int, int] | None = None) -> NDArray[np.int64]:
-    """`boxes` as a NumPy array, once they are (K, 4) integers in order and, if given, inside `size` (height, width)."""
+def check_kind(name: str, boxes: Tensor) -> None:
+    """What can be said of boxes without reading them: (K, 4) integers."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{name}: got {type(boxes).__name__}, want a torch.Tensor")
     if boxes.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: got dtype {boxes.dtype}, want int32 or int64")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: got shape {tuple(boxes.shape)}, want (K, 4) as x0, y0, x1, y1")
+
+
+def check_boxes(name: str, boxes: Tensor, size: tuple[int, int] | None = None) -> NDArray[np.int64]:
+    """`boxes` as a NumPy array, once they are (K, 4) integers in order and, if given, inside `size` (height, width)."""
+    check_kind(name, boxes)
     array = boxes.cpu().numpy().astype(np.int64)
     wrong = (array[:, :2] > array[:, 2:]).any(axis=1) | (array < -LIMIT).any(axis=1) | (array >= LIMIT).any(axis=1)
     want = "x0 <= x1 and y0 <= y1, in 32 bits"

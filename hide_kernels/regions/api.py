@@ -18,12 +18,14 @@ class Regions(NamedTuple):
     scores: (M, max_regions) float32, sum of the map in the region, descending.
     counts: (M,) int32, how many regions the map has, also those beyond `max_regions`.
     overflow: (M,) bool, whether the map has more regions than `max_regions`.
+    sizes: (M, max_regions) int32, how many cells the region has.
     """
 
     boxes: Tensor
     scores: Tensor
     counts: Tensor
     overflow: Tensor
+    sizes: Tensor
 
 
 def regions(
@@ -35,6 +37,10 @@ def regions(
     Python float: a float32 cell of 0.7 reaches a threshold of 0.7. NaN cells never do. Regions are sorted by score as
     returned, largest first; equal scores by first cell in raster order. With more than `max_regions` the largest stay.
     A threshold beyond the dtype of the maps is infinite, and so is a score beyond float32.
+
+    Scores are summed in fixed point: each cell is rounded by less than cells * 2**-61 of the region's largest, and the
+    sum to float32 (`reference.py` says how). So they depend on nothing but the cells of the region, and scores and
+    order are the same on every backend, bit for bit. On a GPU, backends "cupy" and "scipy" synchronise, "cuda" never.
 
     Args:
         maps: (M, h, w) float32 or float64, any strides.
@@ -71,9 +77,13 @@ def regions(
         raise TypeError(f"max_regions: got {type(max_regions).__name__}, want an int")
     if max_regions < 1:
         raise ValueError(f"max_regions: got {max_regions}, want at least 1")
-    backends.resolve("regions", backend, maps=maps, threshold=threshold, valid=valid, max_regions=max_regions)
+    name = backends.resolve("regions", backend, maps=maps, threshold=threshold, valid=valid, max_regions=max_regions)
 
-    # Imported here so that importing the package does not load SciPy.
-    from hide_kernels.regions.reference import regions_reference
-
-    return Regions(*regions_reference(maps, float(threshold), valid, max_regions))
+    # Imported here so that importing the package loads neither SciPy nor CuPy.
+    if name in ("cuda", "cpp"):
+        from hide_kernels.regions.compiled import regions_compiled as implementation
+    elif name == "cupy":
+        from hide_kernels.regions.cupy import regions_cupy as implementation
+    else:
+        from hide_kernels.regions.reference import regions_reference as implementation
+    return Regions(*implementation(maps, float(threshold), valid, max_regions))

@@ -1,0 +1,49 @@
+// All kernels in one translation unit, found by name and launched. Compiled by nvcc; needs the CUDA runtime, no torch.
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+#include "collage.cuh"
+#include "regions.cuh"
+
+namespace {
+
+struct Kernel {
+  const char* name;
+  const void* function;
+};
+
+#define HIDE_ENTRY(name) {#name, reinterpret_cast<const void*>(name)}
+
+const Kernel kKernels[] = {
+    HIDE_ENTRY(regions_block_float32), HIDE_ENTRY(regions_block_float64), HIDE_ENTRY(regions_step_float32),
+    HIDE_ENTRY(regions_step_float64),  HIDE_ENTRY(regions_finish),        HIDE_ENTRY(layout_boxes_int32),
+    HIDE_ENTRY(layout_boxes_int64),    HIDE_ENTRY(collage_rows),
+};
+
+cudaError_t launch(const void* function, int device, int blocks, int threads, int shared, void** arguments,
+                   void* stream) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared,
+                             static_cast<cudaStream_t>(stream));
+  cudaSetDevice(before);
+  return error;
+}
+
+}  // namespace
+
+// Returns null, or what went wrong.
+extern "C" const char* hide_launch(const char* name, int device, int blocks, int threads, int shared, void** arguments,
+                                   void* stream) {
+  for (const Kernel& kernel : kKernels) {
+    if (std::strcmp(kernel.name, name) != 0) continue;
+    const cudaError_t error = launch(kernel.function, device, blocks, threads, shared, arguments, stream);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+  return "no such kernel";
+}
