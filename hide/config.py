@@ -67,8 +67,17 @@ class HiDeConfig:
             raise ValueError("entity_prompt: got a text without {question}, the place where the question goes")
 
 
-# The published values. Layer 14 is the released code's SELECT_LAYER 15, which counts from 1.
+# The published values for Qwen2.5-VL-7B; layer 14 is the released code's SELECT_LAYER 15, which counts from 1. Those of
+# the embedded model are from `hide calibrate` and docs/embedded_model.md.
 PRESETS: dict[str, HiDeConfig] = {
     "qwen2.5-vl-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7),
-    "tiny": HiDeConfig(layers=(3,), sigma=1.0, threshold=0.7, min_tokens=4, entities_from="rules", max_new_tokens=8),
+    "tiny": HiDeConfig(
+        layers=(0,),
+        sigma=1.0,
+        threshold=0.2,
+        min_tokens=4,
+        entities_from="rules",
+        include_end_token=False,
+        max_new_tokens=8,
+    ),
 }

@@ -281,7 +281,9 @@ class HiDe:
             pictures = self._preprocess(images)
         plain_answer = None
         if plain:
-            plain_answer = self._clocked_answer(clock, "plain answer", pictures, question)
+            with clock("plain answer"):
+                reply = self._answer(pictures, question)
+            plain_answer, clock.tokens["plain answer"] = reply
         with clock("entities"):
             entities, clock.tokens["entities"] = self._entities(question)
         notes = [*self._notes, *entities.notes]
@@ -298,12 +300,15 @@ class HiDe:
         if shown:
             with clock("answer"):
                 everything = self._with_collages(pictures, shown)
-            answer = self._clocked_answer(clock, "answer", everything, question)
+                reply = self._answer(everything, question)
+            answer, clock.tokens["answer"] = reply
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
             everything = pictures
             if plain_answer is None:
-                plain_answer = self._clocked_answer(clock, "answer", pictures, question)
+                with clock("answer"):
+                    reply = self._answer(pictures, question)
+                plain_answer, clock.tokens["answer"] = reply
             answer = plain_answer
         return HiDeResult(
             question=question,
@@ -331,12 +336,6 @@ class HiDe:
 
     def _answer(self, pictures: Pictures, question: Question) -> Reply:
         return self.model.generate(question.prompt, pictures, max_new_tokens=self.config.max_new_tokens)
-
-    def _clocked_answer(self, clock: _Clock, step: str, pictures: Pictures, question: Question) -> str:
-        with clock(step):
-            reply = self._answer(pictures, question)
-        clock.tokens[step] = reply.tokens
-        return reply.text
 
     def _entities(self, question: Question) -> tuple[Entities, int]:
         """The entities, and how many tokens went through the model for them."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from hide import PRESETS, HiDe
 from hide.entities import ENTITY_PROMPT, MAX_ENTITIES, MAX_LENGTH, entities_by_rules, entity_request, parse_entities
 from hide.images import load_image
-from hide.models.qwen2_5_vl import Qwen25VL
+from hide.models.qwen2_5_vl import Qwen25VL, Reply
 from hide.pipeline import EntityRows
 from hide.questions import LETTER_REQUEST, Question
 from hide.tiny.model import build
@@ -310,7 +310,7 @@ def test_odd_entity_replies_give_their_items_or_the_questions_own_words(
     adapter, config, monkeypatch, reply, items, note
 ):
     generate = adapter.generate
-    monkeypatch.setattr(adapter, "generate", lambda text, *a, **k: generate(text, *a, **k) if a else reply)
+    monkeypatch.setattr(adapter, "generate", lambda text, *a, **k: generate(text, *a, **k) if a else Reply(reply, 0))
     result = HiDe(adapter, dataclasses.replace(config, entities_from="model")).ask(SCENE, QUESTION, plain=False)
     assert result.entities.items == items
     assert any(note in text for text in result.notes) if note else not result.entities.notes
@@ -421,7 +421,8 @@ def test_rows_that_are_not_finite_go_to_another_image_or_are_left_out_and_the_re
     rows = [image.clone() for image in clean]
     for image, which in spoiled:
         rows[image][which, 0, 0] = value
-    monkeypatch.setattr(hide, "_attention_rows", lambda *a: EntityRows(tuple(rows), 8, ("star", "dot", "ring")))
+    spoiled_rows = EntityRows(tuple(rows), 8, ("star", "dot", "ring"))
+    monkeypatch.setattr(hide, "_attention_rows", lambda *a: (spoiled_rows, 0))
     result = hide.ask([SCENE, SCENE], QUESTION)
     assert [tuple(sorted(labels)) for labels in result.maps.labels] == left
     assert all(bool(((maps >= 0) & (maps <= 1)).all()) for maps in result.maps.maps)

@@ -12,7 +12,7 @@ from PIL import Image
 from hide import PRESETS, HiDe, HiDeConfig
 from hide.entities import Entities
 from hide.images import on_colour
-from hide.models.qwen2_5_vl import Qwen25VL
+from hide.models.qwen2_5_vl import Qwen25VL, Reply
 from hide.pipeline import EntityMaps, EntityRows, preset_for
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
@@ -225,7 +225,7 @@ def test_the_model_itself_extracts_where_the_config_says_so(adapter, config, mon
 
     def generate(text, pictures=None, *, max_new_tokens):
         asked.append((text, pictures))
-        return "<FINAL_OUTPUT>star</FINAL_OUTPUT>"
+        return Reply("<FINAL_OUTPUT>star</FINAL_OUTPUT>", 70)
 
     monkeypatch.setattr(adapter, "generate", generate)
     hide = HiDe(adapter, dataclasses.replace(config, entities_from="model", entity_prompt="List: {question}"))

@@ -200,7 +200,8 @@ def test_replies_are_greedy_with_the_checkpoints_own_repetition_penalty(adapter,
                 **inputs, do_sample=False, repetition_penalty=1.0, max_new_tokens=6, temperature=None, top_k=None
             )
         start = inputs["input_ids"].shape[1]
-        assert replies == {adapter.tokenizer.decode(want[0, start:], skip_special_tokens=True).strip()}
+        said = adapter.tokenizer.decode(want[0, start:], skip_special_tokens=True).strip()
+        assert replies == {(said, want.shape[1])}
         assert not torch.equal(want, unpenalised)
     finally:
         adapter.model.generation_config = original
