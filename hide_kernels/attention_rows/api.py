@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hide_kernels import backends
-from hide_kernels.attention_rows.reference import HeadReduction, RowRequest, Spans, attention_rows_reference
+from hide_kernels.attention_rows.reference import attention_rows_reference
+from hide_kernels.attention_rows.request import HeadReduction, RowRequest, Spans
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,37 +8,15 @@ time and a block size that does not depend on the batch: a sample's rows are the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Spans = list[list[tuple[int, int]]]
-HeadReduction = Literal["mean", "none", "kv_group"] | Tensor
+from hide_kernels.attention_rows.request import HeadReduction, RowRequest
 
 # Scores held at once, in elements: 16 MB in float32.
 BLOCK_ELEMENTS = 1 << 22
 ROWS_AT_ONCE = 512
-
-
-@dataclass(frozen=True)
-class RowRequest:
-    """A validated call: what `attention_rows` documents, with defaults filled in and lengths expanded."""
-
-    rows: int
-    spans: Spans
-    q_positions: Tensor | None
-    causal: bool
-    window: int | None
-    kv_starts: Tensor | None
-    kv_lens: Tensor | None
-    scale: float
-    softcap: float | None
-    softmax: bool
-    head_reduction: HeadReduction
-    row_reduction: Literal["mean", "sum"] | None
-    shape: tuple[int, ...]
 
 
 def attention_rows_reference(
