@@ -28,7 +28,6 @@ def oracle(query, key, visible=None, **kwargs):
 def small_blocks(monkeypatch):
     """Several blocks of keys and rows even on small inputs."""
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 128)
-    monkeypatch.setattr(reference, "ROWS_AT_ONCE", 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,6 +25,9 @@ class LseConfig:
     warps: int
     stages: int = 2
     slice: int = 0
+    # Most registers per thread. 128 lets two programs of 8 warps share an SM; where the assembler would by itself stop
+    # at 128 and use the stack, a higher bound keeps it from that.
+    registers: int | None = None
     # Programs that an SM holds at once, for the work model.
     resident: int = 2
 
@@ -43,16 +46,17 @@ class RowsConfig:
     pair: int = 2
     stages: int = 2
     slice: int = 0
+    registers: int | None = None
 
 
 # By the number of queries of one key/value head, group * rows: at most 16, at most 64, more.
 LSE: dict[tuple[Family, int], LseConfig] = {
     ("mma", 16): LseConfig(16, 128, 4),
     ("mma", 64): LseConfig(64, 64, 4),
-    ("mma", 128): LseConfig(128, 64, 8),
-    ("wgmma", 16): LseConfig(16, 128, 4),
+    ("mma", 128): LseConfig(128, 64, 8, registers=168),
+    ("wgmma", 16): LseConfig(16, 128, 4, registers=224),
     ("wgmma", 64): LseConfig(64, 128, 4),
-    ("wgmma", 128): LseConfig(128, 128, 8),
+    ("wgmma", 128): LseConfig(128, 128, 8, registers=128),
     ("tcgen05", 16): LseConfig(16, 128, 4),
     ("tcgen05", 64): LseConfig(64, 64, 4),
     ("tcgen05", 128): LseConfig(128, 64, 8),
@@ -62,7 +66,7 @@ LSE: dict[tuple[Family, int], LseConfig] = {
 ROWS: dict[tuple[Family, int, int], RowsConfig] = {
     ("mma", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1),
     ("mma", 128, 16): RowsConfig(16, 8, 64, 8, unroll=1),
-    ("mma", 128, 32): RowsConfig(32, 2, 64, 4, unroll=0),
+    ("mma", 128, 32): RowsConfig(32, 2, 64, 4, unroll=0, registers=168),
     ("mma", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0),
     ("mma", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1),
     ("mma", 256, 16): RowsConfig(16, 8, 64, 8, unroll=1),
@@ -78,7 +82,7 @@ ROWS: dict[tuple[Family, int, int], RowsConfig] = {
     ("wgmma", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0),
     ("tcgen05", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1),
     ("tcgen05", 128, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),
-    ("tcgen05", 128, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1),
+    ("tcgen05", 128, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1, registers=168),
     ("tcgen05", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),
     ("tcgen05", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1),
     ("tcgen05", 256, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),

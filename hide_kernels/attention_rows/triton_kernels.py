@@ -186,7 +186,7 @@ def partial_lse(
         mass = mass * tl.exp2(top - higher) + tl.sum(tl.exp2(s * log2_scale - higher[:, None]), 1)
         top = higher
     whole = all_stop - all_first
-    for masked in tl.range(some_first, some_stop - whole, BLOCK_N, num_stages=1):
+    for masked in tl.range(some_first, some_stop - whole, BLOCK_N, num_stages=STAGES):
         block = masked
         if masked >= all_first:
             block = masked + whole

@@ -301,6 +301,7 @@ def _options(tiles: LseConfig | RowsConfig) -> dict[str, Any]:
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
         "enable_fp_fusion": True,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }
 
 
