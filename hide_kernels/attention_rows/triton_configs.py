@@ -80,7 +80,7 @@ ROWS: dict[tuple[Family, int, int], RowsConfig] = {
     ("wgmma", 256, 16): RowsConfig(16, 8, 64, 8, unroll=1),
     ("wgmma", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0),
     ("wgmma", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0),
-    ("tcgen05", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1),
+    ("tcgen05", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1, registers=168),
     ("tcgen05", 128, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),
     ("tcgen05", 128, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1, registers=168),
     ("tcgen05", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),

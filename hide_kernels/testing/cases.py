@@ -26,7 +26,7 @@ class Case:
     kv_heads: int = 2
     rows: int = 5
     depth: int = 64
-    length: int = 203
+    length: int = 139
     gain: float = 2.0
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -82,22 +82,22 @@ CASES = [
     Case("head size 128", depth=128, length=301),
     Case("head size 256", depth=256, rows=3),
     Case("one key", length=1),
-    Case("spans", arguments={"key_spans": [(3, 70), (71, 72), (5, 5), (190, 203), (0, 9), (2, 140)]}),
-    Case("spans per sample", arguments={"key_spans": [[(3, 70), (60, 150)], [(0, 12)]]}),
+    Case("spans", arguments={"key_spans": [(3, 70), (71, 72), (5, 5), (120, 139), (0, 9), (2, 130)]}),
+    Case("spans per sample", arguments={"key_spans": [[(3, 70), (60, 135)], [(0, 12)]]}),
     Case("one sample without spans", arguments={"key_spans": [[], [(10, 100)]]}),
-    Case("causal", arguments={"q_positions": _positions(5, 203), "causal": True}),
-    Case("causal, one row of positions", arguments={"q_positions": torch.tensor([0, 5, 7, 130, 202]), "causal": True}),
-    Case("causal, int32", arguments={"q_positions": _positions(5, 203).int(), "causal": True}),
-    Case("window", arguments={"q_positions": _positions(5, 203), "window": 40}),
-    Case("causal window", arguments={"q_positions": _positions(5, 203, 1), "causal": True, "window": 150}),
-    Case("left padding", arguments={"kv_starts": torch.tensor([7, 200])}),
-    Case("right padding", arguments={"kv_lens": torch.tensor([150, 203], dtype=torch.int32)}),
+    Case("causal", arguments={"q_positions": _positions(5, 139), "causal": True}),
+    Case("causal, one row of positions", arguments={"q_positions": torch.tensor([0, 5, 7, 130, 138]), "causal": True}),
+    Case("causal, int32", arguments={"q_positions": _positions(5, 139).int(), "causal": True}),
+    Case("window", arguments={"q_positions": _positions(5, 139), "window": 40}),
+    Case("causal window", arguments={"q_positions": _positions(5, 139, 1), "causal": True, "window": 100}),
+    Case("left padding", arguments={"kv_starts": torch.tensor([7, 130])}),
+    Case("right padding", arguments={"kv_lens": torch.tensor([100, 139], dtype=torch.int32)}),
     Case("no key for one sample", arguments={"kv_lens": torch.tensor([0, 130])}),
     Case(
         "every mask",
         arguments={
-            "q_positions": _positions(5, 203, 2), "causal": True, "window": 90, "kv_starts": torch.tensor([-4, 9]),
-            "kv_lens": torch.tensor([500, 140]), "key_spans": [(2, 203)],
+            "q_positions": _positions(5, 139, 2), "causal": True, "window": 90, "kv_starts": torch.tensor([-4, 9]),
+            "kv_lens": torch.tensor([500, 120]), "key_spans": [(2, 139)],
         },
     ),
     Case("heads apart", arguments={"head_reduction": "none"}),
@@ -109,11 +109,11 @@ CASES = [
     Case(
         "rows summed, masked, weighted",
         arguments={
-            "row_reduction": "sum", "head_reduction": [1.0, 2, 3, 4, 5, 6], "q_positions": _positions(5, 203),
+            "row_reduction": "sum", "head_reduction": [1.0, 2, 3, 4, 5, 6], "q_positions": _positions(5, 139),
             "causal": True,
         },
     ),
-    Case("raw scores", arguments={"softmax": False, "kv_lens": torch.tensor([150, 203])}),
+    Case("raw scores", arguments={"softmax": False, "kv_lens": torch.tensor([100, 139])}),
     Case("raw scores, softcap", arguments={"softmax": False, "softcap": 1.5}),
     Case("raw scores, weights", arguments={"softmax": False, "head_reduction": [1.0, -1, 0.5, 0, 0, 2]}),
     Case("scale", arguments={"scale": 0.3}),

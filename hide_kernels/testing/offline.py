@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from hide_kernels.attention_rows import triton_launch
+from hide_kernels.attention_rows.request import RowRequest
+
 # Shared memory that a program may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {
     (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376,
@@ -44,45 +49,97 @@ class Usage:
 
 
 class _Driver:
-    """As much of a Triton driver as compiling takes. The capability is also the device, so that caches are apart."""
+    """As much of a Triton driver as compiling takes. `device` is the key of Triton's cache of compiled kernels."""
 
-    def __init__(self, capability: tuple[int, int]) -> None:
+    def __init__(self, capability: tuple[int, int], device: object) -> None:
         self.architecture = 10 * capability[0] + capability[1]
+        self.device = device
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.architecture, 32)
 
-    def get_current_device(self) -> int:
-        return self.architecture
+    def get_current_device(self) -> object:
+        return self.device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: object) -> int:
         return 0
 
 
 @contextmanager
-def target(capability: tuple[int, int]) -> Iterator[None]:
-    """Inside, Triton compiles for a card of this compute capability; nothing can be launched."""
+def target(capability: tuple[int, int], device: object = None) -> Iterator[None]:
+    """Inside, Triton compiles for a card of this compute capability; nothing can be launched.
+
+    What was compiled is kept under `device` (default: the capability).
+    """
     from triton.runtime.driver import driver
 
     previous = driver._active  # `reset_active` would look for a card
-    driver.set_active(_Driver(capability))
+    driver.set_active(_Driver(capability, capability if device is None else device))
     try:
         yield
     finally:
         driver._active = previous
 
 
+def planned(
+    capability: tuple[int, int],
+    *,
+    batch: int = 1,
+    heads: int = 28,
+    kv_heads: int = 4,
+    rows: int = 32,
+    depth: int = 128,
+    length: int = 16_384,
+    dtype: torch.dtype = torch.bfloat16,
+    spans: list[tuple[int, int]] | None = None,
+    masked: bool = False,
+    key_heads_apart: bool = False,
+    unaligned: bool = False,
+    processors: int = 132,
+    accumulate: bool = False,
+    **arguments: Any,
+) -> list[triton_launch.Launch]:
+    """The launches of `attention_rows` for such tensors on such a card; defaults are Qwen2.5-VL-7B's.
+
+    `masked` is causal with padding; keys lie as (B, N, H, D), or as (B, H, N, D) with `key_heads_apart`.
+    """
+    query = torch.empty(batch, heads, rows, depth, dtype=dtype, device="meta")
+    key = torch.empty(batch, kv_heads, length, depth, dtype=dtype, device="meta")
+    if not key_heads_apart:
+        width = depth + 3 if unaligned else depth
+        key = torch.empty(batch, length, kv_heads, width, dtype=dtype, device="meta")[..., :depth].transpose(1, 2)
+    integers = {"dtype": torch.int64, "device": "meta"}
+    request = RowRequest.of(
+        query,
+        key,
+        spans=[[(0, length)] if spans is None else spans] * batch,
+        q_positions=torch.empty(batch, rows, **integers) if masked else None,
+        causal=masked,
+        window=None,
+        kv_starts=None,
+        kv_lens=torch.empty(batch, **integers) if masked else None,
+        scale=arguments.pop("scale", depth**-0.5),
+        softcap=arguments.pop("softcap", None),
+        softmax=arguments.pop("softmax", True),
+        head_reduction=arguments.pop("head_reduction", "mean"),
+        row_reduction=arguments.pop("row_reduction", None),
+    )
+    out = torch.empty(request.shape, device="meta")
+    card = triton_launch.Card(capability, processors)
+    return triton_launch.plan(query, key, request, None, out, accumulate, card, **arguments)[0]
+
+
 def compile_launch(launch: KernelLaunch, capability: tuple[int, int]) -> Usage:
     """Compile one launch (tensors may be on the "meta" device) and read its machine code."""
     with target(capability):
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-    return read_cubin(launch.kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+    return read_cubin(launch.kernel.fn.__name__, compiled.asm["cubin"], compiled.metadata.shared)
 
 
 def compilations(launches: Sequence[KernelLaunch], capability: tuple[int, int]) -> int:
-    """How many variants these launches leave in Triton's own in-memory caches, without building them."""
+    """How many variants of kernels Triton would compile for these launches in a fresh process. Builds none."""
     from triton import knobs
 
     variants = set()
@@ -94,7 +151,7 @@ def compilations(launches: Sequence[KernelLaunch], capability: tuple[int, int]) 
     previous = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note
     try:
-        with target(capability):
+        with target(capability, object()):
             for launch in launches:
                 launch.kernel.warmup(grid=launch.grid, **launch.arguments)
     finally:
