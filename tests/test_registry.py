@@ -29,19 +29,18 @@ def operands(query, key, *, lse=None, weights=None, positions=None, lens=None, s
     return (query, key, positions, None, lens, lse, weights, flat, [len(spans)] * len(query), *described.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "changed",
+    "dtype, changed",
     [
-        {}, {"softmax": False}, {"softcap": 2.0, "row_reduction": "mean"}, {"head_reduction": "none"}, {"spans": ()},
-        {"lse": torch.zeros(2, 4, 3)}, {"weights": torch.ones(4)}, {"lens": torch.tensor([0, 7])},
+        (torch.float64, {}), (torch.float32, {}), (torch.bfloat16, {"lens": torch.tensor([0, 7])}),
+        (torch.float16, {"softmax": False}), (torch.float32, {"softcap": 2.0, "row_reduction": "mean", "spans": ()}),
+        (torch.float32, {"head_reduction": "none", "lse": torch.zeros(2, 4, 3)}),
+        (torch.float32, {"weights": torch.ones(4), "positions": torch.arange(3).expand(2, 3)}),
     ],
     ids=str,
 )  # fmt: skip
 def test_schema_fake_gradient_and_dynamic_shapes_pass_opcheck(dtype, changed):
     query, key = inputs(dtype=dtype)
-    result = torch.float64 if dtype == torch.float64 else torch.float32
-    changed = {n: v.to(result) if n in ("lse", "weights") else v for n, v in changed.items()}
     strided = key.transpose(1, 2).contiguous().transpose(1, 2)
     torch.library.opcheck(OPERATOR, operands(query.requires_grad_(), strided.requires_grad_(), **changed))
 
@@ -112,7 +111,8 @@ def test_one_compilation_serves_every_length_span_and_number_of_rows_and_gives_t
         want, got = attention_rows(query, key, **arguments), compiled(query, key, positions, length - 3)
         assert torch.equal(got.rows, want.rows) and torch.equal(got.lse, want.lse)
     assert counter.frame_count == 1
-    assert [node.target for graph in counter.graphs for node in graph.graph.nodes].count(OPERATOR) == 1
+    targets = [node.target for graph in counter.graphs for node in graph.graph.nodes]
+    assert sum(target in (OPERATOR, OPERATOR.overloadpacket) for target in targets) == 1
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -149,7 +149,7 @@ def test_a_compiled_call_differentiates():
 
 
 @pytest.mark.parametrize(
-    "head_reduction, row_reduction", itertools.product(["mean", "none", "kv_group"], [None, "sum"])
+    "head_reduction, row_reduction", [*itertools.product(["mean", "none", "kv_group"], [None, "sum"])]
 )
 def test_fake_tensors_take_the_shape_that_real_ones_take(head_reduction, row_reduction):
     arguments = {"head_reduction": head_reduction, "row_reduction": row_reduction, "key_spans": [[(0, 2)], [(1, 8)]]}

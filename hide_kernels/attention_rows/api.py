@@ -264,7 +264,8 @@ def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> Spans:
 
 def _check_span(span: object, length: int) -> tuple[int, int]:
     try:
-        start, stop = (operator.index(x) for x in span)  # type: ignore[attr-defined]
+        # torch.compile would take what passes operator.index for a constant.
+        start, stop = (x if isinstance(x, int) else operator.index(x) for x in span)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise TypeError(f"key_spans: got {span!r}, want a pair of ints (start, stop)") from None
     if not 0 <= start <= stop <= length:

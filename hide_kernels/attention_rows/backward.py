@@ -75,12 +75,12 @@ def attention_rows_backward(
                 # For raw scores `p` holds the scores, which the weights multiply.
                 if d_weights is not None:
                     d_weights[some] += (p * upstream[..., start:stop]).sum((1, 2))
-                ds = received * weights[some, None, None]
+                ds = (received * weights[some, None, None]).expand(group, rows, stop - start)
                 if d_lse is not None:
                     d_lse[sample, some] -= ds.sum(-1)
                 elif mean is not None:
                     ds = ds - p * mean
-                dx = ((ds * slope) * request.scale).view(group * rows, -1)
+                dx = (ds * slope * request.scale).reshape(group * rows, -1)
                 d_query[sample, some] += (dx @ k).view(group, rows, -1)
                 d_key[sample, g, start:stop] += dx.T @ q
     return Gradients(d_query.to(query.dtype), d_key.to(key.dtype), d_lse, d_weights)

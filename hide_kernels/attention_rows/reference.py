@@ -44,6 +44,11 @@ def attention_rows_reference(
     normalise = request.softmax and lse is None
     if lse is None and return_lse:
         result = torch.empty((batch, heads, rows), dtype=dtype, device=query.device)
+    if length == 0:
+        if result is not None and lse is None:
+            result.fill_(-torch.inf)
+        return out, result if return_lse else None
+    masked = any(mask is not None for mask in (request.kv_starts, request.kv_lens, request.q_positions))
     weights = request.head_weights(heads, kv_heads, dtype, query.device)
 
     for sample, spans in enumerate(request.spans):
@@ -52,7 +57,9 @@ def attention_rows_reference(
         width = sum(stop - start for start, stop in wanted)
         heads_at_once = min(group, max(1, BLOCK_ELEMENTS // max(1, width)))
         rows_at_once = min(rows, max(1, BLOCK_ELEMENTS // max(1, heads_at_once * width)))
+        # Memory is taken once: fresh pages for every block would cost more than the arithmetic on it.
         buffer = torch.empty(rows_at_once * heads_at_once * width, dtype=dtype, device=query.device)
+        keys = torch.empty((BLOCK_KEYS, key.shape[3]), dtype=dtype, device=query.device)
         for first_head in (h for g in range(kv_heads) for h in range(g * group, (g + 1) * group, heads_at_once)):
             g = first_head // group
             some_heads = slice(first_head, min(first_head + heads_at_once, (g + 1) * group))
@@ -61,15 +68,19 @@ def attention_rows_reference(
                 # (rows, heads): the heads of a row lie side by side, to be summed by one small product.
                 some = query[sample, some_heads, some_rows].transpose(0, 1).to(dtype)
                 scores = buffer[: some.shape[0] * some.shape[1] * width].view(*some.shape[:2], width)
-                _scores(scores, some, key[sample, g], wanted, request, sample, some_rows)
+                _scores(scores, keys, some, key[sample, g], wanted, request, sample, some_rows)
                 coefficient = weights[some_heads].expand(some.shape[:2])
                 if normalise:
-                    top = scores.amax(-1) if length else scores.new_full(some.shape[:2], -torch.inf)
-                    top = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees nothing
-                    mass = scores.sub_(top[..., None]).exp_().sum(-1)
-                    coefficient = torch.where(mass > 0, coefficient / mass, 0.0)
+                    if masked or result is not None:
+                        top = scores.amax(-1)
+                        blind = top == -torch.inf  # rows that see nothing
+                        scores.masked_fill_(blind[..., None], 0.0)
+                        coefficient = coefficient.masked_fill(blind, 0.0)
+                    torch.softmax(scores, -1, out=scores)  # row by row, so in place
                     if result is not None:
-                        result[sample, some_heads, some_rows] = (top + mass.log()).T
+                        # The largest probability is exp(top - lse).
+                        found = (top - scores.amax(-1).log()).masked_fill(blind, -torch.inf)
+                        result[sample, some_heads, some_rows] = found.T
                 elif lse is not None:
                     known = lse[sample, some_heads, some_rows].T
                     scores.sub_(known.masked_fill(known == -torch.inf, torch.inf)[..., None]).exp_()
@@ -79,6 +90,7 @@ def attention_rows_reference(
 
 def _scores(
     scores: Tensor,
+    keys: Tensor,
     query: Tensor,
     key: Tensor,
     ranges: list[tuple[int, int]],
@@ -86,7 +98,10 @@ def _scores(
     sample: int,
     some_rows: slice,
 ) -> None:
-    """Writes the scores of query (rows, heads, D) over the ranges of key (N, D); hidden ones are -inf, or 0 if raw."""
+    """Writes the scores of query (rows, heads, D) over the ranges of key (N, D); hidden ones are -inf, or 0 if raw.
+
+    `keys` is memory for a block of keys in the arithmetic's type.
+    """
     rows, heads, _ = query.shape
     flat = query.reshape(rows * heads, -1)
     column = 0
@@ -94,8 +109,10 @@ def _scores(
         for first, last in blocks(start, stop, BLOCK_KEYS):
             block = scores[..., column : column + last - first]
             column += last - first
-            keys = key[first:last].to(query.dtype).T
-            block.view(rows * heads, -1).addmm_(flat, keys, beta=0, alpha=request.scale)
+            some_keys = key[first:last]
+            if key.dtype != query.dtype:
+                some_keys = keys[: last - first].copy_(some_keys)
+            block.view(rows * heads, -1).addmm_(flat, some_keys.T, beta=0, alpha=request.scale)
             if request.softcap is not None:
                 block.div_(request.softcap).tanh_().mul_(request.softcap)
             visible = visible_keys(request, sample, some_rows, first, last, key.device)
