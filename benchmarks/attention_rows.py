@@ -51,7 +51,11 @@ def shapes() -> list[Shape]:
     """The anchor first, then lengths and rows around it, then the other models."""
     around = [Shape("Qwen2.5-VL-7B", 28, 4, 128, 32, n) for n in (1_024, 4_096, 65_536)]
     around += [Shape("Qwen2.5-VL-7B", 28, 4, 128, r, 16_384) for r in (1, 8, 64, 256)]
-    others = [Shape(name, *sizes, 32, 16_384) for name, sizes in MODELS.items() if name not in ("Qwen2.5-VL-7B", "InternVL3-8B")]
+    others = [
+        Shape(name, *sizes, 32, 16_384)
+        for name, sizes in MODELS.items()
+        if name not in ("Qwen2.5-VL-7B", "InternVL3-8B")
+    ]
     return [ANCHOR, *around, *others]
 
 
@@ -98,9 +102,7 @@ def flex_lse(query: Tensor, key: Tensor) -> Callable[[], Tensor]:
     """(d) FlexAttention gives no rows, but their lse, with which `attention_rows` needs one pass."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    compiled = torch.compile(
-        partial(flex_attention, enable_gqa=True, return_aux=AuxRequest(lse=True)), dynamic=False
-    )
+    compiled = torch.compile(partial(flex_attention, enable_gqa=True, return_aux=AuxRequest(lse=True)), dynamic=False)
 
     def call() -> Tensor:
         lse = compiled(query, key, key)[1].lse

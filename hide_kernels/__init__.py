@@ -1,6 +1,6 @@
 """Operators for attention maps and visual zoom: tensors in, tensors out."""
 
-from hide_kernels import registry as _registry  # registers the operators
+import hide_kernels.registry  # noqa: F401 (registers the operators)
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.backends import explain
 from hide_kernels.collage import Collage, Layout, collage

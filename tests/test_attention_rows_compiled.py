@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from hide_kernels.attention_rows import triton_launch  # noqa: E402
-from hide_kernels.attention_rows.request import RowRequest  # noqa: E402
-from hide_kernels.testing.offline import SHARED_LIMIT, compilations, compile_launch, planned  # noqa: E402
+from hide_kernels.attention_rows import triton_launch
+from hide_kernels.attention_rows.request import RowRequest
+from hide_kernels.testing.offline import SHARED_LIMIT, compilations, compile_launch, planned
 
 TENSOR_CORES = {(8, 0): "mma", (9, 0): "wgmma", (10, 0): "tcgen05"}
 

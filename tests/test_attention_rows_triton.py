@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from hide_kernels import attention_rows, explain  # noqa: E402
-from hide_kernels.attention_rows import triton_configs, triton_launch  # noqa: E402
-from hide_kernels.attention_rows.api import run  # noqa: E402
-from hide_kernels.testing.cases import CASES, Case, error_of  # noqa: E402
-from hide_kernels.testing.interpreter import interpreted  # noqa: E402
+from hide_kernels import attention_rows, explain
+from hide_kernels.attention_rows import triton_configs, triton_launch
+from hide_kernels.attention_rows.api import run
+from hide_kernels.testing.cases import CASES, Case, error_of
+from hide_kernels.testing.interpreter import interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from hide_kernels import attention_rows
-from hide_kernels.attention_rows import api
+from hide_kernels.attention_rows import api, backward
 
 OPERATOR = torch.ops.hide_kernels.attention_rows.default
 
@@ -67,7 +67,9 @@ MASKS = {
     ],
     ids=str,
 )  # fmt: skip
-def test_gradients_of_query_and_key_equal_finite_differences(arguments, mask):
+def test_gradients_of_query_and_key_equal_finite_differences(arguments, mask, monkeypatch):
+    monkeypatch.setattr(backward, "KEYS_AT_LEAST", 4)  # several blocks of keys
+    monkeypatch.setattr(backward, "BLOCK_ELEMENTS", 1)
     leaves = [x.requires_grad_() for x in inputs()]
     torch.autograd.gradcheck(lambda q, k: attention_rows(q, k, **MASKS[mask], **arguments).rows, leaves)
 

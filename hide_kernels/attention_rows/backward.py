@@ -18,9 +18,12 @@ from torch import Tensor
 from hide_kernels.attention_rows.reference import BLOCK_ELEMENTS, blocks, visible_keys
 from hide_kernels.attention_rows.request import RowRequest
 
+# Fewest keys per block, however many rows there are.
+KEYS_AT_LEAST = 128
+
 
 class Gradients(NamedTuple):
-    """Of the differentiable inputs; `lse` is `None` unless one was given, `weights` unless the reduction was weights."""
+    """Of the differentiable inputs; `lse` and `weights` are `None` where none were given."""
 
     query: Tensor
     key: Tensor
@@ -42,7 +45,7 @@ def attention_rows_backward(
 
     `lse` (B, Hq, R) is the forward pass's, given or computed; `None` for raw scores.
     """
-    batch, heads, rows, _ = query.shape
+    heads, rows = query.shape[1:3]
     kv_heads, length = key.shape[1:3]
     group = heads // kv_heads
     dtype = grad_rows.dtype
@@ -50,7 +53,7 @@ def attention_rows_backward(
     d_query, d_key = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key))
     d_lse = torch.zeros_like(lse) if lse is not None and lse_given else None
     d_weights = torch.zeros_like(weights) if isinstance(request.head_reduction, Tensor) else None
-    block_keys = max(128, BLOCK_ELEMENTS // max(1, group * rows))
+    block_keys = max(KEYS_AT_LEAST, BLOCK_ELEMENTS // max(1, group * rows))
 
     for sample, spans in enumerate(request.spans):
         by_key = _by_key(grad_rows[sample], spans, length, request)

@@ -84,7 +84,16 @@ def attention_rows_reference(
                 elif lse is not None:
                     known = lse[sample, some_heads, some_rows].T
                     scores.sub_(known.masked_fill(known == -torch.inf, torch.inf)[..., None]).exp_()
-                _add(out[sample], scores, coefficient, request, spans if normalise else [(0, width)], some_heads, some_rows, g)
+                _add(
+                    out[sample],
+                    scores,
+                    coefficient,
+                    request,
+                    spans if normalise else [(0, width)],
+                    some_heads,
+                    some_rows,
+                    g,
+                )
     return out, result if return_lse else None
 
 

@@ -1,15 +1,15 @@
 """Tile sizes of the Triton kernels by architecture, head size and number of rows.
 
-Reasoned, not measured: each entry is the largest tile that compiles with nothing on the stack and fits the shared memory
-of every card of its class (`benchmarks/static_report.md` has the figures). `python -m benchmarks.tune_attention_rows`
-searches the table anew on a GPU and prints it in this form. Nothing here may depend on the batch or the number of
-keys: another tile sums in another order, and a sample's rows would change with its neighbours.
+Reasoned, not measured: each entry compiles without a stack and fits the shared memory of every card of its class
+(`benchmarks/static_report.md` has the figures). `python -m benchmarks.tune_attention_rows` searches the table anew on
+a GPU and prints it in this form. Nothing here may depend on the batch: another tile sums in another order, and a
+sample's rows would change with its neighbours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 # What multiplies the tiles: mma.sync (sm_80, 86, 89, 120), wgmma (sm_90), tcgen05 (sm_100, 103, 110).
@@ -34,8 +34,10 @@ class LseConfig:
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """`reduce_rows`: a tile of `heads` heads x `block_r` rows by `block_n` keys; `unroll`: most tiles per group that
-    are unrolled; `pair`: 2 where the accumulator folds pairs of heads (a loss on tcgen05, whose threads own whole rows).
+    """`reduce_rows`: a tile of `heads` heads x `block_r` rows by `block_n` keys.
+
+    `unroll`: most tiles per group that are unrolled. `pair`: 2 where the accumulator folds pairs of heads; not on
+    tcgen05, whose threads own whole rows.
     """
 
     block_r: int
@@ -102,7 +104,7 @@ def family(capability: tuple[int, int]) -> Family:
     return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(capability[0], "mma")  # type: ignore[return-value]
 
 
-@lru_cache(maxsize=None)
+@cache
 def lse_config(capability: tuple[int, int], queries: int, float32: bool) -> LseConfig:
     """Tiles of `partial_lse` for `queries` = group * rows."""
     if float32:
@@ -110,7 +112,7 @@ def lse_config(capability: tuple[int, int], queries: int, float32: bool) -> LseC
     return LSE[family(capability), next((most for most in (16, 64) if queries <= most), 128)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def rows_config(capability: tuple[int, int], depth: int, rows: int, group: int, float32: bool) -> RowsConfig:
     """Tiles of `reduce_rows` for a sum over `group` heads (1: heads are not reduced)."""
     bucket = next((most for most in (8, 16, 32) if rows <= most), 64)

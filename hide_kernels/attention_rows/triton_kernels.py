@@ -1,7 +1,7 @@
 """The three Triton kernels of `attention_rows`; `triton_launch` plans and launches them.
 
 Names: b sample, g key/value head, j member of its group of query heads (h = g * group + j), r chosen row, n key,
-m packed (head, row) index of a tile. Scores are in log2 units, `t = log2(e) * s`, so that every exponential is one exp2.
+m packed (head, row) index of a tile. Scores are in log2 units, `t = log2(e) * s`, so that an exponential is one exp2.
 
 `partial_lse` makes log-sum-exp per chunk of keys, `combine_lse` joins the chunks, `reduce_rows` recomputes the scores,
 normalises, sums over heads in registers and writes each column once. What a row sees is one interval of keys,
@@ -11,7 +11,7 @@ compiler then knows that rows are 16-byte aligned without knowing the stride, an
 """
 
 # mypy: disable-error-code="no-untyped-def, operator, arg-type, assignment"
-# ruff: noqa: SIM102, SIM108 (Triton evaluates both sides of `and` and of a conditional expression)
+# ruff: noqa: SIM102 (Triton evaluates both sides of `and` and of a conditional expression)
 
 import triton
 import triton.language as tl
@@ -215,7 +215,10 @@ def partial_lse(
 
 @triton.jit(do_not_specialize=["total", "chunks"], do_not_specialize_on_alignment=["partial", "lse"])
 def combine_lse(partial, lse, total: tl.int32, chunks: tl.int32, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """`lse` [total] from `partial` [chunks, total], CHUNKS at a time, always in the same order. Grid (total / BLOCK,)."""
+    """`lse` [total] from `partial` [chunks, total], CHUNKS at a time, always in the same order.
+
+    Grid (blocks of `total`,).
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
@@ -275,7 +278,8 @@ def reduce_rows(
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_lr: tl.int64, stride_pb: tl.int64, stride_pr: tl.int64,
-    stride_ob: tl.int64, stride_oh: tl.int64, stride_or: tl.int64, stride_oc: tl.int64, ahead: tl.int64, window: tl.int64,
+    stride_ob: tl.int64, stride_oh: tl.int64, stride_or: tl.int64, stride_oc: tl.int64,
+    ahead: tl.int64, window: tl.int64,
     start0: tl.int32, stop0: tl.int32, start1: tl.int32, stop1: tl.int32,
     start2: tl.int32, stop2: tl.int32, start3: tl.int32, stop3: tl.int32,
     DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,

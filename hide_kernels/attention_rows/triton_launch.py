@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -173,9 +173,7 @@ def plan(
         return launches, log2_lse
     reduction = request.head_reduction
     reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(str(reduction), ("all", 1))
-    rows_tiles = rows_tiles or rows_config(
-        card.capability, depth, rows, 1 if reduce == "none" else group, float32
-    )
+    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, 1 if reduce == "none" else group, float32)
     steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
     row_blocks = -(-rows // rows_tiles.block_r)
     lse_strides = lse.stride() if request.softmax and lse is not None else (0, 0, 0)
@@ -228,7 +226,7 @@ def plan(
 
 def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[dict[str, Any], bool]:
     """What both passes take, and whether some key may be hidden."""
-    strides = {}
+    strides: dict[str, int] = {}
     aligned = query.data_ptr() % 16 == 0 and key.data_ptr() % 16 == 0
     wide = False
     for tensor, letter in ((query, "q"), (key, "k")):
@@ -340,7 +338,7 @@ def _card(device: torch.device) -> Card:
     return INTERPRETED if device.type == "cpu" else _cuda_card(device.index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_card(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
     return Card((properties.major, properties.minor), properties.multi_processor_count)

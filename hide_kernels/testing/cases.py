@@ -1,4 +1,4 @@
-"""Calls that cover the dense contract of `attention_rows`, for tests on any device and the benchmarks' correctness gate.
+"""Calls that cover the dense contract of `attention_rows`, for tests on any device and before any benchmark.
 
 Sizes are no powers of two, tensors are strided, keys that no row may see hold NaN, and memory is poisoned.
 """

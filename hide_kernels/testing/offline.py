@@ -110,16 +110,15 @@ def planned(
     if not key_heads_apart:
         width = depth + 3 if unaligned else depth
         key = torch.empty(batch, length, kv_heads, width, dtype=dtype, device="meta")[..., :depth].transpose(1, 2)
-    integers = {"dtype": torch.int64, "device": "meta"}
     request = RowRequest.of(
         query,
         key,
         spans=[[(0, length)] if spans is None else spans] * batch,
-        q_positions=torch.empty(batch, rows, **integers) if masked else None,
+        q_positions=torch.empty(batch, rows, dtype=torch.int64, device="meta") if masked else None,
         causal=masked,
         window=None,
         kv_starts=None,
-        kv_lens=torch.empty(batch, **integers) if masked else None,
+        kv_lens=torch.empty(batch, dtype=torch.int64, device="meta") if masked else None,
         scale=arguments.pop("scale", depth**-0.5),
         softcap=arguments.pop("softcap", None),
         softmax=arguments.pop("softmax", True),
