@@ -41,6 +41,7 @@ def main() -> int:
             entry["table"] = module.gpu_table(left / (len(OPERATORS) - i))
             for row in entry["table"]:
                 print(line(row))
+                failed = failed or ("failed" in row and row["variant"].startswith(name))
         result["operators"][name] = entry
     print(f"written to {write('gpu', result)} after {time.monotonic() - start:.0f} s")
     return 1 if failed else 0

@@ -21,7 +21,8 @@ Call = Callable[[], Any]
 
 def quantiles(samples: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile."""
-    p20, median, p80 = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+    points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(samples, dtype=torch.float64).quantile(points)
     return {"median": median.item(), "p20": p20.item(), "p80": p80.item()}
 
 

@@ -61,8 +61,10 @@ def attention_rows(
         lse[b, h, r]  = log sum_n exp s[b, h, r, n]                    over all visible keys
         rows[b, r, c] = sum_h weight[h] * exp(s[b, h, r, span(c)] - lse[b, h, r])
 
-    The softmax normalises over every visible key, also those outside `key_spans`. New memory is the output and one
-    block of scores. A row that sees no key is zeros with lse -inf. Hidden keys may hold NaN or inf.
+    The softmax normalises over every visible key, also those outside `key_spans`. New memory is the output and, by
+    backend, a block of scores or a few floats per row and chunk of keys. A row that sees no key is zeros with lse -inf.
+    Hidden keys may hold NaN or inf. Differentiable once, with respect to query, key, lse and weights. A call can be
+    captured in a CUDA graph (weights as a tensor, not a list); spans and other Python arguments are then fixed.
 
     Args:
         query: (B, Hq, R, D), float16, bfloat16, float32 or float64; the chosen rows only, after RoPE and q-norm.
