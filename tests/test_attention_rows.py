@@ -26,10 +26,11 @@ def oracle(query, key, visible=None, **kwargs):
     return eager_attention_rows(query.double(), key.double(), visible, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks of keys and rows even on small inputs."""
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 128)
+@pytest.fixture(autouse=True, params=[128, 2_500, 1 << 22])
+def small_blocks(monkeypatch, request):
+    """Several blocks of keys, heads and rows even on small inputs, and all at once."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(reference, "BLOCK_KEYS", 50)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

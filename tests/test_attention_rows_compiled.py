@@ -1,13 +1,18 @@
 """What the Triton kernels compile to for cards that are not here: registers, stack, shared memory, number of variants."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from hide_kernels import attention_rows
 from hide_kernels.attention_rows import triton_launch
 from hide_kernels.attention_rows.request import RowRequest
-from hide_kernels.testing.offline import SHARED_LIMIT, compilations, compile_launch, planned
+from hide_kernels.testing.cases import Case
+from hide_kernels.testing.interpreter import interpreted
+from hide_kernels.testing.offline import SHARED_LIMIT, compilations, compile_launch, planned, read_cubin, target
 
 TENSOR_CORES = {(8, 0): "mma", (9, 0): "wgmma", (10, 0): "tcgen05"}
 
@@ -52,12 +57,15 @@ def test_nothing_recompiles_for_lengths_spans_strides_rows_of_a_bucket_or_the_ba
     launches = list(base)
     for change in (
         {"length": 4_999}, {"length": 65_536}, {"length": 129}, {"rows": 17}, {"rows": 32}, {"batch": 3}, {"batch": 16},
-        {"spans": [(1, 17), (20, 21), (300, 2_000)]}, {"spans": [(0, 16)] * 9}, {"key_heads_apart": True},
-        {"scale": 1.0}, {"scale": 0.3},
+        {"spans": [[(1, 17), (20, 21), (300, 2_000)]]}, {"spans": [[(0, 16)] * 9]}, {"key_heads_apart": True},
+        {"batch": 3, "spans": [[(0, 16)], [(1, 16)], [(2, 500)]]}, {"scale": 1.0}, {"scale": 0.3},
     ):  # fmt: skip
         launches += planned((9, 0), **{"rows": 30, "length": 5_000, **change})
     assert compilations(base, (9, 0)) == 3
     assert compilations(launches, (9, 0)) == 3
+    # Rows that are summed: the first block of them writes, the others add.
+    summed = planned((9, 0), rows=70, row_reduction="sum")
+    assert compilations(summed, (9, 0)) == compilations(summed + planned((9, 0), rows=300, row_reduction="sum"), (9, 0))
 
 
 def test_another_bucket_mode_or_alignment_is_one_more_variant_and_is_counted():
@@ -93,3 +101,16 @@ def test_a_request_that_no_launch_serves_plans_nothing():
     assert launches == [] and lse is None
     launches, lse = triton_launch.plan(query, key, request, None, out, False, card, need_rows=False, need_lse=True)
     assert [launch.kernel.fn.__name__ for launch in launches] == ["partial_lse"] and lse is not None
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_kernels_compile_to_the_same_after_some_were_interpreted():
+    launch = planned((8, 0), depth=32, rows=3, length=100)[-1]
+    before = compile_launch(launch, (8, 0))
+    query, key, _ = Case("between", depth=32).inputs(torch.float16)
+    with interpreted():
+        attention_rows(query, key, backend="triton")
+    # As another device, so that nothing comes from a cache in memory; the cache on disk is off.
+    with target((8, 0), "again"), mock.patch.dict("os.environ", TRITON_ALWAYS_COMPILE="1"):
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    assert read_cubin("reduce_rows", compiled.asm["cubin"], compiled.metadata.shared) == before

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from hide_kernels import attention_rows, explain
 from hide_kernels.attention_rows import triton_configs, triton_launch
 from hide_kernels.attention_rows.api import run
+from hide_kernels.attention_rows.request import RowRequest
 from hide_kernels.testing.cases import CASES, Case, error_of
 from hide_kernels.testing.interpreter import interpreted
 
@@ -60,6 +61,37 @@ def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
 def test_other_cards_tiles_give_the_same(case, capability, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", triton_launch.Card(capability, 100))
     assert max(error_of(case, torch.float16, "cpu", backend="triton", plain_dtype=torch.float32)) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {}, {"kv_starts": torch.tensor([70, 0]), "kv_lens": torch.tensor([333, 290])},
+        {"q_positions": torch.tensor([0, 60, 64, 150, 300]), "causal": True},
+        {"q_positions": torch.tensor([200, 210, 230, 320, 332]), "causal": True, "window": 190},
+    ],
+    ids=["all", "padded", "causal", "window"],
+)  # fmt: skip
+def test_a_program_that_takes_many_blocks_of_keys_masks_both_ends(arguments, dtype, launched, monkeypatch):
+    monkeypatch.setattr(triton_launch, "INTERPRETED", triton_launch.Card((8, 0), 1))
+    monkeypatch.setitem(triton_configs.LSE, ("mma", 16), triton_configs.LseConfig(16, 32, 4))
+    triton_configs.lse_config.cache_clear()
+    case = Case("many blocks", length=333, arguments=arguments)
+    assert max(error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)) <= 2
+    triton_configs.lse_config.cache_clear()
+    assert 333 / launched[0][1][0] > 3 * 32
+
+
+def test_an_address_outside_the_tensors_is_noticed():
+    query, key, _ = Case("outside").inputs(torch.float16)
+    out = torch.zeros(2, 5, 139)
+    with pytest.raises(IndexError, match="reduce_rows: addresses lie outside"):
+        request = RowRequest.of(
+            query, key, spans=[[(0, 200)]] * 2, q_positions=None, causal=False, window=None, kv_starts=None,
+            kv_lens=None, scale=1.0, softcap=None, softmax=False, head_reduction="mean", row_reduction=None,
+        )  # fmt: skip
+        triton_launch.attention_rows_triton(query, key, request, None, False, out, False)
 
 
 def test_keys_are_split_over_programs_and_joined_by_a_second_launch(launched):

@@ -93,7 +93,7 @@ def planned(
     depth: int = 128,
     length: int = 16_384,
     dtype: torch.dtype = torch.bfloat16,
-    spans: list[tuple[int, int]] | None = None,
+    spans: list[list[tuple[int, int]]] | None = None,
     masked: bool = False,
     key_heads_apart: bool = False,
     unaligned: bool = False,
@@ -103,7 +103,8 @@ def planned(
 ) -> list[triton_launch.Launch]:
     """The launches of `attention_rows` for such tensors on such a card; defaults are Qwen2.5-VL-7B's.
 
-    `masked` is causal with padding; keys lie as (B, N, H, D), or as (B, H, N, D) with `key_heads_apart`.
+    `spans` are per sample. `masked` is causal with padding. Keys lie as (B, N, H, D), or as (B, H, N, D) with
+    `key_heads_apart`.
     """
     query = torch.empty(batch, heads, rows, depth, dtype=dtype, device="meta")
     key = torch.empty(batch, kv_heads, length, depth, dtype=dtype, device="meta")
@@ -113,7 +114,7 @@ def planned(
     request = RowRequest.of(
         query,
         key,
-        spans=[[(0, length)] if spans is None else spans] * batch,
+        spans=[[(0, length)]] * batch if spans is None else spans,
         q_positions=torch.empty(batch, rows, dtype=torch.int64, device="meta") if masked else None,
         causal=masked,
         window=None,
