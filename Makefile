@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz sanitize lint format bench clean
+.PHONY: help install demo test fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
 
 install: $(STAMP)  ## create .venv and install the package with its test tools
 
@@ -47,8 +47,12 @@ format: $(STAMP)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## what a CPU can show
+bench: $(STAMP)  ## what a CPU can show; with a GPU: python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.regions_to_collage
+	$(BIN)/python -m benchmarks.cpu
+
+static-report: $(STAMP)  ## recompile the kernels for six architectures, rewrite benchmarks/static_report.md
+	$(BIN)/python -m benchmarks.static_report
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist demo *.egg-info

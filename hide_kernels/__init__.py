@@ -1,5 +1,6 @@
 """Operators for attention maps and visual zoom: tensors in, tensors out."""
 
+import hide_kernels.registry  # noqa: F401 (registers the operators)
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.backends import explain
 from hide_kernels.collage import Collage, Layout, collage, collage_of_maps

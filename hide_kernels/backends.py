@@ -7,12 +7,16 @@ raise. An explicit `backend=` is honoured or refused; without one the first back
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 Predicate = Callable[[Mapping[str, Any]], "str | None"]
+
+# CUDA's limit on two of a grid's three dimensions.
+MAX_GRID = 65_535
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,52 @@ def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
     for name, what in served.items():
         if arguments.get(name) is not None:
             return f"{what} ({name}) are not served; pass dense (B, H, N, D) tensors"
+    for name in ("query", "key"):
+        dtype = str(getattr(arguments.get(name), "dtype", "")).removeprefix("torch.")
+        if dtype.startswith(("float8", "float4", "int", "uint")):
+            return f"quantised tensors ({name} is {dtype}) are not served; dequantise to 16 bits"
+    return None
+
+
+def _triton_rows(arguments: Mapping[str, Any]) -> str | None:
+    query, key = arguments.get("query"), arguments.get("key")
+    return _dense_rows_only(arguments) or _no_triton(query) or (None if query is None else _not_tiled(query, key))
+
+
+def _no_triton(query: Any) -> str | None:
+    """Why Triton cannot run where `query` is, or on this machine where there is none."""
+    device = getattr(query, "device", None)
+    if device is not None and device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "query is on the CPU; the kernels need a CUDA device (or TRITON_INTERPRET=1, to test them)"
+        if str(query.dtype) == "torch.bfloat16":
+            return "Triton's interpreter multiplies bfloat16 as bit patterns"
+        return _needs("triton")({})
+    if device is not None and device.type != "cuda":
+        return f"query is on {device}; the kernels need a CUDA device"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device is seen"
+    if torch.version.hip is not None:
+        return "ROCm is not served"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"sm_{major}{minor} is older than sm_80, which the kernels need"
+    return _needs("triton")({})
+
+
+def _not_tiled(query: Any, key: Any) -> str | None:
+    """Why the kernels have no tile for such tensors."""
+    dtype, depth = str(query.dtype).removeprefix("torch."), query.shape[-1]
+    if dtype not in ("float16", "bfloat16", "float32"):
+        return f"{dtype} is not served; float16, bfloat16 and float32 are"
+    if not 32 <= depth <= 256 or depth % 8:
+        return f"head size {depth} is not served; multiples of 8 from 32 to 256 are"
+    if query.shape[0] * query.shape[1] > MAX_GRID:
+        return f"{query.shape[0]} samples of {query.shape[1]} heads are more than {MAX_GRID} programs"
+    if key is not None and max(key.shape[2], query.shape[2]) >= 1 << 30:
+        return "2 ** 30 keys or rows and more are not served"
     return None
 
 
@@ -89,7 +139,10 @@ def _cupy_labels(arguments: Mapping[str, Any]) -> str | None:
 
 # Order is preference; the last entry of each operator is its reference, the definition that the others are held to.
 OPERATORS: dict[str, tuple[Backend, ...]] = {
-    "attention_rows": (Backend("torch", "plain PyTorch on any device, chunked over keys", _dense_rows_only),),
+    "attention_rows": (
+        Backend("triton", "fused kernels for CUDA devices from sm_80 on", _triton_rows),
+        Backend("torch", "plain PyTorch on any device, in a buffer of fixed size", _dense_rows_only),
+    ),
     "token_maps": (Backend("scipy", "SciPy in float64 on the CPU", _needs("scipy")),),
     "regions": (
         Backend("cuda", "one thread block per map, one launch", _int32_cells(_launches("cuda", "maps"), 2)),

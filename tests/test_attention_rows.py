@@ -1,12 +1,14 @@
 """attention_rows against the float64 textbook expression, over its whole dense contract."""
 
 import itertools
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hide_kernels import attention_rows, explain
+from hide_kernels import attention_rows, backends, explain
 from hide_kernels.attention_rows import reference
 from hide_kernels.testing import eager_attention_rows, error_budget, poisoned_empty
 
@@ -24,11 +26,11 @@ def oracle(query, key, visible=None, **kwargs):
     return eager_attention_rows(query.double(), key.double(), visible, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks of keys and rows even on small inputs."""
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 128)
-    monkeypatch.setattr(reference, "ROWS_AT_ONCE", 3)
+@pytest.fixture(autouse=True, params=[128, 2_500, 1 << 22])
+def small_blocks(monkeypatch, request):
+    """Several blocks of keys, heads and rows even on small inputs, and all at once."""
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(reference, "BLOCK_KEYS", 50)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -220,21 +222,6 @@ def test_memory_is_the_output_and_a_block_not_the_score_matrix(monkeypatch):
     assert output <= max(sizes) <= max(4 * reference.BLOCK_ELEMENTS, output) < score_matrix
 
 
-@pytest.mark.parametrize("block_elements", [128, 1 << 22])
-@pytest.mark.parametrize(
-    "arguments", [{}, {"key_spans": [(0, 2), (5, 9)]}, {"softmax": False}, {"row_reduction": "mean"}], ids=str
-)
-def test_gradients_equal_finite_differences(monkeypatch, block_elements, arguments):
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", block_elements)
-    query, key = inputs(batch=1, heads=4, kv_heads=2, rows=3, depth=4, length=9, dtype=torch.float64)
-    positions = torch.tensor([0, 4, 8])
-    for masks in ({}, {"q_positions": positions, "causal": True}):
-        assert torch.autograd.gradcheck(
-            lambda q, k, masks=masks: attention_rows(q, k, **masks, **arguments).rows,
-            (query.requires_grad_(), key.requires_grad_()),
-        )
-
-
 def test_a_large_hidden_score_leaves_gradients_finite():
     query = torch.full((1, 1, 1, 4), 20.0, requires_grad=True)
     key = torch.zeros(1, 1, 3, 4)
@@ -287,6 +274,8 @@ Q, K = inputs()
         ({"out": torch.zeros(2, 5, 76)}, ValueError, "out: got shape"),
         ({"out": torch.zeros(2, 5, 77, dtype=torch.float16)}, TypeError, "out: got torch.float16"),
         ({"backend": "triton9"}, ValueError, "backend: got 'triton9'"),
+        ({"backend": "triton"}, ValueError, "backend 'triton' cannot serve this call of attention_rows: query is on"),
+        ({"key": K.to(torch.float8_e4m3fn)}, TypeError, "key: got torch.float8_e4m3fn"),
         ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "packed batches"),
         ({"block_table": torch.zeros(2, 5), "backend": "torch"}, ValueError, "paged keys"),
         ({"process_group": object()}, ValueError, "sharded"),
@@ -302,8 +291,55 @@ def test_out_is_refused_where_gradients_are_recorded():
         attention_rows(Q.clone().requires_grad_(), K, out=torch.zeros(2, 5, 77))
 
 
+def reasons(**arguments):
+    explanation = explain("attention_rows", **arguments)
+    return explanation.chosen, {backend.name: reason for backend, reason in explanation.candidates}
+
+
+class OnCuda(SimpleNamespace):
+    """What the predicates look at of a CUDA tensor, where there is none."""
+
+    def __init__(self, dtype=torch.bfloat16, shape=(1, 28, 32, 128), device="cuda:0"):
+        super().__init__(dtype=dtype, shape=shape, device=torch.device(device))
+
+
+@pytest.mark.parametrize(
+    "card, query, key, chosen, against_triton",
+    [
+        ((9, 0), OnCuda(), OnCuda(), "triton", None),
+        ((8, 0), OnCuda(torch.float16), OnCuda(torch.float16), "triton", None),
+        ((7, 5), OnCuda(torch.float16), OnCuda(torch.float16), "torch", "sm_75 is older than sm_80"),
+        ((9, 0), OnCuda(torch.float64), OnCuda(torch.float64), "torch", "float64 is not served"),
+        ((9, 0), OnCuda(shape=(1, 2, 3, 264)), OnCuda(), "torch", "head size 264"),
+        ((9, 0), OnCuda(shape=(1, 2, 3, 36)), OnCuda(), "torch", "head size 36"),
+        ((9, 0), OnCuda(), OnCuda(torch.float8_e4m3fn), None, "key is float8_e4m3fn"),
+        ((9, 0), OnCuda(), OnCuda(torch.int8), None, "quantised"),
+        ((9, 0), OnCuda(device="mps"), OnCuda(), "torch", "need a CUDA device"),
+        (None, OnCuda(), OnCuda(), "torch", "no CUDA device"),
+    ],
+)
+def test_explain_answers_for_cards_types_and_sizes(monkeypatch, card, query, key, chosen, against_triton):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: card)
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    found, why = reasons(query=query, key=key)
+    assert found == chosen
+    assert why["triton"] is None if against_triton is None else re.search(against_triton, why["triton"])
+
+
+def test_explain_answers_without_tensors_and_where_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reasons() == ("torch", {"triton": "no CUDA device is seen", "torch": None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert reasons()[1]["triton"] == "triton is not installed"
+
+
 def test_explain_names_the_backend_and_the_reason_against_it():
-    assert explain("attention_rows").chosen == "torch"
+    found, why = reasons(query=Q, key=K)
+    assert found == "torch" and "query is on the CPU" in why["triton"]
     refused = explain("attention_rows", block_table=torch.zeros(1))
     assert refused.chosen is None and "paged keys" in str(refused)
     with pytest.raises(ValueError, match="operator: got 'rows'"):

@@ -10,22 +10,141 @@ from test_regions import PATTERNS, spiral
 from hide_kernels import attention_rows, collage, collage_of_maps, explain, geometry, native, regions, token_maps
 from hide_kernels.collage import compiled
 from hide_kernels.integrations.transformers import capture_attention_rows
-from hide_kernels.testing import eager_attention_rows, error_budget
+from hide_kernels.testing.cases import CASES, Case, error_of
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches of Triton kernels, in order."""
+    triton_launch = pytest.importorskip("hide_kernels.attention_rows.triton_launch")
+    launches = []
+    real = triton_launch.Launch.run
+    monkeypatch.setattr(triton_launch.Launch, "run", lambda launch: (launches.append(launch), real(launch)))
+    return launches
+
+
+def names(launches):
+    return [launch.kernel.fn.__name__ for launch in launches]
+
+
+def tensors(dtype=torch.bfloat16, device="cuda", **sizes):
+    return Case("gpu", **{"heads": 28, "kv_heads": 4, "rows": 32, "depth": 128, "length": 3001, **sizes}).inputs(
+        dtype, device
+    )[:2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_attention_rows_are_within_budget_of_float64(dtype):
-    generator = torch.Generator().manual_seed(0)
-    query = (torch.randn(2, 14, 9, 128, generator=generator) * 2).to("cuda", dtype)
-    key = torch.randn(2, 2, 3001, 128, generator=generator).to("cuda", dtype)
-    want, _ = eager_attention_rows(query.double(), key.double())
-    plain, _ = eager_attention_rows(query, key)
-    rows = attention_rows(query, key, key_spans=[(5, 2900)]).rows
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_kernels_serve_every_kind_of_call_within_budget(case, dtype, launched):
+    rows, lse = error_of(case, dtype, "cuda", backend="triton")
+    assert rows <= 1 and lse <= 1
+    assert "reduce_rows" in names(launched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 32, 70, 600])
+def test_rows_over_many_keys_are_within_budget(dtype, rows):
+    assert max(error_of(Case("long", 1, 28, 4, rows, 128, 20_011), dtype, "cuda", backend="triton")) <= 1
+
+
+def test_the_kernels_are_what_a_cuda_call_gets(launched):
+    query, key = tensors()
+    assert explain("attention_rows", query=query, key=key).chosen == "triton"
+    attention_rows(query, key)
+    assert names(launched) == ["partial_lse", "combine_lse", "reduce_rows"]
+
+
+def test_bits_are_the_same_again_alone_and_in_any_span():
+    query, key = tensors(batch=3)
+    together, again = (attention_rows(query, key, return_lse=True) for _ in range(2))
+    assert torch.equal(together.rows, again.rows) and torch.equal(together.lse, again.lse)
+    alone = attention_rows(query[1:2], key[1:2], return_lse=True)
+    assert torch.equal(alone.rows[0], together.rows[1]) and torch.equal(alone.lse[0], together.lse[1])
+    parts = attention_rows(query, key, key_spans=[(1000, 3001), (0, 1000)]).rows
+    assert torch.equal(parts, torch.cat([together.rows[..., 1000:], together.rows[..., :1000]], -1))
+
+
+def test_a_call_waits_for_nothing_and_can_be_captured_in_a_graph():
+    query, key = tensors(batch=2)
+    arguments = {
+        "key_spans": [[(5, 1000)], [(7, 2500), (2600, 3000)]],
+        "q_positions": torch.arange(32, device="cuda") * 90,
+        "causal": True,
+        "kv_lens": torch.tensor([2900, 3001], device="cuda"),
+        "return_lse": True,
+    }
+    attention_rows(query, key, **arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention_rows(query, key, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention_rows(query, key, **arguments)
+    query.copy_(query.flip(2))
+    arguments["kv_lens"].copy_(torch.tensor([3001, 1500]))
+    graph.replay()
+    want = attention_rows(query, key, **arguments)
+    assert torch.equal(captured.rows, want.rows) and torch.equal(captured.lse, want.lse)
+
+
+def test_new_memory_is_the_rows_and_little_else():
+    query, key = tensors(length=16_384, batch=1)
+    attention_rows(query, key)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    rows = attention_rows(query, key).rows
+    assert rows.numel() * 4 <= torch.cuda.max_memory_allocated() - before <= 2.5e6
+
+
+def test_two_lengths_of_a_mode_compile_once(launched):
+    query, key = tensors(batch=1)
+    attention_rows(query, key, key_spans=[(3, 900)])
+    caches = [launch.kernel.device_caches[query.device.index][0] for launch in launched]
+    sizes = [len(cache) for cache in caches]
+    for length in (2999, 129, 3000):
+        attention_rows(query[:, :, :20], key[:, :, :length], key_spans=[(1, 17), (50, 128)])
+    assert [len(cache) for cache in caches] == sizes
+
+
+def test_offsets_beyond_32_bits_are_right():
+    """Head 1 of the keys starts 2 ** 31 elements after head 0."""
+    if torch.cuda.get_device_properties(0).total_memory < 12 << 30:
+        pytest.skip("needs 12 GiB")
+    wide = torch.zeros(2 * 2**31 // 64, 64, dtype=torch.float16, device="cuda")
+    key = wide.view(1, 2, -1, 64)[:, :, :33_000_000:300_000]
+    query, near = tensors(torch.float16, batch=1, heads=4, kv_heads=2, rows=5, depth=64, length=key.shape[2])
+    key.copy_(near)
+    assert torch.equal(attention_rows(query, key).rows, attention_rows(query, near).rows)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_launch_on_the_tensors_device():
+    query, key = tensors(device="cuda:1")
+    with torch.cuda.device(0):
+        rows = attention_rows(query, key).rows
     assert rows.device == query.device
-    want, plain = (p.mean(1)[..., 5:2900] for p in (want, plain))
-    assert (rows.double() - want).abs().max() <= error_budget(plain, want)
+    assert torch.equal(rows.cpu(), attention_rows(query.to("cuda:0"), key.to("cuda:0")).rows.cpu())
+
+
+def test_gradients_equal_those_of_the_reference():
+    results = []
+    for backend in ("triton", "torch"):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors(torch.float32, batch=1, length=500)]
+        attention_rows(*leaves, softcap=8.0, backend=backend).rows.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_compiled_calls_give_the_eager_bits():
+    compiled = torch.compile(lambda q, k: attention_rows(q, k, key_spans=[(3, 400)]).rows, fullgraph=True)
+    query, key = tensors(batch=1)
+    assert torch.equal(compiled(query, key), attention_rows(query, key, key_spans=[(3, 400)]).rows)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])

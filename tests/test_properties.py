@@ -459,7 +459,6 @@ def test_attention_rows_of_any_call_equal_the_textbook_expression(call, block):
     key = key.masked_fill(~visible.any(1)[:, None, :, None] if query.shape[2] else torch.tensor(False), torch.nan)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "BLOCK_ELEMENTS", block)
-        patch.setattr(reference, "ROWS_AT_ONCE", 2)
         rows, lse = attention_rows(query, key, return_lse=True, **arguments)
     groups = query.shape[1] // key.shape[1]
     want = {"none": want, "mean": want.mean(1), "kv_group": want.unflatten(1, (-1, groups)).mean(2)}[

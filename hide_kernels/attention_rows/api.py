@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hide_kernels import backends
-from hide_kernels.attention_rows.reference import HeadReduction, RowRequest, Spans, attention_rows_reference
+from hide_kernels.attention_rows.reference import attention_rows_reference
+from hide_kernels.attention_rows.request import HeadReduction, RowRequest, Spans
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,8 +61,10 @@ def attention_rows(
         lse[b, h, r]  = log sum_n exp s[b, h, r, n]                    over all visible keys
         rows[b, r, c] = sum_h weight[h] * exp(s[b, h, r, span(c)] - lse[b, h, r])
 
-    The softmax normalises over every visible key, also those outside `key_spans`. New memory is the output and one
-    block of scores. A row that sees no key is zeros with lse -inf. Hidden keys may hold NaN or inf.
+    The softmax normalises over every visible key, also those outside `key_spans`. New memory is the output and, by
+    backend, a block of scores or a few floats per row and chunk of keys. A row that sees no key is zeros with lse -inf.
+    Hidden keys may hold NaN or inf. Differentiable once, with respect to query, key, lse and weights. A call can be
+    captured in a CUDA graph (weights as a tensor, not a list); spans and other Python arguments are then fixed.
 
     Args:
         query: (B, Hq, R, D), float16, bfloat16, float32 or float64; the chosen rows only, after RoPE and q-norm.
@@ -95,17 +98,23 @@ def attention_rows(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
-    backends.resolve(
-        "attention_rows",
-        backend,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        block_table=block_table,
-        process_group=process_group,
-    )
-    batch, heads, rows, depth, kv_heads, length = _check_query_key(query, key)
+    batch, heads, rows, depth, length = _check_query_key(query, key)
+    name = backend
+    if not torch.compiler.is_compiling():  # a compiled call resolves it when it runs
+        name = backends.resolve(
+            "attention_rows",
+            backend,
+            query=query,
+            key=key,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            block_table=block_table,
+            process_group=process_group,
+        )
+    elif any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, block_table, process_group)):
+        raise ValueError("cu_seqlens_q, cu_seqlens_k, block_table, process_group: got a value, want None")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    spans, columns = _check_spans(key_spans, batch, length)
+    spans = _check_spans(key_spans, batch, length)
     if (causal or window is not None) and q_positions is None:
         raise ValueError("q_positions: got None, want (R,) or (B, R) integers, because causal or window is set")
     if window is not None and window < 1:
@@ -114,22 +123,18 @@ def attention_rows(
         raise ValueError(f"scale: got {scale}, want None or a finite number")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: got {softcap}, want None or a finite positive number")
-    reduction, out_heads = _check_head_reduction(head_reduction, heads, kv_heads, dtype, query.device)
+    reduction = _check_head_reduction(head_reduction, heads, dtype, query.device)
     if row_reduction not in (None, "mean", "sum"):
         raise ValueError(f"row_reduction: got {row_reduction!r}, want None, 'mean' or 'sum'")
     if not softmax and (lse is not None or return_lse):
         raise ValueError("softmax: got False together with lse or return_lse, which belong to the softmax")
     if lse is not None:
         _check_tensor("lse", lse, (batch, heads, rows), (dtype,), query.device)
-    shape = (batch, *out_heads, *(() if row_reduction else (rows,)), columns)
     if accumulate and out is None:
         raise ValueError("accumulate: got True without out, want the tensor to add to")
-    if out is not None:
-        _check_tensor("out", out, shape, (dtype,), query.device)
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or out.requires_grad):
-            raise ValueError("out: cannot be written where gradients are recorded; use torch.no_grad() or drop out=")
-    request = RowRequest(
-        rows=rows,
+    request = RowRequest.of(
+        query,
+        key,
         spans=spans,
         q_positions=_check_positions(q_positions, batch, rows, query.device),
         causal=causal,
@@ -141,12 +146,59 @@ def attention_rows(
         softmax=softmax,
         head_reduction=reduction,
         row_reduction=row_reduction,
-        shape=shape,
     )
-    return AttentionRows(*attention_rows_reference(query, key, request, lse, return_lse, out, accumulate))
+    differentiable = [x for x in (query, key, lse, reduction) if isinstance(x, Tensor)]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    if out is not None:
+        _check_tensor("out", out, request.shape, (dtype,), query.device)
+        if recorded or (torch.is_grad_enabled() and out.requires_grad):
+            raise ValueError("out: cannot be written where gradients are recorded; use torch.no_grad() or drop out=")
+    if not (torch.compiler.is_compiling() or recorded or any(type(x) is not Tensor for x in differentiable)):
+        assert name is not None
+        return AttentionRows(*run(name, query, key, request, lse, return_lse, out, accumulate))
+    result, computed = torch.ops.hide_kernels.attention_rows(
+        query,
+        key,
+        request.q_positions,
+        request.kv_starts,
+        request.kv_lens,
+        lse,
+        reduction if isinstance(reduction, Tensor) else None,
+        [bound for sample in spans for span in sample for bound in span],
+        [len(sample) for sample in spans],
+        reduction if isinstance(reduction, str) else "weights",
+        row_reduction,
+        causal,
+        window,
+        request.scale,
+        softcap,
+        softmax,
+        name,
+    )
+    if out is not None:
+        result = out.add_(result) if accumulate else out.copy_(result)
+    return AttentionRows(result, (computed if lse is None else lse) if return_lse else None)
 
 
-def _check_query_key(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int, int]:
+def run(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    request: RowRequest,
+    lse: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows and lse (or `None`) of a validated request, by the backend of this name. Records no gradients."""
+    if name == "triton":
+        from hide_kernels.attention_rows.triton_launch import attention_rows_triton as implementation
+    else:
+        implementation = attention_rows_reference
+    return implementation(query, key, request, lse, return_lse, out, accumulate)
+
+
+def _check_query_key(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int]:
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, want a torch.Tensor")
@@ -166,7 +218,7 @@ def _check_query_key(query: Tensor, key: Tensor) -> tuple[int, int, int, int, in
         raise ValueError(f"query: got {heads} heads of size {depth}, want a multiple of key's {kv_heads}, size >= 1")
     if length > 1 and key.stride(3) != 1:
         raise ValueError(f"key: got strides {key.stride()}, want a unit last stride")
-    return batch, heads, rows, depth, kv_heads, length
+    return batch, heads, rows, depth, length
 
 
 def _check_tensor(
@@ -199,23 +251,23 @@ def _check_lengths(name: str, lengths: Tensor | None, batch: int, device: torch.
     return lengths
 
 
-def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> tuple[Spans, int]:
-    """One list of spans per sample, and the number of output columns."""
+def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> Spans:
+    """One list of spans per sample."""
     if key_spans is None:
-        return [[(0, length)]] * batch, length
+        return [[(0, length)]] * batch
     if not isinstance(key_spans, (list, tuple)) or not all(isinstance(span, (list, tuple)) for span in key_spans):
         raise TypeError(f"key_spans: got {key_spans!r}, want a list of (start, stop), or one such list per sample")
     spans: list[Any] = list(key_spans)
-    nested = any(not span or isinstance(span[0], (list, tuple)) for span in spans)
+    nested = any(len(span) == 0 or isinstance(span[0], (list, tuple)) for span in spans)
     if nested and len(spans) != batch:
         raise ValueError(f"key_spans: got {len(spans)} lists of spans, want one per sample ({batch}) or a single list")
-    per_sample: Spans = [[_check_span(s, length) for s in sample] for sample in (spans if nested else [spans] * batch)]
-    return per_sample, max((sum(stop - start for start, stop in sample) for sample in per_sample), default=0)
+    return [[_check_span(s, length) for s in sample] for sample in (spans if nested else [spans] * batch)]
 
 
 def _check_span(span: object, length: int) -> tuple[int, int]:
     try:
-        start, stop = (operator.index(x) for x in span)  # type: ignore[attr-defined]
+        # torch.compile would take what passes operator.index for a constant.
+        start, stop = (x if isinstance(x, int) else operator.index(x) for x in span)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise TypeError(f"key_spans: got {span!r}, want a pair of ints (start, stop)") from None
     if not 0 <= start <= stop <= length:
@@ -223,17 +275,14 @@ def _check_span(span: object, length: int) -> tuple[int, int]:
     return start, stop
 
 
-def _check_head_reduction(
-    reduction: object, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device
-) -> tuple[HeadReduction, tuple[int, ...]]:
+def _check_head_reduction(reduction: object, heads: int, dtype: torch.dtype, device: torch.device) -> HeadReduction:
     if isinstance(reduction, str):
-        out_heads = {"mean": (), "none": (heads,), "kv_group": (kv_heads,)}.get(reduction)
-        if out_heads is None:
+        if reduction not in ("mean", "none", "kv_group"):
             raise ValueError(f"head_reduction: got {reduction!r}, want 'mean', 'none', 'kv_group' or {heads} weights")
-        return reduction, out_heads  # type: ignore[return-value]
+        return reduction  # type: ignore[return-value]
     if not isinstance(reduction, (Tensor, list, tuple)):
         raise TypeError(f"head_reduction: got {reduction!r}, want 'mean', 'none', 'kv_group' or {heads} weights")
     weights = torch.as_tensor(reduction, dtype=dtype, device=device)
     if tuple(weights.shape) != (heads,):
         raise ValueError(f"head_reduction: got weights of shape {tuple(weights.shape)}, want ({heads},)")
-    return weights, ()
+    return weights

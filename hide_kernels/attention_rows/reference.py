@@ -1,46 +1,27 @@
 """`attention_rows` in plain PyTorch: the definition, and the path that runs on any device.
 
-Two passes over blocks of keys: the normaliser over all visible keys, then the probabilities of the key spans, reduced
-over heads block by block. Arithmetic is float32 for 16- and 32-bit inputs and float64 for float64. One sample at a
-time and a block size that does not depend on the batch: a sample's rows are the same bits in any batch.
+One matrix product per key/value head: the scores of a few rows over all keys fit a buffer of fixed size, are normalised
+there and added to the result before the next rows take their place. Arithmetic is float32 for 16- and 32-bit inputs
+and float64 for float64. One sample at a time, and tiles that do not depend on the batch: a sample's rows are the same
+bits in any batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Spans = list[list[tuple[int, int]]]
-HeadReduction = Literal["mean", "none", "kv_group"] | Tensor
+from hide_kernels.attention_rows.request import RowRequest
 
 # Scores held at once, in elements: 16 MB in float32.
 BLOCK_ELEMENTS = 1 << 22
-ROWS_AT_ONCE = 512
+# Keys per matrix product, and per conversion to the arithmetic's type.
+BLOCK_KEYS = 1024
 
 
-@dataclass(frozen=True)
-class RowRequest:
-    """A validated call: what `attention_rows` documents, with defaults filled in and lengths expanded."""
-
-    rows: int
-    spans: Spans
-    q_positions: Tensor | None
-    causal: bool
-    window: int | None
-    kv_starts: Tensor | None
-    kv_lens: Tensor | None
-    scale: float
-    softcap: float | None
-    softmax: bool
-    head_reduction: HeadReduction
-    row_reduction: Literal["mean", "sum"] | None
-    shape: tuple[int, ...]
-
-
+@torch.no_grad()
 def attention_rows_reference(
     query: Tensor,
     key: Tensor,
@@ -51,76 +32,113 @@ def attention_rows_reference(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows and lse (or `None`) of a validated request."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, length = key.shape[1:3]
+    group = heads // kv_heads
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if out is None:
         out = torch.zeros(request.shape, dtype=dtype, device=query.device)
     elif not accumulate:
         out.zero_()
-    lses = []
-    for sample in range(query.shape[0]):
-        chunks = []
-        for first in range(0, query.shape[2], ROWS_AT_ONCE):
-            chunk = slice(first, first + ROWS_AT_ONCE)
-            given = None if lse is None else lse[sample, :, chunk]
-            chunks.append(
-                _sample_rows(query[sample, :, chunk], key[sample], request, sample, first, given, out[sample])
-            )
-        if return_lse:
-            lses.append(torch.cat(chunks, 1) if chunks else out.new_zeros(query.shape[1], 0))
-    if not return_lse:
-        return out, None
-    return out, torch.stack(lses) if lses else out.new_zeros(query.shape[:3])
+    result = lse
+    normalise = request.softmax and lse is None
+    if lse is None and return_lse:
+        result = torch.empty((batch, heads, rows), dtype=dtype, device=query.device)
+    if length == 0:
+        if result is not None and lse is None:
+            result.fill_(-torch.inf)
+        return out, result if return_lse else None
+    masked = any(mask is not None for mask in (request.kv_starts, request.kv_lens, request.q_positions))
+    weights = request.head_weights(heads, kv_heads, dtype, query.device)
+
+    for sample, spans in enumerate(request.spans):
+        # Where the normaliser is known, only the spans are computed, and they lie in the buffer as in the result.
+        wanted = [(0, length)] if normalise else spans
+        width = sum(stop - start for start, stop in wanted)
+        heads_at_once = min(group, max(1, BLOCK_ELEMENTS // max(1, width)))
+        rows_at_once = min(rows, max(1, BLOCK_ELEMENTS // max(1, heads_at_once * width)))
+        # Memory is taken once: fresh pages for every block would cost more than the arithmetic on it.
+        buffer = torch.empty(rows_at_once * heads_at_once * width, dtype=dtype, device=query.device)
+        keys = torch.empty((BLOCK_KEYS, key.shape[3]), dtype=dtype, device=query.device)
+        for first_head in (h for g in range(kv_heads) for h in range(g * group, (g + 1) * group, heads_at_once)):
+            g = first_head // group
+            some_heads = slice(first_head, min(first_head + heads_at_once, (g + 1) * group))
+            for first in range(0, rows, max(1, rows_at_once)):
+                some_rows = slice(first, min(first + rows_at_once, rows))
+                # (rows, heads): the heads of a row lie side by side, to be summed by one small product.
+                some = query[sample, some_heads, some_rows].transpose(0, 1).to(dtype)
+                scores = buffer[: some.shape[0] * some.shape[1] * width].view(*some.shape[:2], width)
+                _scores(scores, keys, some, key[sample, g], wanted, request, sample, some_rows)
+                coefficient = weights[some_heads].expand(some.shape[:2])
+                if normalise:
+                    if masked or result is not None:
+                        top = scores.amax(-1)
+                        blind = top == -torch.inf  # rows that see nothing
+                        scores.masked_fill_(blind[..., None], 0.0)
+                        coefficient = coefficient.masked_fill(blind, 0.0)
+                    torch.softmax(scores, -1, out=scores)  # row by row, so in place
+                    if result is not None:
+                        # The largest probability is exp(top - lse).
+                        found = (top - scores.amax(-1).log()).masked_fill(blind, -torch.inf)
+                        result[sample, some_heads, some_rows] = found.T
+                elif lse is not None:
+                    known = lse[sample, some_heads, some_rows].T
+                    scores.sub_(known.masked_fill(known == -torch.inf, torch.inf)[..., None]).exp_()
+                _add(
+                    out[sample],
+                    scores,
+                    coefficient,
+                    request,
+                    spans if normalise else [(0, width)],
+                    some_heads,
+                    some_rows,
+                    g,
+                )
+    return out, result if return_lse else None
 
 
-def _sample_rows(
-    query: Tensor, key: Tensor, request: RowRequest, sample: int, first: int, lse: Tensor | None, out: Tensor
-) -> Tensor:
-    """Adds the rows of one sample, query (Hq, R, D) from row `first` on, to `out`; returns their lse (Hq, R)."""
-    heads, rows, depth = query.shape
-    kv_heads = key.shape[0]
-    grouped = query.to(out.dtype).reshape(kv_heads, heads // kv_heads * rows, depth)
+def _scores(
+    scores: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    key: Tensor,
+    ranges: list[tuple[int, int]],
+    request: RowRequest,
+    sample: int,
+    some_rows: slice,
+) -> None:
+    """Writes the scores of query (rows, heads, D) over the ranges of key (N, D); hidden ones are -inf, or 0 if raw.
 
-    def scores(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        block = grouped @ key[:, start:stop].to(out.dtype).transpose(1, 2) * request.scale
-        if request.softcap is not None:
-            block = request.softcap * torch.tanh(block / request.softcap)
-        return block.view(heads, rows, stop - start), _visible(request, sample, first, rows, start, stop, key.device)
-
-    block_keys = max(128, BLOCK_ELEMENTS // max(1, heads * rows))
-    normaliser: Tensor | None = None
-    if request.softmax:
-        if lse is None:
-            lse = torch.full((heads, rows), -torch.inf, dtype=out.dtype, device=out.device)
-            for start, stop in _blocks(0, key.shape[1], block_keys):
-                block, visible = scores(start, stop)
-                if visible is not None:
-                    block = block.masked_fill(~visible, -torch.inf)
-                lse = torch.logaddexp(lse, torch.logsumexp(block, -1))
-        normaliser = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]
-
+    `keys` is memory for a block of keys in the arithmetic's type.
+    """
+    rows, heads, _ = query.shape
+    flat = query.reshape(rows * heads, -1)
     column = 0
-    for span_start, span_stop in request.spans[sample]:
-        for start, stop in _blocks(span_start, span_stop, block_keys):
-            block, visible = scores(start, stop)
+    for start, stop in ranges:
+        for first, last in blocks(start, stop, BLOCK_KEYS):
+            block = scores[..., column : column + last - first]
+            column += last - first
+            some_keys = key[first:last]
+            if key.dtype != query.dtype:
+                some_keys = keys[: last - first].copy_(some_keys)
+            block.view(rows * heads, -1).addmm_(flat, some_keys.T, beta=0, alpha=request.scale)
+            if request.softcap is not None:
+                block.div_(request.softcap).tanh_().mul_(request.softcap)
+            visible = visible_keys(request, sample, some_rows, first, last, key.device)
             if visible is not None:
-                # Before exp: a large hidden score would overflow, and its gradient be NaN.
-                block = block.masked_fill(~visible, 0.0 if normaliser is None else -torch.inf)
-            if normaliser is not None:
-                block = torch.exp(block - normaliser)
-            _add(out, _reduce_heads(block, request.head_reduction, kv_heads), request, first, rows, column)
-            column += stop - start
-    return lse if lse is not None else out.new_zeros(heads, rows)
+                block.masked_fill_(~visible[:, None], -torch.inf if request.softmax else 0.0)
 
 
-def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in pieces of at most `size`."""
     for first in range(start, stop, size):
         yield first, min(first + size, stop)
 
 
-def _visible(
-    request: RowRequest, sample: int, first: int, rows: int, start: int, stop: int, device: torch.device
+def visible_keys(
+    request: RowRequest, sample: int, rows: slice, start: int, stop: int, device: torch.device
 ) -> Tensor | None:
-    """Which of the keys [start, stop) each row sees: bool, broadcastable to (R, stop - start); `None`: all of them."""
+    """Which of the keys [start, stop) each of the rows sees: bool (rows or 1, stop - start); `None`: all of them."""
     keys = torch.arange(start, stop, device=device)
     conditions = []
     if request.kv_starts is not None:
@@ -128,7 +146,7 @@ def _visible(
     if request.kv_lens is not None:
         conditions.append(keys < request.kv_lens[sample])
     if request.q_positions is not None:
-        positions = request.q_positions[sample, first : first + rows, None]
+        positions = request.q_positions[sample, rows, None]
         if request.causal:
             conditions.append(keys <= positions)
         if request.window is not None:
@@ -138,26 +156,36 @@ def _visible(
     visible = conditions[0]
     for condition in conditions[1:]:
         visible = visible & condition
-    return visible
+    return visible if visible.dim() == 2 else visible[None]
 
 
-def _reduce_heads(block: Tensor, reduction: HeadReduction, kv_heads: int) -> Tensor:
-    """(Hq, R, n) -> (R, n), (Hq, R, n) or (Hkv, R, n)."""
-    if isinstance(reduction, Tensor):
-        return torch.einsum("h,hrn->rn", reduction, block)
-    if reduction == "mean":
-        return block.mean(0)
-    if reduction == "kv_group":
-        return block.unflatten(0, (kv_heads, -1)).mean(1)
-    return block
-
-
-def _add(out: Tensor, block: Tensor, request: RowRequest, first: int, rows: int, column: int) -> None:
-    columns = slice(column, column + block.shape[-1])
-    if request.row_reduction is None:
-        out[..., first : first + rows, columns].add_(block)
-        return
-    reduced = block.sum(-2)
+def _add(
+    out: Tensor,
+    scores: Tensor,
+    coefficient: Tensor,
+    request: RowRequest,
+    spans: list[tuple[int, int]],
+    some_heads: slice,
+    some_rows: slice,
+    g: int,
+) -> None:
+    """Adds the spans of scores (rows, heads, n), times coefficient (rows, heads), to a sample's result."""
     if request.row_reduction == "mean":
-        reduced = reduced / request.rows
-    out[..., columns].add_(reduced)
+        coefficient = coefficient / request.rows
+    column = 0
+    for start, stop in spans:
+        part = scores[..., start:stop]
+        columns = slice(column, column + stop - start)
+        column += stop - start
+        if request.head_reduction == "none":
+            if request.row_reduction:
+                each = torch.bmm(coefficient.T[:, None], part.transpose(0, 1))
+                out[some_heads, columns].add_(each[:, 0])
+            else:
+                out[some_heads, some_rows, columns].add_((part * coefficient[..., None]).transpose(0, 1))
+            continue
+        target = out[g] if request.head_reduction == "kv_group" else out
+        if request.row_reduction:
+            target[columns].add_(coefficient.reshape(-1) @ part.flatten(0, 1))
+        else:
+            target[some_rows, columns].unsqueeze(1).baddbmm_(coefficient[:, None], part)

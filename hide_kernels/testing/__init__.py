@@ -1,5 +1,9 @@
-"""Oracles and tolerances to test attention-row implementations against; shipped so that others can use them."""
+"""Oracles, tolerances and cases to test attention-row implementations against; shipped so that others can use them.
 
-from hide_kernels.testing.rows import eager_attention_rows, error_budget, poisoned_empty
+`cases` holds calls of every kind, `interpreter` runs Triton kernels on the CPU, `offline` compiles them for cards that
+are not there.
+"""
 
-__all__ = ["eager_attention_rows", "error_budget", "poisoned_empty"]
+from hide_kernels.testing.rows import eager_attention_rows, error_budget, poisoned_empty, textbook_attention_rows
+
+__all__ = ["eager_attention_rows", "error_budget", "poisoned_empty", "textbook_attention_rows"]

@@ -43,6 +43,70 @@ def eager_attention_rows(
     return rows, lse
 
 
+def textbook_attention_rows(query: Tensor, key: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`attention_rows(query, key, **arguments)` by whole matrices, in the dtype of `query`: rows and lse.
+
+    Takes the arguments that say what is computed, not those that say how (`out`, `lse`, `backend`).
+    """
+    batch, heads, rows, _ = query.shape
+    kv_heads, length = key.shape[1:3]
+    unused = {"return_lse", "lse", "backend"}
+    known = {"key_spans", "q_positions", "causal", "window", "kv_starts", "kv_lens", "scale", "softcap", "softmax"}
+    assert set(arguments) <= known | unused | {"head_reduction", "row_reduction"}, arguments
+    visible = _visible(batch, rows, length, arguments).to(query.device)
+    # Keys that no row of a sample sees may hold anything.
+    key = key.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
+    settings = {name: arguments.get(name) for name in ("scale", "softcap")}
+    if arguments.get("softmax", True):
+        result, lse = eager_attention_rows(query, key, visible[:, None], **settings)
+    else:
+        result = query @ key.repeat_interleave(heads // kv_heads, dim=1).transpose(2, 3)
+        result = result * (query.shape[-1] ** -0.5 if settings["scale"] is None else settings["scale"])
+        if settings["softcap"] is not None:
+            result = settings["softcap"] * torch.tanh(result / settings["softcap"])
+        result, lse = result.masked_fill(~visible[:, None], 0.0), result.new_empty(0)
+    reduction = arguments.get("head_reduction", "mean")
+    if isinstance(reduction, str):
+        if reduction != "none":
+            result = result.mean(1) if reduction == "mean" else result.unflatten(1, (kv_heads, -1)).mean(2)
+    else:
+        result = (result * torch.as_tensor(reduction).to(result)[:, None, None]).sum(1)
+    result = _columns(result, arguments.get("key_spans"))
+    if arguments.get("row_reduction"):
+        result = getattr(result, arguments["row_reduction"])(-2)
+    return result, lse
+
+
+def _visible(batch: int, rows: int, length: int, arguments: dict[str, Any]) -> Tensor:
+    """The mask (B, R, N) that the arguments describe, on the CPU."""
+    keys = torch.arange(length)
+    visible = torch.ones(batch, rows, length, dtype=torch.bool)
+    positions, window = arguments.get("q_positions"), arguments.get("window")
+    if positions is not None and arguments.get("causal"):
+        visible = visible & (keys <= positions.cpu().expand(batch, rows)[..., None])
+    if positions is not None and window is not None:
+        visible = visible & (keys > positions.cpu().expand(batch, rows)[..., None] - window)
+    if arguments.get("kv_starts") is not None:
+        visible = visible & (keys >= arguments["kv_starts"].cpu()[:, None, None])
+    if arguments.get("kv_lens") is not None:
+        visible = visible & (keys < arguments["kv_lens"].cpu()[:, None, None])
+    return visible
+
+
+def _columns(rows: Tensor, key_spans: Any) -> Tensor:
+    """The columns of the spans one after another; samples with fewer are padded with zeros."""
+    if key_spans is None:
+        return rows
+    nested = any(len(span) == 0 or not isinstance(span[0], int) for span in key_spans)
+    of_sample = key_spans if nested else [key_spans] * len(rows)
+    picked = [
+        torch.cat([row[..., :0], *(row[..., start:stop] for start, stop in spans)], -1)
+        for row, spans in zip(rows, of_sample, strict=True)
+    ]
+    width = max(row.shape[-1] for row in picked)
+    return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in picked])
+
+
 def error_budget(plain: Tensor, oracle: Tensor) -> float:
     """Largest absolute error allowed against a float64 `oracle`.
 

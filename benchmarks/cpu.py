@@ -1,0 +1,69 @@
+"""The ratios that a CPU can show: `python -m benchmarks.cpu`.
+
+attention_rows beside the best grouped expression, repeated keys and the published loop, at the shape of Qwen2.5-VL-7B
+with 16,384 keys, in bfloat16 and float32, measured in turn. Exit code 1 if a check of correctness fails (then nothing
+is measured), or if ours is slower than the grouped expression, less than three times as fast as the published loop, or
+takes more than a tenth of the new memory of repeated keys. Then maps to boxes to a collage (`regions_to_collage`), whole,
+beside the published steps; exit code 1 too if that takes longer than its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks import attention_rows, regions_to_collage
+from benchmarks.measure import environment, write
+
+
+def ratios(table: list[dict[str, Any]], dtype: str) -> dict[str, float]:
+    """Time of (c) and (a) over ours (more is better), our new memory over that of (b) (less is better)."""
+    by_name = {row["variant"]: row for row in table if row["dtype"] == dtype}
+    ours = by_name["attention_rows"]
+
+    def faster(name: str) -> float:
+        return by_name[name]["milliseconds"]["median"] / ours["milliseconds"]["median"]
+
+    return {
+        "grouped": faster("grouped (c)"),
+        "published": faster("published loop (a)"),
+        "memory": ours["new_bytes"] / by_name["repeated keys (b)"]["new_bytes"],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=9, help="timed runs of each (default 9)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default 1: steady beside other work)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    failures = attention_rows.failures("cpu")
+    if failures:
+        print("attention_rows: checks failed, its speed is not reported", *failures, sep="\n  ")
+        return 1
+    table = attention_rows.cpu_table(arguments.runs)
+    for row in table:
+        print(attention_rows.line(row))
+    good = True
+    summary = {dtype: ratios(table, dtype) for dtype in ("bfloat16", "float32")}
+    for dtype, found in summary.items():
+        good = good and found["grouped"] >= 1 and found["published"] >= 3 and found["memory"] <= 0.1
+        print(
+            f"{dtype}: {found['grouped']:.2f} x as fast as (c), {found['published']:.2f} x as fast as (a), "
+            f"{found['memory']:.3f} of the new memory of (b)"
+        )
+    wholes = regions_to_collage.whole_table("cpu")
+    for row in wholes:
+        print(regions_to_collage.line(row))
+    good = good and regions_to_collage.within_limit(wholes)
+    operators = {"attention_rows": {"table": table, "ratios": summary}, "regions_to_collage": {"table": wholes}}
+    result = {"environment": environment(), "operators": operators}
+    print(f"written to {write('cpu', result)}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

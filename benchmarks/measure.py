@@ -1,0 +1,160 @@
+"""What every benchmark shares: times, memory, the machine, and a result file that says where its figures are from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], Any]
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(samples, dtype=torch.float64).quantile(points)
+    return {"median": median.item(), "p20": p20.item(), "p80": p80.item()}
+
+
+def interleaved_cpu_times(calls: dict[str, Call], runs: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each call, run in turn so that a busy spell of the machine falls on all of them."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(runs):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: quantiles(times) for name, times in samples.items()}
+
+
+def cuda_graph(call: Call) -> torch.cuda.CUDAGraph:
+    """`call`, warmed up on a side stream and captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def cuda_times(call: Call, runs: int = 50, capture: bool = True) -> dict[str, float]:
+    """Microseconds on the device with a cold L2; of a graph replay, or of eager calls where a call cannot be captured.
+
+    The L2 is overwritten before each run. That also keeps the stream busy while the run is queued, so that the events
+    do not time the gap before it.
+    """
+    run = cuda_graph(call).replay if capture else call
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for _ in range(3):
+        run()
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    return quantiles([1e3 * start.elapsed_time(stop) for start, stop in events])
+
+
+def new_memory(call: Call, device: str) -> int:
+    """Most bytes that a call has allocated at one time, its result included."""
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    del result
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def environment() -> dict[str, Any]:
+    """Code, machine and versions; what cannot be found out is `None`."""
+    found: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": _output("git", "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+        queried = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0")
+        found["gpu"] = {
+            "name": card.name,
+            "capability": f"{card.major}.{card.minor}",
+            "processors": card.multi_processor_count,
+            "memory": card.total_memory,
+            **dict(zip(fields.split(","), (queried or "").split(", "), strict=False)),
+        }
+    return found
+
+
+def write(kind: str, result: dict[str, Any]) -> Path:
+    """Writes a result under `benchmarks/results` and returns its path. Results with the same name are replaced."""
+    found = result["environment"]
+    machine = found["gpu"]["name"] if found["gpu"] else found["cpu"]
+    name = re.sub(r"[^a-z0-9]+", "-", f"{kind} {machine} {(found['git'] or 'unknown')[:8]}".lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, cwd=RESULTS.parent)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,146 @@
+"""Tile sizes of the Triton kernels by architecture, head size and number of rows.
+
+Reasoned, not measured: each entry compiles without a stack and fits the shared memory of every card of its class
+(`benchmarks/static_report.md` has the figures). `python -m benchmarks.tune_attention_rows` searches the table anew on
+a GPU and prints it in this form. Nothing here may depend on the batch: another tile sums in another order, and a
+sample's rows would change with its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Literal
+
+# What multiplies the tiles: mma.sync (sm_80, 86, 89, 120), wgmma (sm_90), tcgen05 (sm_100, 103, 110).
+Family = Literal["mma", "wgmma", "tcgen05"]
+
+
+@dataclass(frozen=True)
+class LseConfig:
+    """`partial_lse`: a tile of `block_m` packed (head, row) queries by `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int = 2
+    slice: int = 0
+    # Most registers per thread. 128 lets two programs of 8 warps share an SM; where the assembler would by itself stop
+    # at 128 and use the stack, a higher bound keeps it from that.
+    registers: int | None = None
+    # Programs that an SM holds at once, for the work model.
+    resident: int = 2
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """`reduce_rows`: a tile of `heads` heads x `block_r` rows by `block_n` keys.
+
+    `unroll`: most tiles per group that are unrolled. `pair`: 2 where the accumulator folds pairs of heads; not on
+    tcgen05, whose threads own whole rows.
+    """
+
+    block_r: int
+    heads: int
+    block_n: int
+    warps: int
+    unroll: int
+    pair: int = 2
+    stages: int = 2
+    slice: int = 0
+    registers: int | None = None
+
+
+# By the number of queries of one key/value head, group * rows: at most 16, at most 64, more.
+LSE: dict[tuple[Family, int], LseConfig] = {
+    ("mma", 16): LseConfig(16, 128, 4),
+    ("mma", 64): LseConfig(64, 64, 4),
+    ("mma", 128): LseConfig(128, 64, 8, registers=168),
+    ("wgmma", 16): LseConfig(16, 128, 4, registers=224),
+    ("wgmma", 64): LseConfig(64, 128, 4),
+    ("wgmma", 128): LseConfig(128, 128, 8, registers=128),
+    ("tcgen05", 16): LseConfig(16, 128, 4),
+    ("tcgen05", 64): LseConfig(64, 64, 4),
+    ("tcgen05", 128): LseConfig(128, 64, 8),
+}
+
+# By rows: at most 8, 16, 32, more; for head sizes up to 128 and up to 256.
+ROWS: dict[tuple[Family, int, int], RowsConfig] = {
+    ("mma", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1),
+    ("mma", 128, 16): RowsConfig(16, 8, 64, 8, unroll=1),
+    ("mma", 128, 32): RowsConfig(32, 2, 64, 4, unroll=0, registers=168),
+    ("mma", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0),
+    ("mma", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1),
+    ("mma", 256, 16): RowsConfig(16, 8, 64, 8, unroll=1),
+    ("mma", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0),
+    ("mma", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0),
+    ("wgmma", 128, 8): RowsConfig(8, 8, 128, 4, unroll=1),
+    ("wgmma", 128, 16): RowsConfig(16, 8, 128, 8, unroll=1),
+    ("wgmma", 128, 32): RowsConfig(32, 4, 128, 8, unroll=2),
+    ("wgmma", 128, 64): RowsConfig(64, 2, 128, 8, unroll=0),
+    ("wgmma", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1),
+    ("wgmma", 256, 16): RowsConfig(16, 8, 64, 8, unroll=1),
+    ("wgmma", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0),
+    ("wgmma", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0),
+    ("tcgen05", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1, registers=168),
+    ("tcgen05", 128, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),
+    ("tcgen05", 128, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1, registers=168),
+    ("tcgen05", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),
+    ("tcgen05", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1),
+    ("tcgen05", 256, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),
+    ("tcgen05", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1),
+    ("tcgen05", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),
+}
+
+# float32 has no tensor-core path in IEEE arithmetic: small tiles, D in slices, one shape for every card.
+LSE_FLOAT32 = LseConfig(32, 64, 4, stages=1, slice=16)
+ROWS_FLOAT32 = RowsConfig(16, 2, 64, 4, unroll=0, stages=1, slice=16)
+# One head per tile (heads not reduced, or a group of one) reads more than it multiplies: any tile will do.
+ROWS_ONE_HEAD = RowsConfig(32, 1, 64, 4, unroll=1, pair=1)
+
+
+def family(capability: tuple[int, int]) -> Family:
+    """The class of a card; unknown ones get the tiles that ask for least."""
+    return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(capability[0], "mma")  # type: ignore[return-value]
+
+
+@cache
+def lse_config(capability: tuple[int, int], queries: int, float32: bool) -> LseConfig:
+    """Tiles of `partial_lse` for `queries` = group * rows."""
+    if float32:
+        return LSE_FLOAT32
+    return LSE[family(capability), next((most for most in (16, 64) if queries <= most), 128)]
+
+
+@cache
+def rows_config(capability: tuple[int, int], depth: int, rows: int, group: int, float32: bool) -> RowsConfig:
+    """Tiles of `reduce_rows` for a sum over `group` heads (1: heads are not reduced)."""
+    bucket = next((most for most in (8, 16, 32) if rows <= most), 64)
+    config = ROWS_FLOAT32 if float32 else ROWS[family(capability), 128 if depth <= 128 else 256, bucket]
+    if group == 1:
+        return replace(ROWS_ONE_HEAD, slice=config.slice, stages=config.stages)
+    # A tile needs 16 queries; more heads than the group has would be idle.
+    heads = min(config.heads, max(1 << (group - 1).bit_length(), 16 // config.block_r))
+    return replace(config, heads=heads)
+
+
+# Costs of the work model, in units of one tile of scores: starting a program (its queries and the pipeline's first
+# tiles are waited for), and one more chunk for `combine_lse` to read.
+START, JOIN = 1.0, 1 / 64
+
+
+@lru_cache(maxsize=1024)
+def chunk_keys(length: int, tiles: int, config: LseConfig, processors: int) -> int:
+    """Keys per program of `partial_lse`, a multiple of its block: the split of least modelled time for one sample.
+
+    `tiles` programs share a chunk. Long chunks leave processors idle in the last wave, short ones start too often.
+    """
+    slots = processors * config.resident
+    blocks = -(-length // config.block_n)
+
+    def cost(per_chunk: int) -> float:
+        chunks = -(-blocks // per_chunk)
+        return -(-chunks * tiles // slots) * (per_chunk + START) + JOIN * chunks
+
+    candidates = {-(-blocks // max(1, waves * slots // tiles)) for waves in range(1, 9)}
+    return min(sorted(candidates), key=cost) * config.block_n

@@ -1,0 +1,349 @@
+"""`attention_rows` on Triton: plans the launches of a call from shapes and strides alone, then runs them.
+
+Without lse: `partial_lse` and, where the keys were split, `combine_lse`; then `reduce_rows`, once per four key spans
+and per run of samples that share them. Nothing here waits for the device or depends on what a tensor holds, so a call
+may be captured in a CUDA graph: spans are kernel arguments, masks stay in the tensors they came in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hide_kernels.attention_rows import triton_kernels as kernels
+from hide_kernels.attention_rows.request import RowRequest
+from hide_kernels.attention_rows.triton_configs import LseConfig, RowsConfig, chunk_keys, lse_config, rows_config
+
+LOG2_E = 1 / math.log(2)
+ROWS_AT_ONCE = 512  # bounds the partial results of the first pass
+SPANS_AT_ONCE = 4
+UNBOUNDED = 1 << 41
+# From this many elements on, offsets inside a sample are 64-bit. Tests lower it.
+WIDE_FROM = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What planning asks of a device: compute capability and number of multiprocessors."""
+
+    capability: tuple[int, int]
+    processors: int
+
+
+# What Triton's interpreter, on the CPU, is planned for.
+INTERPRETED = Card((9, 0), 132)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `arguments` by name, compile options included."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments)
+
+
+def attention_rows_triton(
+    query: Tensor,
+    key: Tensor,
+    request: RowRequest,
+    lse: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Rows and lse (or `None`) of a validated request."""
+    batch, heads, rows = query.shape[:3]
+    if out is None:
+        out = query.new_empty(request.shape, dtype=torch.float32)
+    if not accumulate:
+        _clear_unwritten(out, request)
+    result = lse
+    if return_lse and lse is None:
+        result = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    with _on_device(query):
+        for first in range(0, rows, ROWS_AT_ONCE):
+            chunk = slice(first, min(first + ROWS_AT_ONCE, rows))
+            launches, log2_lse = plan(
+                query[:, :, chunk],
+                key,
+                _take_rows(request, chunk),
+                None if lse is None else lse[:, :, chunk],
+                out if request.row_reduction else out[..., chunk, :],
+                accumulate or (request.row_reduction is not None and first > 0),
+                _card(query.device),
+                need_rows=out.numel() > 0,
+                need_lse=return_lse,
+            )
+            for launch in launches:
+                launch.run()
+            if return_lse and lse is None:
+                assert result is not None and log2_lse is not None
+                torch.mul(log2_lse, math.log(2), out=result[:, :, chunk])
+    return out, result if return_lse else None
+
+
+def plan(
+    query: Tensor,
+    key: Tensor,
+    request: RowRequest,
+    lse: Tensor | None,
+    out: Tensor,
+    accumulate: bool,
+    card: Card,
+    *,
+    need_rows: bool = True,
+    need_lse: bool = False,
+    lse_tiles: LseConfig | None = None,
+    rows_tiles: RowsConfig | None = None,
+) -> tuple[list[Launch], Tensor | None]:
+    """The launches of one chunk of rows, and the lse in log2 units (B, Hq, R) that they compute, if they do.
+
+    Works on any device, also "meta": what is launched depends on shapes, strides and alignment only. `lse_tiles` and
+    `rows_tiles` replace the table's choice.
+    """
+    batch, heads, rows, depth = query.shape
+    kv_heads, length = key.shape[1:3]
+    group = heads // kv_heads
+    float32 = query.dtype == torch.float32
+    query = query if query.stride(3) == 1 else query.contiguous()
+    key = key if key.stride(3) == 1 else key.contiguous()
+    shared, masked = _shared_arguments(query, key, request)
+    launches: list[Launch] = []
+    log2_lse = None
+    lse_scale = LOG2_E
+
+    if request.softmax and lse is None and (need_rows or need_lse):
+        tiles = lse_tiles or lse_config(card.capability, group * rows, float32)
+        row_tiles = -(-group * rows // tiles.block_m)
+        per_chunk = chunk_keys(length, row_tiles * kv_heads, tiles, card.processors) if length else 1
+        chunks = max(1, -(-length // per_chunk))
+        total = batch * heads * rows
+        log2_lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+        partial = log2_lse if chunks == 1 else log2_lse.new_empty((chunks, total))
+        launches.append(
+            Launch(
+                kernels.partial_lse,
+                (chunks, row_tiles, batch * kv_heads),
+                {
+                    **shared,
+                    "partial": partial,
+                    "total": total,
+                    "chunk_keys": per_chunk,
+                    "log2_scale": abs(_score_scale(request)) * LOG2_E,
+                    "NEGATE": _score_scale(request) < 0,
+                    "SLICE": tiles.slice,
+                    "BLOCK_M": tiles.block_m,
+                    "BLOCK_N": tiles.block_n,
+                    **_options(tiles),
+                },
+            )
+        )
+        if chunks > 1:
+            launches.append(
+                Launch(
+                    kernels.combine_lse,
+                    (-(-total // 32), 1, 1),
+                    {
+                        "partial": partial,
+                        "lse": log2_lse,
+                        "total": total,
+                        "chunks": chunks,
+                        "BLOCK": 32,
+                        "CHUNKS": 32,
+                        "num_warps": 4,
+                        "enable_fp_fusion": True,
+                    },
+                )
+            )
+        lse, lse_scale = log2_lse, 1.0
+
+    if not need_rows:
+        return launches, log2_lse
+    reduction = request.head_reduction
+    reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(str(reduction), ("all", 1))
+    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, 1 if reduce == "none" else group, float32)
+    steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
+    row_blocks = -(-rows // rows_tiles.block_r)
+    lse_strides = lse.stride() if request.softmax and lse is not None else (0, 0, 0)
+    out_strides = _out_strides(out, request)
+    rows_arguments = {
+        **shared,
+        "lse": lse if request.softmax else None,
+        "weights": reduction if isinstance(reduction, Tensor) else None,
+        "out": out,
+        "log2_scale": _score_scale(request) * LOG2_E,
+        "lse_scale": lse_scale,
+        "out_scale": _out_scale(request, heads, group),
+        **dict(zip(("stride_lb", "stride_lh", "stride_lr"), lse_strides, strict=True)),
+        **dict(zip(("stride_ob", "stride_oh", "stride_or", "stride_oc"), out_strides, strict=True)),
+        "SLICE": rows_tiles.slice,
+        "BLOCK_R": rows_tiles.block_r,
+        "HEADS": rows_tiles.heads,
+        "BLOCK_N": rows_tiles.block_n,
+        "STEPS": steps if steps <= rows_tiles.unroll else 0,
+        "PAIR": rows_tiles.pair,
+        "REDUCE": reduce,
+        "SUM_ROWS": request.row_reduction is not None,
+        "SOFTMAX": request.softmax,
+        "WEIGHTED": isinstance(reduction, Tensor),
+        "MASKED": masked,
+        **_options(rows_tiles),
+    }
+    for first, samples, column, spans in _span_launches(request.spans):
+        blocks = sum(-(-(stop - start) // rows_tiles.block_n) for start, stop in spans)
+        bounds = [*(bound for span in spans for bound in span), *[0] * (2 * (SPANS_AT_ONCE - len(spans)))]
+        named = {f"{name}{i}": bounds[2 * i + end] for i in range(4) for end, name in enumerate(("start", "stop"))}
+        # Rows that are summed must meet in one program: one launch per block of them, each adding to the last.
+        for block in range(row_blocks if request.row_reduction else 1):
+            launches.append(
+                Launch(
+                    kernels.reduce_rows,
+                    (blocks, 1 if request.row_reduction else row_blocks, samples * out_heads),
+                    {
+                        **rows_arguments,
+                        **named,
+                        "first_sample": first,
+                        "first_row": block * rows_tiles.block_r,
+                        "first_column": column,
+                        "ACCUMULATE": accumulate or block > 0,
+                    },
+                )
+            )
+    return launches, log2_lse
+
+
+def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[dict[str, Any], bool]:
+    """What both passes take, and whether some key may be hidden."""
+    strides: dict[str, int] = {}
+    aligned = query.data_ptr() % 16 == 0 and key.data_ptr() % 16 == 0
+    wide = False
+    for tensor, letter in ((query, "q"), (key, "k")):
+        # A dimension of size one may have any stride.
+        steps = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)][:3]
+        aligned = aligned and all(step % 8 == 0 for step in steps)
+        heads, rows, depth = tensor.shape[1:]
+        wide = wide or (heads - 1) * steps[1] + (rows - 1) * steps[2] + depth >= WIDE_FROM
+        names = ("b", "h", "n" if letter == "k" else "r")
+        strides |= {f"stride_{letter}{name}": step for name, step in zip(names, steps, strict=True)}
+    align = 8 if aligned else 1
+    depth = query.shape[3]
+    low = 1 << (depth.bit_length() - 1)
+    high = 0 if low == depth else max(16, 1 << (depth - low - 1).bit_length())
+    positions = request.q_positions if request.causal or request.window is not None else None
+    starts, lens = (None if x is None else x.contiguous() for x in (request.kv_starts, request.kv_lens))
+    arguments = {
+        "query": query,
+        "key": key,
+        "positions": positions,
+        "starts": starts,
+        "lens": lens,
+        "inner_scale": 0.0 if request.softcap is None else request.scale / request.softcap,
+        "kv_heads": key.shape[1],
+        "group": query.shape[1] // key.shape[1],
+        "rows": query.shape[2],
+        "length": key.shape[2],
+        **{name: stride // align for name, stride in strides.items()},
+        "stride_pb": 0 if positions is None else positions.stride(0),
+        "stride_pr": 0 if positions is None else positions.stride(1),
+        "ahead": 0 if request.causal else UNBOUNDED,
+        "window": UNBOUNDED if request.window is None else min(request.window, UNBOUNDED),
+        "DEPTH": depth,
+        "D1": low,
+        "D2": high,
+        "SOFTCAP": request.softcap is not None,
+        "ALIGN": align,
+        "WIDE": wide,
+    }
+    return arguments, any(mask is not None for mask in (positions, starts, lens))
+
+
+def _score_scale(request: RowRequest) -> float:
+    """What multiplies the dot products, or with a softcap their tanh."""
+    return request.scale if request.softcap is None else request.softcap
+
+
+def _out_scale(request: RowRequest, heads: int, group: int) -> float:
+    reduction = request.head_reduction
+    scale = 1 / {"mean": heads, "kv_group": group}.get(reduction, 1) if isinstance(reduction, str) else 1.0
+    if request.row_reduction == "mean":
+        scale /= request.rows
+    return scale if request.softmax else scale * _score_scale(request)
+
+
+def _out_strides(out: Tensor, request: RowRequest) -> tuple[int, int, int, int]:
+    """Strides over samples, heads, rows and columns; 0 for what the result has not."""
+    strides = list(out.stride())
+    if request.row_reduction:
+        strides.insert(-1, 0)
+    if not isinstance(request.head_reduction, str) or request.head_reduction == "mean":
+        strides.insert(1, 0)
+    return strides[0], strides[1], strides[2], strides[3]
+
+
+def _options(tiles: LseConfig | RowsConfig) -> dict[str, Any]:
+    # Triton's default for fp fusion changes between versions.
+    return {
+        "STAGES": tiles.stages,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
+    }
+
+
+def _span_launches(spans: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
+    """(first sample, number of samples, first column, at most four non-empty spans) of each launch."""
+    first = 0
+    for of_sample, same in groupby(spans):
+        samples = len(list(same))
+        full = [(start, stop) for start, stop in of_sample if start < stop]
+        column = 0
+        for i in range(0, len(full), SPANS_AT_ONCE):
+            together = full[i : i + SPANS_AT_ONCE]
+            yield first, samples, column, together
+            column += sum(stop - start for start, stop in together)
+        first += samples
+
+
+def _clear_unwritten(out: Tensor, request: RowRequest) -> None:
+    """Zeros where no launch writes: columns that a sample lacks, sums over no rows."""
+    if request.rows == 0:
+        out.zero_()
+        return
+    for sample, spans in enumerate(request.spans):
+        columns = sum(stop - start for start, stop in spans)
+        if columns < out.shape[-1]:
+            out[sample, ..., columns:].zero_()
+
+
+def _take_rows(request: RowRequest, chunk: slice) -> RowRequest:
+    if request.q_positions is None:
+        return request
+    return dataclasses.replace(request, q_positions=request.q_positions[:, chunk])
+
+
+def _card(device: torch.device) -> Card:
+    return INTERPRETED if device.type == "cpu" else _cuda_card(device.index)
+
+
+@cache
+def _cuda_card(index: int) -> Card:
+    properties = torch.cuda.get_device_properties(index)
+    return Card((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

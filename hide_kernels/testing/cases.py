@@ -1,0 +1,163 @@
+"""Calls that cover the dense contract of `attention_rows`, for tests on any device and before any benchmark.
+
+Sizes are no powers of two, tensors are strided, keys that no row may see hold NaN, and memory is poisoned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hide_kernels.attention_rows import AttentionRows, attention_rows
+from hide_kernels.testing.rows import error_budget, poisoned_empty, textbook_attention_rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes and arguments. Tensors among the arguments are on the CPU and are moved to the query's device."""
+
+    name: str
+    batch: int = 2
+    heads: int = 6
+    kv_heads: int = 2
+    rows: int = 5
+    depth: int = 64
+    length: int = 139
+    gain: float = 2.0
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Query, key and arguments. The key lies in a wider (B, N, H, D) cache between NaN."""
+        generator = torch.Generator().manual_seed(len(self.name))
+        query = torch.randn(self.batch, self.heads, self.rows, self.depth, generator=generator) * self.gain
+        key = torch.randn(self.batch, self.kv_heads, self.length, self.depth, generator=generator)
+        hidden = torch.ones(self.batch, self.length, dtype=torch.bool)
+        for sample in range(self.batch):
+            first, last = self._seen(sample)
+            hidden[sample, first:last] = False
+        cache = torch.full((self.batch, self.length + 11, self.kv_heads, self.depth + 16), torch.nan)
+        view = cache[:, 3 : 3 + self.length, :, 8 : 8 + self.depth].transpose(1, 2)
+        view.copy_(key.masked_fill(hidden[:, None, :, None], torch.nan))
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.arguments.items()
+        }
+        placed = cache.to(device, dtype)[:, 3 : 3 + self.length, :, 8 : 8 + self.depth].transpose(1, 2)
+        strided = query.transpose(1, 2).contiguous().transpose(1, 2).to(device, dtype)
+        return strided, placed, moved
+
+    def _seen(self, sample: int) -> tuple[int, int]:
+        """An interval outside which no row of the sample sees a key."""
+        first, last = 0, self.length
+        if "kv_starts" in self.arguments:
+            first = max(first, int(self.arguments["kv_starts"][sample]))
+        if "kv_lens" in self.arguments:
+            last = min(last, int(self.arguments["kv_lens"][sample]))
+        if self.arguments.get("causal"):
+            positions = self.arguments["q_positions"].expand(self.batch, self.rows)[sample]
+            last = min(last, max(0, int(positions.max()) + 1))
+        return first, max(first, last)
+
+
+def _positions(rows: int, length: int, seed: int = 0) -> Tensor:
+    """(2, rows): some before every key, some past the last."""
+    return torch.randint(-3, length + 5, (2, rows), generator=torch.Generator().manual_seed(seed))
+
+
+CASES = [
+    Case("plain"),
+    Case("group of 7, 32 rows", batch=1, heads=14, rows=32),
+    Case("heads = kv heads", heads=3, kv_heads=3, rows=9),
+    Case("one kv head, group of 11", heads=11, kv_heads=1, rows=3),
+    Case("one row", rows=1, batch=3),
+    Case("70 rows", rows=70, batch=1, heads=4, length=77),
+    Case("head size 32", depth=32),
+    Case("head size 40", depth=40),
+    Case("head size 72", depth=72),
+    Case("head size 80", depth=80),
+    Case("head size 96", depth=96),
+    Case("head size 128", depth=128, length=301),
+    Case("head size 256", depth=256, rows=3),
+    Case("one key", length=1),
+    Case("spans", arguments={"key_spans": [(3, 70), (71, 72), (5, 5), (120, 139), (0, 9), (2, 130)]}),
+    Case("spans per sample", arguments={"key_spans": [[(3, 70), (60, 135)], [(0, 12)]]}),
+    Case("one sample without spans", arguments={"key_spans": [[], [(10, 100)]]}),
+    Case("causal", arguments={"q_positions": _positions(5, 139), "causal": True}),
+    Case("causal, one row of positions", arguments={"q_positions": torch.tensor([0, 5, 7, 130, 138]), "causal": True}),
+    Case("causal, int32", arguments={"q_positions": _positions(5, 139).int(), "causal": True}),
+    Case("window", arguments={"q_positions": _positions(5, 139), "window": 40}),
+    Case("causal window", arguments={"q_positions": _positions(5, 139, 1), "causal": True, "window": 100}),
+    Case("left padding", arguments={"kv_starts": torch.tensor([7, 130])}),
+    Case("right padding", arguments={"kv_lens": torch.tensor([100, 139], dtype=torch.int32)}),
+    Case("no key for one sample", arguments={"kv_lens": torch.tensor([0, 130])}),
+    Case(
+        "every mask",
+        arguments={
+            "q_positions": _positions(5, 139, 2), "causal": True, "window": 90, "kv_starts": torch.tensor([-4, 9]),
+            "kv_lens": torch.tensor([500, 120]), "key_spans": [(2, 139)],
+        },
+    ),
+    Case("heads apart", arguments={"head_reduction": "none"}),
+    Case("heads apart, rows summed", arguments={"head_reduction": "none", "row_reduction": "sum"}),
+    Case("kv groups", arguments={"head_reduction": "kv_group"}),
+    Case("kv groups, rows averaged", arguments={"head_reduction": "kv_group", "row_reduction": "mean"}),
+    Case("weights", arguments={"head_reduction": [0.5, 0.0, -1.0, 2.0, 0.0, 0.25]}),
+    Case("rows averaged", rows=70, batch=1, length=90, arguments={"row_reduction": "mean"}),
+    Case(
+        "rows summed, masked, weighted",
+        arguments={
+            "row_reduction": "sum", "head_reduction": [1.0, 2, 3, 4, 5, 6], "q_positions": _positions(5, 139),
+            "causal": True,
+        },
+    ),
+    Case("raw scores", arguments={"softmax": False, "kv_lens": torch.tensor([100, 139])}),
+    Case("raw scores, softcap", arguments={"softmax": False, "softcap": 1.5}),
+    Case("raw scores, weights", arguments={"softmax": False, "head_reduction": [1.0, -1, 0.5, 0, 0, 2]}),
+    Case("scale", arguments={"scale": 0.3}),
+    Case("negative scale", arguments={"scale": -0.25}),
+    Case("no scale", arguments={"scale": 0.0}),
+    Case("softcap", arguments={"softcap": 2.5, "scale": 0.5}),
+    Case("negative scale, softcap", arguments={"softcap": 2.5, "scale": -0.5}),
+    Case("scores of ten thousand", gain=2000.0),
+]  # fmt: skip
+
+
+def error_of(
+    case: Case,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    *,
+    backend: str | None,
+    plain_dtype: torch.dtype | None = None,
+    call: Callable[..., AttentionRows] = attention_rows,
+) -> tuple[float, float]:
+    """Largest error of a call against float64, as a multiple of its budget, for rows and lse; 1 and less passes.
+
+    `plain_dtype` is the type whose plain expression sets the budget (default: `dtype`). A wrong -inf, or a NaN, is an
+    infinite error.
+    """
+    query, key, arguments = case.inputs(dtype, device)
+    softmax = arguments.get("softmax", True)
+    want = textbook_attention_rows(query.double(), key.double(), **arguments)
+    plain = textbook_attention_rows(query.to(plain_dtype or dtype), key.to(plain_dtype or dtype), **arguments)
+    if any(not torch.equal(p.isfinite(), w.isfinite()) for p, w in zip(plain, want, strict=True)):
+        # float16 overflows where we do not.
+        plain = textbook_attention_rows(query.float(), key.float(), **arguments)
+    with poisoned_empty():
+        got = call(query, key, return_lse=softmax, backend=backend, **arguments)
+    rows = _relative(got.rows, want[0], plain[0])
+    return (rows, _relative(got.lse, want[1], plain[1])) if got.lse is not None else (rows, 0.0)
+
+
+def _relative(got: Tensor, want: Tensor, plain: Tensor) -> float:
+    if got.shape != want.shape or got.dtype != torch.float32 or not torch.equal(got.isinf(), want.isinf()):
+        return torch.inf
+    finite = want.isfinite()
+    if not finite.any():
+        return 0.0
+    error = (got.double() - want)[finite].abs().max().item()
+    budget = error_budget(plain[finite], want[finite])
+    return error / budget if error == error and budget else (0.0 if error == 0 else torch.inf)

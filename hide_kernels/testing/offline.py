@@ -1,0 +1,187 @@
+"""Compile Triton launches for cards that are not there, and read from the machine code what they use.
+
+Triton's own path from arguments to machine code runs, with a driver that names the wanted card instead of asking for
+one: what is compiled, and how often, is what a machine with that card would compile.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hide_kernels.attention_rows import triton_launch
+from hide_kernels.attention_rows.request import RowRequest
+
+# Shared memory that a program may have, in bytes (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {
+    (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376,
+}  # fmt: skip
+
+
+class KernelLaunch(Protocol):
+    """A Triton kernel with the arguments and options of one launch, by name."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel uses: registers and stack bytes per thread, shared memory per program, instructions."""
+
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    mma: int
+    wgmma: int
+    tcgen05: int
+    instructions: int
+
+
+class _Driver:
+    """As much of a Triton driver as compiling takes. `device` is the key of Triton's cache of compiled kernels."""
+
+    def __init__(self, capability: tuple[int, int], device: object) -> None:
+        self.architecture = 10 * capability[0] + capability[1]
+        self.device = device
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> object:
+        return self.device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+@contextmanager
+def target(capability: tuple[int, int], device: object = None) -> Iterator[None]:
+    """Inside, Triton compiles for a card of this compute capability; nothing can be launched.
+
+    What was compiled is kept under `device` (default: the capability).
+    """
+    from triton.runtime.driver import driver
+
+    previous = driver._active  # `reset_active` would look for a card
+    driver.set_active(_Driver(capability, capability if device is None else device))
+    try:
+        yield
+    finally:
+        driver._active = previous
+
+
+def planned(
+    capability: tuple[int, int],
+    *,
+    batch: int = 1,
+    heads: int = 28,
+    kv_heads: int = 4,
+    rows: int = 32,
+    depth: int = 128,
+    length: int = 16_384,
+    dtype: torch.dtype = torch.bfloat16,
+    spans: list[list[tuple[int, int]]] | None = None,
+    masked: bool = False,
+    key_heads_apart: bool = False,
+    unaligned: bool = False,
+    processors: int = 132,
+    accumulate: bool = False,
+    **arguments: Any,
+) -> list[triton_launch.Launch]:
+    """The launches of `attention_rows` for such tensors on such a card; defaults are Qwen2.5-VL-7B's.
+
+    `spans` are per sample. `masked` is causal with padding. Keys lie as (B, N, H, D), or as (B, H, N, D) with
+    `key_heads_apart`.
+    """
+    query = torch.empty(batch, heads, rows, depth, dtype=dtype, device="meta")
+    key = torch.empty(batch, kv_heads, length, depth, dtype=dtype, device="meta")
+    if not key_heads_apart:
+        width = depth + 3 if unaligned else depth
+        key = torch.empty(batch, length, kv_heads, width, dtype=dtype, device="meta")[..., :depth].transpose(1, 2)
+    request = RowRequest.of(
+        query,
+        key,
+        spans=[[(0, length)]] * batch if spans is None else spans,
+        q_positions=torch.empty(batch, rows, dtype=torch.int64, device="meta") if masked else None,
+        causal=masked,
+        window=None,
+        kv_starts=None,
+        kv_lens=torch.empty(batch, dtype=torch.int64, device="meta") if masked else None,
+        scale=arguments.pop("scale", depth**-0.5),
+        softcap=arguments.pop("softcap", None),
+        softmax=arguments.pop("softmax", True),
+        head_reduction=arguments.pop("head_reduction", "mean"),
+        row_reduction=arguments.pop("row_reduction", None),
+    )
+    out = torch.empty(request.shape, device="meta")
+    card = triton_launch.Card(capability, processors)
+    return triton_launch.plan(query, key, request, None, out, accumulate, card, **arguments)[0]
+
+
+def compile_launch(launch: KernelLaunch, capability: tuple[int, int]) -> Usage:
+    """Compile one launch (tensors may be on the "meta" device) and read its machine code."""
+    with target(capability):
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    return read_cubin(launch.kernel.fn.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def compilations(launches: Sequence[KernelLaunch], capability: tuple[int, int]) -> int:
+    """How many variants of kernels Triton would compile for these launches in a fresh process. Builds none."""
+    from triton import knobs
+
+    variants = set()
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        variants.add((fn.name, key))
+        return True  # "compiled elsewhere": nothing is built
+
+    previous = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = note
+    try:
+        with target(capability, object()):
+            for launch in launches:
+                launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    finally:
+        knobs.runtime.jit_cache_hook = previous
+    return len(variants)
+
+
+def read_cubin(name: str, cubin: bytes, shared: int) -> Usage:
+    """Registers, stack and tensor-core instructions of the one kernel in `cubin`."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(option: str, file: str) -> str:
+        return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = dump("-res-usage", file.name), dump("-sass", file.name)
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
+    # An instruction stands after its address in a comment; @P0 and the like before it are predicates.
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    return Usage(
+        kernel=name,
+        registers=registers,
+        stack=stack,
+        shared=shared,
+        mma=sum(opcode.split(".")[0] in ("HMMA", "IMMA", "DMMA") for opcode in opcodes),
+        wgmma=sum(opcode.split(".")[0] == "HGMMA" for opcode in opcodes),
+        tcgen05=sum(opcode.split(".")[0] == "UTCHMMA" for opcode in opcodes),
+        instructions=len(opcodes),
+    )

@@ -1,0 +1,102 @@
+"""The benchmarks' own parts: baselines that say what they claim, a gate that closes, a result that can be read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import attention_rows as operator
+from benchmarks import cpu, gpu, measure, regions_to_collage
+from hide_kernels.attention_rows import reference
+
+SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
+
+
+@pytest.mark.parametrize("baseline", [operator.published_loop, operator.repeated_keys, operator.grouped])
+def test_a_baseline_computes_the_rows_that_ours_is_compared_on(baseline):
+    query, key = SMALL.inputs(torch.float32, "cpu")
+    torch.testing.assert_close(baseline(query, key).double(), operator.oracle(query, key), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.tune_attention_rows"])
+def test_without_a_gpu_there_is_one_line_and_an_exit_code(module):
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert "needs a CUDA device" in line
+
+
+def test_the_gate_names_the_calls_that_a_broken_implementation_gets_wrong(monkeypatch):
+    assert operator.failures("cpu") == []
+    real = reference.visible_keys
+    monkeypatch.setattr(reference, "visible_keys", lambda *a: None if a[0].causal else real(*a))
+    broken = operator.failures("cpu")
+    assert any(text.startswith("causal, torch.float32") for text in broken)
+    assert all("causal" in text or "mask" in text for text in broken)
+
+
+def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {"gpu": {"name": "Test Card"}, "git": "0123456789", "cpu": ""})
+    monkeypatch.setattr(operator, "failures", lambda device: ["plain: 3.00 times the budget"])
+    monkeypatch.setattr(operator, "gpu_table", lambda seconds: pytest.fail("measured"))
+    monkeypatch.setattr(regions_to_collage, "failures", lambda device: [])
+    fast = regions_to_collage.Row("whole", "48", "collage_of_maps", 9.0, 8.0, 10.0, 1000, 5, 1)._asdict()
+    monkeypatch.setattr(regions_to_collage, "gpu_table", lambda seconds: [fast])
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 1
+    (file,) = tmp_path.iterdir()
+    assert file.name == "gpu-test-card-01234567.json"
+    operators = json.loads(file.read_text())["operators"]
+    assert operators["attention_rows"] == {"failures": ["plain: 3.00 times the budget"]}
+    assert operators["regions_to_collage"] == {"failures": [], "table": [fast]}
+    printed = capsys.readouterr().out
+    assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
+
+
+def test_the_gate_of_maps_to_boxes_names_the_backend_that_is_wrong(monkeypatch):
+    assert regions_to_collage.failures("cpu") == []
+    monkeypatch.setattr(regions_to_collage, "_scikit_image", lambda maps: [[] for _ in maps])
+    (broken,) = regions_to_collage.failures("cpu")
+    assert broken == "maps to boxes: wrong boxes from scikit-image, map by map"
+
+
+def test_an_error_above_the_budget_at_a_measured_shape_gets_no_figures(monkeypatch):
+    monkeypatch.setattr(operator, "cuda_times", lambda *a, **k: pytest.fail("measured"))
+    want = torch.zeros(3, dtype=torch.float64)
+    entry = operator._gpu_entry("attention_rows", lambda: torch.full((3,), 1e-3), want, budget=1e-4)
+    assert list(entry) == ["failed"] and "above the budget" in entry["failed"]
+    assert "above" in operator._gpu_entry("attention_rows", lambda: torch.full((3,), torch.nan), want, 1e-4)["failed"]
+
+
+def test_the_cpu_table_compares_time_error_and_memory():
+    table = operator.cpu_table(1, SMALL)
+    assert {row["variant"] for row in table} >= {"attention_rows", "grouped (c)", "published loop (a)"}
+    for row in table:
+        assert row["error"] < (1e-7 if row["dtype"] == "float32" or row["variant"] == "attention_rows" else 1e-2)
+        assert row["milliseconds"]["p20"] <= row["milliseconds"]["median"] <= row["milliseconds"]["p80"]
+    found = cpu.ratios(table, "float32")
+    ours, repeated = (
+        next(row for row in table if row["dtype"] == "float32" and row["variant"].startswith(name))
+        for name in ("attention_rows", "repeated")
+    )
+    assert found["memory"] == ours["new_bytes"] / repeated["new_bytes"]
+    assert operator.line(ours).split()[-2] == f"{ours['new_bytes'] / 1e6:.2f}"
+
+
+def test_new_memory_counts_what_is_alive_at_once():
+    def call():
+        large = torch.zeros(1_000_000)
+        del large
+        return torch.zeros(500_000) + 1
+
+    assert 4_000_000 <= measure.new_memory(call, "cpu") <= 4_010_000
+
+
+def test_quantiles_are_of_the_samples():
+    assert measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "p20": pytest.approx(1.8), "p80": 4.2}
