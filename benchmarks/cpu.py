@@ -3,7 +3,7 @@
 attention_rows beside the best grouped expression, repeated keys and the published loop, at the shape of Qwen2.5-VL-7B
 with 16,384 keys, in bfloat16 and float32, measured in turn. Exit code 1 if a check of correctness fails (then nothing
 is measured), or if ours is slower than the grouped expression, less than three times as fast as the published loop, or
-takes more than a tenth of the new memory of repeated keys. Then maps to boxes to a collage (`regions_to_collage`), whole,
+takes more than a tenth of the new memory of repeated keys. Then maps to boxes to a collage (`regions_to_collage`)
 beside the published steps; exit code 1 too if that takes longer than its limit.
 """
 
