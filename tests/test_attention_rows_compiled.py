@@ -36,9 +36,10 @@ def test_16_bit_kernels_use_no_stack_fit_the_card_and_its_tensor_cores(capabilit
     [
         {"dtype": torch.float32},
         {"head_reduction": "none"},
+        {"head_reduction": torch.empty(28, device="meta"), "unaligned": True, "dtype": torch.float16},
         {"softmax": False, "softcap": 30.0, "row_reduction": "sum", "head_reduction": "kv_group", "accumulate": True},
     ],
-    ids=["float32", "heads apart", "raw"],
+    ids=["float32", "heads apart", "weights, unaligned", "raw"],
 )
 def test_other_modes_use_next_to_no_stack(capability, arguments):
     limit = 32 if arguments.get("dtype") == torch.float32 else 0

@@ -151,25 +151,36 @@ def test_more_rows_than_fit_at_once_go_in_chunks(row_reduction, launched, monkey
     assert [name for name, _ in launched].count("reduce_rows") == 2
 
 
-@pytest.mark.parametrize("unaligned", [False, True])
-def test_64_bit_offsets_and_unaligned_rows_give_the_same_bits(unaligned, monkeypatch):
-    query, key, _ = Case("offsets").inputs(torch.float16)
-    want = rows_of(query, key, row_reduction="sum")
+@pytest.fixture
+def offsets(monkeypatch):
+    """ALIGN and WIDE of the launches that ran."""
     seen = []
     real = triton_launch.Launch.run
     monkeypatch.setattr(
         triton_launch.Launch,
         "run",
-        lambda launch: (seen.append([launch.arguments.get(n) for n in ("ALIGN", "WIDE")]), real(launch)),
+        lambda launch: (seen.append(tuple(launch.arguments.get(n) for n in ("ALIGN", "WIDE"))), real(launch)),
     )
-    if unaligned:
-        odd = torch.zeros(2, 2, 139, 67, dtype=torch.float16)
-        odd[..., 1:65] = key
-        key = odd[..., 1:65]
-    else:
-        monkeypatch.setattr(triton_launch, "WIDE_FROM", 0)
+    return seen
+
+
+def test_64_bit_offsets_give_the_same_bits(offsets, monkeypatch):
+    query, key, _ = Case("offsets").inputs(torch.float16)
+    want = rows_of(query, key, row_reduction="sum")
+    assert (8, False) in offsets and (8, True) not in offsets
+    monkeypatch.setattr(triton_launch, "WIDE_FROM", 0)
     assert torch.equal(rows_of(query, key, row_reduction="sum"), want)
-    assert [1, False] in seen if unaligned else [8, True] in seen
+    assert (8, True) in offsets
+
+
+@pytest.mark.parametrize("arguments", [{}, {"head_reduction": "none"}], ids=["mean", "none"])
+def test_rows_that_are_not_aligned_to_16_bytes_are_read_in_place(arguments, offsets):
+    query, key, _ = Case("unaligned").inputs(torch.float16)
+    odd = torch.full((2, 2, 139, 67), torch.nan, dtype=torch.float16)
+    odd[..., 1:65] = key
+    rows = rows_of(query, odd[..., 1:65], **arguments)
+    torch.testing.assert_close(rows, rows_of(query, key, **arguments), rtol=1e-5, atol=1e-8)
+    assert offsets[0] == (1, False) and offsets[-1] == (8, False)
 
 
 def test_out_may_be_strided_and_accumulates_without_touching_anything_else():

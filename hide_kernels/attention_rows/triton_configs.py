@@ -92,11 +92,12 @@ ROWS: dict[tuple[Family, int, int], RowsConfig] = {
     ("tcgen05", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),
 }
 
-# float32 has no tensor-core path in IEEE arithmetic: small tiles, D in slices, one shape for every card.
-LSE_FLOAT32 = LseConfig(32, 64, 4, stages=1, slice=16)
-ROWS_FLOAT32 = RowsConfig(16, 2, 64, 4, unroll=0, stages=1, slice=16)
+# D in slices, one small tile for every card: for float32, which has no tensor-core path in IEEE arithmetic, and for
+# rows that are not 16-byte aligned, whose narrow loads would put larger tiles on the stack.
+LSE_SLICED = LseConfig(32, 64, 4, stages=1, slice=16, registers=224)
+ROWS_SLICED = RowsConfig(16, 2, 64, 4, unroll=0, stages=1, slice=16, registers=168)
 # One head per tile (heads not reduced, or a group of one) reads more than it multiplies: any tile will do.
-ROWS_ONE_HEAD = RowsConfig(32, 1, 64, 4, unroll=1, pair=1)
+ROWS_ONE_HEAD = RowsConfig(32, 1, 64, 4, unroll=1, pair=1, registers=168)
 
 
 def family(capability: tuple[int, int]) -> Family:
@@ -105,18 +106,18 @@ def family(capability: tuple[int, int]) -> Family:
 
 
 @cache
-def lse_config(capability: tuple[int, int], queries: int, float32: bool) -> LseConfig:
+def lse_config(capability: tuple[int, int], queries: int, sliced: bool) -> LseConfig:
     """Tiles of `partial_lse` for `queries` = group * rows."""
-    if float32:
-        return LSE_FLOAT32
+    if sliced:
+        return LSE_SLICED
     return LSE[family(capability), next((most for most in (16, 64) if queries <= most), 128)]
 
 
 @cache
-def rows_config(capability: tuple[int, int], depth: int, rows: int, group: int, float32: bool) -> RowsConfig:
+def rows_config(capability: tuple[int, int], depth: int, rows: int, group: int, sliced: bool) -> RowsConfig:
     """Tiles of `reduce_rows` for a sum over `group` heads (1: heads are not reduced)."""
     bucket = next((most for most in (8, 16, 32) if rows <= most), 64)
-    config = ROWS_FLOAT32 if float32 else ROWS[family(capability), 128 if depth <= 128 else 256, bucket]
+    config = ROWS_SLICED if sliced else ROWS[family(capability), 128 if depth <= 128 else 256, bucket]
     if group == 1:
         return replace(ROWS_ONE_HEAD, slice=config.slice, stages=config.stages)
     # A tile needs 16 queries; more heads than the group has would be idle.

@@ -66,7 +66,7 @@ def _dot_pair(a, a_high, b, b_high, D2: tl.constexpr):
 
 @triton.jit
 def _dot_sliced(a_rows, b_rows, keep, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, SLICE: tl.constexpr):
-    """As `_dot_pair` for float32: IEEE products use no tensor core, and unrolled over all of D they would spill."""
+    """As `_dot_pair`, D in slices that are loaded here, in IEEE arithmetic for float32."""
     product = tl.zeros([M, N], tl.float32)
     for first in tl.range(0, DEPTH, SLICE, num_stages=1):
         column = first + tl.arange(0, SLICE)

@@ -116,16 +116,16 @@ def plan(
     batch, heads, rows, depth = query.shape
     kv_heads, length = key.shape[1:3]
     group = heads // kv_heads
-    float32 = query.dtype == torch.float32
     query = query if query.stride(3) == 1 else query.contiguous()
     key = key if key.stride(3) == 1 else key.contiguous()
     shared, masked = _shared_arguments(query, key, request)
+    sliced = query.dtype == torch.float32 or shared["ALIGN"] == 1
     launches: list[Launch] = []
     log2_lse = None
     lse_scale = LOG2_E
 
     if request.softmax and lse is None and (need_rows or need_lse):
-        tiles = lse_tiles or lse_config(card.capability, group * rows, float32)
+        tiles = lse_tiles or lse_config(card.capability, group * rows, sliced)
         row_tiles = -(-group * rows // tiles.block_m)
         per_chunk = chunk_keys(length, row_tiles * kv_heads, tiles, card.processors) if length else 1
         chunks = max(1, -(-length // per_chunk))
@@ -173,7 +173,7 @@ def plan(
         return launches, log2_lse
     reduction = request.head_reduction
     reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(str(reduction), ("all", 1))
-    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, 1 if reduce == "none" else group, float32)
+    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, 1 if reduce == "none" else group, sliced)
     steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
     row_blocks = -(-rows // rows_tiles.block_r)
     lse_strides = lse.stride() if request.softmax and lse is not None else (0, 0, 0)
