@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
-	$(BIN)/hide ask hide/examples/scene.jpg "What is the color of the star?" --report demo
+	$(BIN)/hide ask hide/examples/scene.jpg "Is the heart on the left or right side of the circle?" --report demo
 
 test: $(STAMP) lint  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2

@@ -23,6 +23,8 @@ class HiDeConfig:
     entities_from: "model" asks the model for the entities, "rules" takes the question's content words.
     causal: whether an entity's row is blind to later tokens; published HiDe lets it see them.
     include_end_token: whether the row of the token that ends the user's turn counts as an entity's; published: yes.
+    include_punctuation: whether tokens without a letter or digit, such as the commas between entities, have maps;
+        published: yes.
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
     max_new_tokens: bound on a generated answer.
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
@@ -39,6 +41,7 @@ class HiDeConfig:
     entities_from: Literal["model", "rules"] = "model"
     causal: bool = False
     include_end_token: bool = True
+    include_punctuation: bool = True
     alpha_threshold: int = 10
     max_new_tokens: int = 1024
     max_entity_tokens: int = 256
@@ -78,6 +81,7 @@ PRESETS: dict[str, HiDeConfig] = {
         min_tokens=36,
         entities_from="rules",
         include_end_token=False,
+        include_punctuation=False,
         max_new_tokens=8,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -209,7 +210,7 @@ class HiDe:
         pictures = self._preprocess(_images(images))
         prompt = self._search_prompt(pictures, entities)
         rows = self.model.search_rows(prompt, pictures, layers=None, causal=self.config.causal, keep_layers=True)
-        return tuple(EntityRows(of_layer, prompt.prior_rows, prompt.labels) for of_layer in zip(*rows, strict=True))
+        return tuple(self._entity_rows(of_layer, prompt) for of_layer in zip(*rows, strict=True))
 
     def maps(self, rows: EntityRows) -> EntityMaps:
         """Step 2b: Token-wise Attention Decoupling, rows -> one purified map per token that has one."""
@@ -361,7 +362,15 @@ class HiDe:
         """The rows, and how many tokens went through the model for them."""
         prompt = self._search_prompt(pictures, entities)
         rows = self.model.search_rows(prompt, pictures, layers=self.config.layers, causal=self.config.causal)
-        return EntityRows(tuple(rows), prompt.prior_rows, prompt.labels), prompt.input_ids.shape[1]
+        return self._entity_rows(rows, prompt), prompt.input_ids.shape[1]
+
+    def _entity_rows(self, rows: Sequence[Tensor], prompt: SearchPrompt) -> EntityRows:
+        if self.config.include_punctuation:
+            return EntityRows(tuple(rows), prompt.prior_rows, prompt.labels)
+        worded = [place for place, label in enumerate(prompt.labels) if re.search(r"\w", label)]
+        kept = [*range(prompt.prior_rows), *(prompt.prior_rows + place for place in worded)]
+        labels = tuple(prompt.labels[place] for place in worded)
+        return EntityRows(tuple(of_image[kept] for of_image in rows), prompt.prior_rows, labels)
 
     def _search_prompt(self, pictures: Pictures, entities: Entities | str) -> SearchPrompt:
         text = entities if isinstance(entities, str) else entities.text

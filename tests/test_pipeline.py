@@ -28,7 +28,15 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def config():
-    return dataclasses.replace(PRESETS["tiny"], min_tokens=30, max_tokens=120, max_new_tokens=4)
+    return dataclasses.replace(
+        PRESETS["tiny"],
+        include_punctuation=True,
+        include_end_token=True,
+        threshold=0.7,
+        min_tokens=30,
+        max_tokens=120,
+        max_new_tokens=4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -322,3 +330,14 @@ def test_wrong_numbers_of_images_are_named(hide, images):
         hide.boxes(EntityMaps((torch.zeros(0, 3, 3),), ((),), ()), images)
     with pytest.raises(ValueError, match="boxes: got 0"):
         hide.collage(images, [])
+
+
+def test_commas_have_maps_as_published_unless_they_are_left_out(adapter, config, images):
+    entities = "star, ring"
+    published = HiDe(adapter, config).attention_rows(images[0], entities)
+    worded = HiDe(adapter, dataclasses.replace(config, include_punctuation=False)).attention_rows(images[0], entities)
+    kept = [place for place, label in enumerate(published.labels) if label != ","]
+    assert "," in published.labels and [published.labels[place] for place in kept] == list(worded.labels)
+    prior = published.prior_rows
+    assert torch.equal(worded.rows[0][:prior], published.rows[0][:prior])
+    assert torch.equal(worded.rows[0][prior:], published.rows[0][[prior + place for place in kept]])

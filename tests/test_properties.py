@@ -476,7 +476,7 @@ def test_attention_rows_of_any_call_equal_the_textbook_expression(call, block):
 
 @pytest.fixture(scope="module")
 def hide():
-    config = dataclasses.replace(PRESETS["tiny"], max_tokens=30, max_new_tokens=1)
+    config = dataclasses.replace(PRESETS["tiny"], min_tokens=4, max_tokens=30, max_new_tokens=1)
     return HiDe(Qwen25VL(*build()), config, extractor=lambda text: replies.text)
 
 
