@@ -44,7 +44,8 @@ class ResultTable(NamedTuple):
             for tag, line in (("th", self.header), *(("td", row) for row in self.rows))
         ]
         body = "".join(f"<tr>{line}</tr>" for line in cells[1:])
-        return f"<h3>{escape(self.title)}</h3><table><thead><tr>{cells[0]}</tr></thead><tbody>{body}</tbody></table>"
+        table = f"<table><thead><tr>{cells[0]}</tr></thead><tbody>{body}</tbody></table>"
+        return f'<h3>{escape(self.title)}</h3><div class="results">{table}</div>'
 
 
 def markdown(heading: str, command: str, tables: Iterable[ResultTable]) -> str:
