@@ -63,6 +63,7 @@ def _request(
 
 @torch.library.custom_op("hide_kernels::attention_rows", mutates_args=(), schema=SCHEMA)
 def attention_rows(query, key, q_positions, kv_starts, kv_lens, lse, weights, *rest):  # type: ignore[no-untyped-def]
+    """The operator: arguments of `SCHEMA` -> (rows, lse); lse is empty where none is computed."""
     *described, backend = rest
     request = _request(query, key, q_positions, kv_starts, kv_lens, weights, *described)
     name = backends.resolve("attention_rows", backend, query=query, key=key)

@@ -84,6 +84,8 @@ def evaluate(
     """
     console = Console(stderr=True)
     with errors(console):
+        import torch
+
         from hide.evaluation.gallery import save_gallery
         from hide.evaluation.on_ray import ask_on_ray
         from hide.evaluation.runner import ResultFile, ask_here
@@ -122,7 +124,10 @@ def evaluate(
             if ray is None:
                 ask = functools.partial(ask_here, hide, methods=asked)
             else:
-                del hide  # the actors have models of their own
+                # The actors have models of their own, on the same GPUs.
+                del hide
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
                 ask = functools.partial(ask_on_ray, load, methods=asked, address=ray, actors=actors)
             run(ask, samples(), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))

@@ -15,6 +15,7 @@ from hide.evaluation.scoring import Scorer
 from hide.evaluation.tables import ResultTable
 from hide.evaluation.views import METHODS, preserved
 from hide.images import load_image
+from hide.questions import LETTERS
 from hide.report import boxed_picture, figure_html, fill_page, small_picture
 
 MOST = 24
@@ -83,7 +84,8 @@ def _failure(record: dict[str, Any], sample: Sample, scorer: Scorer) -> str:
     """One question: pictures, replies, and what was right."""
     parts = [f"<h3>{escape(record['id'])}: {escape(record['question'])}</h3>"]
     if record["options"]:
-        parts.append(f"<p>{escape('   '.join(f'({chr(65 + i)}) {o}' for i, o in enumerate(record['options'])))}</p>")
+        listed = zip(LETTERS, record["options"], strict=False)
+        parts.append(f"<p>{escape('   '.join(f'({letter}) {option}' for letter, option in listed))}</p>")
     parts.append(f"<p>Right: <b>{escape(record['answer'])}</b>. {escape(record['split'])}.</p>")
     if record["error"]:
         return "\n".join([*parts, f'<ul class="notes"><li>{escape(record["error"])}</li></ul>'])

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from hide.evaluation.runner import score_groups, score_methods
 from hide.evaluation.scoring import Scorer
-from hide.evaluation.views import METHODS
 
 
 class ResultTable(NamedTuple):
@@ -88,11 +87,6 @@ def group_table(records: Sequence[dict[str, Any]], scorer: Scorer) -> ResultTabl
     return ResultTable(
         "Right answers by split and by the picture's size", ("group", "questions", *methods, "failed"), rows
     )
-
-
-def legend(methods: Iterable[str]) -> str:
-    """What the names of methods mean, one line each."""
-    return "\n".join(f"- {method}: {METHODS[method]}" for method in methods)
 
 
 def _number(value: float, form: str) -> str:

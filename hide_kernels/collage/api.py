@@ -158,6 +158,7 @@ def _shown(image: Tensor, merged: NDArray[np.int64], alpha_threshold: int) -> ND
 
 
 def check_image(image: Tensor) -> tuple[int, int]:
+    """(height, width) of an (H, W, 3 or 4) uint8 image; anything else is a `TypeError` or `ValueError`."""
     if not isinstance(image, Tensor):
         raise TypeError(f"image: got {type(image).__name__}, want a torch.Tensor")
     if image.dtype != torch.uint8:
@@ -168,6 +169,7 @@ def check_image(image: Tensor) -> tuple[int, int]:
 
 
 def check_look(fill: tuple[int, int, int] | None, alpha: str, alpha_threshold: int) -> None:
+    """Refuses a fill, alpha mode or alpha threshold that `collage` does not document."""
     if fill is not None:
         _check_fill(fill)
     if alpha not in ("blend", "drop"):
