@@ -26,6 +26,7 @@ class HiDeConfig:
     include_punctuation: whether tokens without a letter or digit, such as the commas between entities, have maps;
         published: yes.
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
+    prefill_chunk: tokens that go through the decoder at once: less memory beside a large picture, the same result.
     max_new_tokens: bound on a generated answer.
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
     search_prompt: fixed words before the entities; their rows are the noise prior.
@@ -43,6 +44,7 @@ class HiDeConfig:
     include_end_token: bool = True
     include_punctuation: bool = True
     alpha_threshold: int = 10
+    prefill_chunk: int = 4096
     max_new_tokens: int = 1024
     max_entity_tokens: int = 256
     search_prompt: str = SEARCH_PROMPT
@@ -61,7 +63,7 @@ class HiDeConfig:
             raise ValueError(f"entities_from: got {self.entities_from!r}, want 'model' or 'rules'")
         if not 0 <= self.alpha_threshold <= 255:
             raise ValueError(f"alpha_threshold: got {self.alpha_threshold}, want 0 to 255")
-        for name in ("max_new_tokens", "max_entity_tokens"):
+        for name in ("prefill_chunk", "max_new_tokens", "max_entity_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
         if not self.search_prompt.strip():

@@ -30,14 +30,22 @@ from hide.images import ImageLike, load_image, to_tensor
 from hide.models import load
 from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL, Reply, SearchPrompt
 from hide.questions import Question
+from hide.session import ImageSession, Prefix
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import boxes_to_pixels
 
 WHITE = (255, 255, 255)
 
+# Questions whose entities are remembered.
+MEMO = 4096
+
 # How far a map's cell may be from the published one's, by the dtype of the model: after min-max, bfloat16 rows were
 # measured to differ by up to 2.8e-2 from float32 ones; float16 has three more bits.
 MAP_ERROR = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 3.5e-3, torch.bfloat16: 2.8e-2}
+
+
+Shown = ImageLike | Sequence[ImageLike] | ImageSession
+"""Pictures, or a session of `HiDe.open` that has seen them already."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ class HiDeResult:
     answer: the reply to the images and the collages. letter, plain_letter: the option that each reply names, if any.
     images: the loaded pictures. maps: as `HiDe.maps`. boxes: per image (K, 4) int64 pixels x0, y0, x1, y1 half-open.
     collages: per image a picture, or `None` where there is no region. notes: fallbacks that were taken, and doubts.
-    seconds: wall time of each step. tokens: those that each step sent through the model, prompt and reply.
+    seconds: wall time of each step. tokens: those that each step sent through the model, prompt and reply; the images'
+    are the step "prefix", and all others go on behind it.
     image_tokens: per image, then per collage in the order they were shown.
     """
 
@@ -168,6 +177,8 @@ class HiDe:
         self.config = config
         self.extractor = extractor
         self._notes = tuple(notes)
+        self._instruction: Prefix | None = None
+        self._known: dict[str, Entities] = {}
 
     @classmethod
     def from_pretrained(
@@ -195,21 +206,32 @@ class HiDe:
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
+    def open(self, images: ImageLike | Sequence[ImageLike]) -> ImageSession:
+        """Encode and prefill pictures once, for many questions; every step takes the session in place of the images.
+
+        Close it, or use it in a `with` block, to free its keys and values.
+        """
+        pictures = _images(images)
+        return self._open(pictures, self._preprocess(pictures))
+
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
-        return self._entities(_question(question))[0]
+        return self.entities_of([question])[0]
 
-    def attention_rows(self, images: ImageLike | Sequence[ImageLike], entities: Entities | str) -> EntityRows:
+    def entities_of(self, questions: Sequence[str | Question]) -> list[Entities]:
+        """Step 1 for many questions, decoded side by side where the model is asked for them."""
+        return self._entities([_question(question) for question in questions])[0]
+
+    def attention_rows(self, images: Shown, entities: Entities | str) -> EntityRows:
         """Step 2a: the attention of each token of the search prompt over each image."""
-        return self._attention_rows(self._preprocess(_images(images)), entities)[0]
+        with self._opened(images) as session:
+            return self._attention_rows(session, entities)[0]
 
-    def attention_rows_by_layer(
-        self, images: ImageLike | Sequence[ImageLike], entities: Entities | str
-    ) -> tuple[EntityRows, ...]:
+    def attention_rows_by_layer(self, images: Shown, entities: Entities | str) -> tuple[EntityRows, ...]:
         """Step 2a for every layer by itself, from one forward: what a layer is chosen by."""
-        pictures = self._preprocess(_images(images))
-        prompt = self._search_prompt(pictures, entities)
-        rows = self.model.search_rows(prompt, pictures, layers=None, causal=self.config.causal, keep_layers=True)
+        with self._opened(images) as session:
+            prompt = self._search_prompt(session.pictures, entities)
+            rows = session.search_rows(prompt, layers=None, causal=self.config.causal, keep_layers=True)
         return tuple(self._entity_rows(of_layer, prompt) for of_layer in zip(*rows, strict=True))
 
     def maps(self, rows: EntityRows) -> EntityMaps:
@@ -246,7 +268,7 @@ class HiDe:
 
     def answer(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: Shown,
         question: str | Question,
         collages: Sequence[Image.Image | None] = (),
     ) -> Reply:
@@ -254,12 +276,12 @@ class HiDe:
 
         `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
         """
-        pictures = self._preprocess(_images(images))
-        return self._answer(self._with_collages(pictures, collages), _question(question))
+        with self._opened(images) as session:
+            return self._answer(session, _question(question), self._collage_pictures(collages))
 
     def ask(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: Shown,
         question: str | Question,
         *,
         options: Sequence[str] | None = None,
@@ -269,7 +291,7 @@ class HiDe:
         """All steps.
 
         Args:
-            image: one picture or several.
+            image: one picture or several, or a session of `open`, so that many questions share one prefill.
             question: free, or with lettered options on lines of their own.
             options: the options, when they do not stand in the question.
             plain: also give the reply without the collage.
@@ -277,19 +299,28 @@ class HiDe:
         """
         clock = _Clock(self.model.model.device, progress)
         question = _question(question, options)
+        if isinstance(image, ImageSession):
+            return self._ask(self._own(image), question, plain, clock)
         with clock("read and resize"):
             images = _images(image)
             pictures = self._preprocess(images)
+        with clock("prefix"):
+            session = self._open(images, pictures)
+            clock.tokens["prefix"] = session.length
+        with session:
+            return self._ask(session, question, plain, clock)
+
+    def _ask(self, session: ImageSession, question: Question, plain: bool, clock: _Clock) -> HiDeResult:
+        images = session.images
         plain_answer = None
         if plain:
             with clock("plain answer"):
-                reply = self._answer(pictures, question)
-            plain_answer, clock.tokens["plain answer"] = reply
+                plain_answer, clock.tokens["plain answer"] = self._answer(session, question)
         with clock("entities"):
-            entities, clock.tokens["entities"] = self._entities(question)
+            (entities,), clock.tokens["entities"] = self._entities([question])
         notes = [*self._notes, *entities.notes]
         with clock("attention rows"):
-            rows, clock.tokens["attention rows"] = self._attention_rows(pictures, entities)
+            rows, clock.tokens["attention rows"] = self._attention_rows(session, entities)
             if not all(bool(torch.isfinite(row).all()) for row in rows.rows):
                 notes.append("attention: some rows hold NaN or inf and were left out; a larger dtype may mend it")
         with clock("maps"):
@@ -298,18 +329,17 @@ class HiDe:
             collages, boxes = self._collage(images, self._boxes(maps, images))
         notes += self._doubts(maps)
         shown = [collages[index] for index in maps.order if collages[index] is not None]
+        grids = session.pictures.grids
         if shown:
             with clock("answer"):
-                everything = self._with_collages(pictures, shown)
-                reply = self._answer(everything, question)
-            answer, clock.tokens["answer"] = reply
+                more = self._collage_pictures(shown)
+                answer, clock.tokens["answer"] = self._answer(session, question, more)
+            grids += more.grids if more is not None else ()
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
-            everything = pictures
             if plain_answer is None:
                 with clock("answer"):
-                    reply = self._answer(pictures, question)
-                plain_answer, clock.tokens["answer"] = reply
+                    plain_answer, clock.tokens["answer"] = self._answer(session, question)
             answer = plain_answer
         return HiDeResult(
             question=question,
@@ -323,7 +353,7 @@ class HiDe:
             notes=tuple(notes),
             seconds=clock.seconds,
             tokens=clock.tokens,
-            image_tokens=tuple(rows * columns for rows, columns in everything.grids),
+            image_tokens=tuple(rows * columns for rows, columns in grids),
         )
 
     # -- pieces ---------------------------------------------------------------------------------------------------
@@ -331,38 +361,95 @@ class HiDe:
     def _preprocess(self, images: Sequence[Image.Image]) -> Pictures:
         return self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=self.config.max_tokens)
 
-    def _with_collages(self, pictures: Pictures, collages: Sequence[Image.Image | None]) -> Pictures:
+    def _open(self, images: Sequence[Image.Image], pictures: Pictures) -> ImageSession:
+        return ImageSession(self.model, pictures, images=images, prefill_chunk=self.config.prefill_chunk)
+
+    @contextmanager
+    def _opened(self, images: Shown) -> Iterator[ImageSession]:
+        """The session that was given, or one for the block."""
+        if isinstance(images, ImageSession):
+            yield self._own(images)
+            return
+        with self.open(images) as session:
+            yield session
+
+    def _own(self, session: ImageSession) -> ImageSession:
+        if session.model is not self.model:
+            raise ValueError("image: got a session of another model; open one here")
+        return session
+
+    def _collage_pictures(self, collages: Sequence[Image.Image | None]) -> Pictures | None:
         shown = [_in_aspect(picture) for picture in collages if picture is not None]
-        return pictures + self._preprocess(shown) if shown else pictures
+        return self._preprocess(shown) if shown else None
 
-    def _answer(self, pictures: Pictures, question: Question) -> Reply:
-        return self.model.generate(question.prompt, pictures, max_new_tokens=self.config.max_new_tokens)
+    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
+        return session.ask(question.prompt, more, max_new_tokens=self.config.max_new_tokens)
 
-    def _entities(self, question: Question) -> tuple[Entities, int]:
+    def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
         """The entities, and how many tokens went through the model for them."""
+        new = {question.text: question for question in questions if question.text not in self._known}
         tokens = 0
         if self.extractor is not None:
-            reply = self.extractor(question.text)
-            if not isinstance(reply, str):
-                raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
-            found = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
+            for text in new:
+                reply = self.extractor(text)
+                if not isinstance(reply, str):
+                    raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
+                self._known[text] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
         elif self.config.entities_from == "rules":
-            found = entities_by_rules(question)
-        else:
-            request = entity_request(question, self.config.entity_prompt)
-            said = self.model.generate(request, max_new_tokens=self.config.max_entity_tokens)
-            tokens, found = said.tokens, parse_entities(said.text, request)
-        if found.items:
-            return found, tokens
-        words = " ".join(question.stem.split())[:MAX_LENGTH]
-        note = "entities: none were found; the question's own words took their place"
-        return Entities((words,), (*found.notes, note)), tokens
+            for text, question in new.items():
+                self._known[text] = entities_by_rules(question)
+        elif new:
+            requests = [entity_request(question, self.config.entity_prompt) for question in new.values()]
+            said = self._entity_replies(requests)
+            tokens = sum(one.tokens for one in said)
+            for text, request, one in zip(new, requests, said, strict=True):
+                self._known[text] = parse_entities(one.text, request)
+        found = []
+        for question in questions:
+            known = self._known[question.text]
+            if not known.items:
+                words = " ".join(question.stem.split())[:MAX_LENGTH]
+                note = "entities: none were found; the question's own words took their place"
+                known = Entities((words,), (*known.notes, note))
+            found.append(known)
+        while len(self._known) > MEMO:
+            self._known.pop(next(iter(self._known)))
+        return found, tokens
 
-    def _attention_rows(self, pictures: Pictures, entities: Entities | str) -> tuple[EntityRows, int]:
+    def _entity_replies(self, requests: Sequence[str]) -> list[Reply]:
+        """The model's replies; the words that all requests begin with were sent through it once."""
+        most = self.config.max_entity_tokens
+        prefix = self._entity_prefix()
+        prompts = [self.model.input_ids(request) for request in requests]
+        if not all(torch.equal(ids[:, : prefix.length], prefix.ids) for ids in prompts):
+            return [self.model.generate(request, max_new_tokens=most) for request in requests]
+        if len(prompts) > 1 and self.model.greedy_by_steps:
+            replies = prefix.replies(prompts, max_new_tokens=most)
+        else:
+            replies = [prefix.reply(ids, max_new_tokens=most) for ids in prompts]
+        return [
+            Reply(self.model.decode(reply), ids.shape[1] - prefix.length + len(reply))
+            for ids, reply in zip(prompts, replies, strict=True)
+        ]
+
+    def _entity_prefix(self) -> Prefix:
+        if self._instruction is None:
+            ids = [
+                self.model.input_ids(entity_request(Question.parse(text), self.config.entity_prompt))[0]
+                for text in ("What?", "9 things are there.")
+            ]
+            shorter = min(map(len, ids))
+            differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
+            # The last common token may melt into other questions.
+            common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
+            self._instruction = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
+        return self._instruction
+
+    def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
         """The rows, and how many tokens went through the model for them."""
-        prompt = self._search_prompt(pictures, entities)
-        rows = self.model.search_rows(prompt, pictures, layers=self.config.layers, causal=self.config.causal)
-        return self._entity_rows(rows, prompt), prompt.input_ids.shape[1]
+        prompt = self._search_prompt(session.pictures, entities)
+        rows = session.search_rows(prompt, layers=self.config.layers, causal=self.config.causal)
+        return self._entity_rows(rows, prompt), prompt.input_ids.shape[1] - session.length
 
     def _entity_rows(self, rows: Sequence[Tensor], prompt: SearchPrompt) -> EntityRows:
         if self.config.include_punctuation:

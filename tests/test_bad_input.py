@@ -309,9 +309,9 @@ EXAMPLES |= {"bottle with tall size with glass material"}
 def test_odd_entity_replies_give_their_items_or_the_questions_own_words(
     adapter, config, monkeypatch, reply, items, note
 ):
-    generate = adapter.generate
-    monkeypatch.setattr(adapter, "generate", lambda text, *a, **k: generate(text, *a, **k) if a else Reply(reply, 0))
-    result = HiDe(adapter, dataclasses.replace(config, entities_from="model")).ask(SCENE, QUESTION, plain=False)
+    hide = HiDe(adapter, dataclasses.replace(config, entities_from="model"))
+    monkeypatch.setattr(hide, "_entity_replies", lambda requests: [Reply(reply, 0)])
+    result = hide.ask(SCENE, QUESTION, plain=False)
     assert result.entities.items == items
     assert any(note in text for text in result.notes) if note else not result.entities.notes
     assert_whole(result)

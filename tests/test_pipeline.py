@@ -12,8 +12,9 @@ from PIL import Image
 from hide import PRESETS, HiDe, HiDeConfig
 from hide.entities import Entities
 from hide.images import on_colour
-from hide.models.qwen2_5_vl import Qwen25VL, Reply
+from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityMaps, EntityRows, preset_for
+from hide.session import ImageSession, Prefix
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
 
@@ -141,18 +142,18 @@ def test_attention_planted_in_the_rows_lands_in_the_boxes(hide):
 def test_collages_are_shown_in_the_order_in_which_tokens_came_to_their_images(hide, images, monkeypatch):
     """As the published code appends them; the collages in the result stay in the order of the images."""
 
-    def planted(prompt, pictures, **kwargs):
+    def planted(session, prompt, **kwargs):
         rows = [
             torch.rand(len(prompt.rows), *grid, generator=torch.Generator().manual_seed(0)) * 0.1
-            for grid in pictures.grids
+            for grid in session.pictures.grids
         ]
         rows[1][8, 1:3, 1:3] += 2
         rows[0][9, 2:4, 3:5] += 2
         return rows
 
-    monkeypatch.setattr(hide.model, "search_rows", planted)
+    monkeypatch.setattr(ImageSession, "search_rows", planted)
     shown = []
-    monkeypatch.setattr(hide, "_with_collages", lambda pictures, collages: shown.append(collages) or pictures)
+    monkeypatch.setattr(hide, "_collage_pictures", shown.append)
     result = hide.ask(images, "Is the star left of the ring?", plain=False)
     assert result.maps.order == (1, 0)
     assert [picture.size for picture in shown[0]] == [result.collages[1].size, result.collages[0].size]
@@ -174,21 +175,22 @@ def test_every_form_of_a_picture_gives_the_same_result(hide, images, tmp_path):
 def test_every_setting_reaches_what_it_sets(adapter, images, monkeypatch):
     config = HiDeConfig(
         layers=(1, 4), sigma=0.5, threshold=0.6, min_tokens=31, max_tokens=77, causal=True, include_end_token=False,
-        max_new_tokens=3, max_entity_tokens=5, search_prompt="Please look for: ",
+        max_new_tokens=3, max_entity_tokens=5, search_prompt="Please look for: ", prefill_chunk=50,
     )  # fmt: skip
     calls = {}
 
-    def spy(name):
-        real = getattr(adapter, name)
+    def spy(owner, name):
+        real = getattr(owner, name)
 
         def call(*args, **kwargs):
             calls.setdefault(name, []).append(kwargs)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(adapter, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    for name in ("preprocess", "search_prompt", "search_rows", "generate"):
-        spy(name)
+    for owner, name in [(adapter, "preprocess"), (adapter, "search_prompt"), (ImageSession, "search_rows"),
+                        (Prefix, "reply"), (adapter, "extend")]:  # fmt: skip
+        spy(owner, name)
     HiDe(adapter, config).ask(images[0], QUESTION)
     assert (
         all(call == {"min_tokens": 31, "max_tokens": 77} for call in calls["preprocess"])
@@ -196,7 +198,11 @@ def test_every_setting_reaches_what_it_sets(adapter, images, monkeypatch):
     )
     assert calls["search_prompt"] == [{"prompt": "Please look for: ", "include_end_token": False}]
     assert calls["search_rows"] == [{"layers": (1, 4), "causal": True}]
-    assert [call["max_new_tokens"] for call in calls["generate"]] == [3, 5, 3]
+    assert [call["max_new_tokens"] for call in calls["reply"]] == [3, 5, 3]
+    # 77 tokens and the chat's around them in pieces of 50.
+    assert [call["depth"] for call in calls["extend"]].count(None) >= 5 and 5 in {
+        call["depth"] for call in calls["extend"]
+    }
 
 
 def test_without_entities_the_questions_own_words_are_searched(adapter, config, images):
@@ -231,20 +237,23 @@ def test_an_extractor_that_returns_no_text_is_named(adapter, config):
 def test_the_model_itself_extracts_where_the_config_says_so(adapter, config, monkeypatch):
     asked = []
 
-    def generate(text, pictures=None, *, max_new_tokens):
-        asked.append((text, pictures))
-        return Reply("<FINAL_OUTPUT>star</FINAL_OUTPUT>", 70)
+    def reply(prefix, ids, *, max_new_tokens):
+        asked.append(ids)
+        return adapter.tokenizer("<FINAL_OUTPUT>star</FINAL_OUTPUT>", add_special_tokens=False)["input_ids"]
 
-    monkeypatch.setattr(adapter, "generate", generate)
+    monkeypatch.setattr(Prefix, "reply", reply)
     hide = HiDe(adapter, dataclasses.replace(config, entities_from="model", entity_prompt="List: {question}"))
-    assert hide.entities(QUESTION).items == ("star",)
-    assert asked == [(f"List: {QUESTION}", None)]
+    for _ in range(2):  # The second time it is remembered.
+        assert hide.entities(QUESTION).items == ("star",)
+    assert [ids.tolist() for ids in asked] == [adapter.input_ids(f"List: {QUESTION}").tolist()]
 
 
 @pytest.mark.parametrize("value, note", [(0.25, "no region was found"), (torch.nan, "NaN or inf")])
 def test_without_a_region_the_answer_is_the_plain_one(adapter, config, images, monkeypatch, value, note):
-    rows = adapter.search_rows
-    monkeypatch.setattr(adapter, "search_rows", lambda *a, **k: [torch.full_like(row, value) for row in rows(*a, **k)])
+    rows = ImageSession.search_rows
+    monkeypatch.setattr(
+        ImageSession, "search_rows", lambda *a, **k: [torch.full_like(row, value) for row in rows(*a, **k)]
+    )
     for plain in (True, False):
         result = HiDe(adapter, config).ask(images[0], QUESTION, plain=plain)
         assert result.collages == (None,) and len(result.boxes[0]) == 0

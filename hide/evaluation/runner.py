@@ -162,37 +162,40 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
     """One question's record: each method's reply, tokens and seconds, the boxes and notes; or the error.
 
     `methods` are names in `METHODS`. Tokens are all that went through the model for the method, prompts and replies;
-    seconds its wall time, with the steps that it shares with others counted for each. "true-boxes" is left out where
-    the data set has no boxes.
+    seconds its wall time; the prefix and other steps that methods share are counted for each. "true-boxes" is left out
+    where the data set has no boxes.
     """
     record = blank_record(sample, "")
     try:
         image = sample.image()
-        result = hide.ask(image, sample.question, plain="plain" in methods)
-        record["replies"] = {"plain": result.plain_answer, "hide": result.answer}
-        seconds, tokens = result.seconds, result.tokens
-        read, last = seconds["read and resize"], seconds.get("answer", 0.0)
-        before = sum(seconds.values()) - seconds.get("plain answer", 0.0) - last
-        tokens_before = tokens["entities"] + tokens["attention rows"]
-        record["seconds"] = {"plain": read + seconds.get("plain answer", 0.0), "hide": before + last}
-        record["tokens"] = {
-            "plain": tokens.get("plain answer", 0),
-            "hide": tokens_before + tokens.get("answer", tokens.get("plain answer", 0)),
-        }
-        for method in methods:
-            if method not in VIEWS:
-                continue
-            own = method == "true-boxes"
-            boxes = torch.tensor(sample.boxes).reshape(-1, 4) if own else result.boxes[0]
-            if own and not len(boxes):
-                continue
-            start = time.perf_counter()
-            view = VIEWS[method](result.images[0], boxes) if len(boxes) else None
-            reply = hide.answer(image, sample.question, [view])
-            spent = time.perf_counter() - start
-            record["replies"][method] = reply.text
-            record["seconds"][method] = spent if own else before + spent
-            record["tokens"][method] = reply.tokens if own else tokens_before + reply.tokens
+        start = time.perf_counter()
+        with hide.open(image) as session:
+            opened = time.perf_counter() - start
+            result = hide.ask(session, sample.question, plain="plain" in methods)
+            record["replies"] = {"plain": result.plain_answer, "hide": result.answer}
+            seconds, tokens = result.seconds, result.tokens
+            last = seconds.get("answer", 0.0)
+            before = opened + sum(seconds.values()) - seconds.get("plain answer", 0.0) - last
+            tokens_before = session.length + tokens["entities"] + tokens["attention rows"]
+            record["seconds"] = {"plain": opened + seconds.get("plain answer", 0.0), "hide": before + last}
+            record["tokens"] = {
+                "plain": session.length + tokens.get("plain answer", 0),
+                "hide": tokens_before + tokens.get("answer", tokens.get("plain answer", 0)),
+            }
+            for method in methods:
+                if method not in VIEWS:
+                    continue
+                own = method == "true-boxes"
+                boxes = torch.tensor(sample.boxes).reshape(-1, 4) if own else result.boxes[0]
+                if own and not len(boxes):
+                    continue
+                start = time.perf_counter()
+                view = VIEWS[method](result.images[0], boxes) if len(boxes) else None
+                reply = hide.answer(session, sample.question, [view])
+                spent = time.perf_counter() - start
+                record["replies"][method] = reply.text
+                record["seconds"][method] = (opened if own else before) + spent
+                record["tokens"][method] = (session.length if own else tokens_before) + reply.tokens
     except Exception as error:  # whatever one question does, the others are asked
         return blank_record(sample, f"{type(error).__name__}: {error}")
     facts = result.to_dict()

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForCo
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
+from hide.decoding import greedy_settings
 from hide.images import on_colour
 from hide_kernels import ImageTokens, rows_to_maps
 from hide_kernels.integrations.image_spans import image_spans
@@ -53,6 +54,25 @@ class Pictures:
             torch.cat([self.image_grid_thw, other.image_grid_thw]),
             self.grids + other.grids,
         )
+
+    def without_pixels(self) -> Pictures:
+        """What prompts and positions need; the pixels of many tokens are larger than their keys and values."""
+        return Pictures(self.pixel_values[:0], self.image_grid_thw, self.grids)
+
+
+class Features(NamedTuple):
+    """What the vision encoder makes of pictures: `embeddings` (tokens, hidden), in the order of the image tokens."""
+
+    embeddings: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.embeddings.nbytes
+
+    def part(self, first: int, last: int) -> Features:
+        """Those of the image tokens from `first` to `last`, half-open."""
+        return Features(self.embeddings[first:last])
 
 
 class Reply(NamedTuple):
@@ -145,6 +165,33 @@ class Qwen25VL:
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.model.dtype
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder without its head."""
+        return self.model.model.language_model
+
+    @property
+    def image_token(self) -> int:
+        """The id that stands for each image token in a prompt."""
+        return self.model.config.image_token_id
+
+    @property
+    def static_decode(self) -> bool:
+        """Whether replies are decoded with fixed shapes (`hide.decoding`): on one GPU, where attention takes a mask."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return len(devices) == 1 and next(iter(devices)).type == "cuda" and self.greedy_by_steps
+
+    @property
+    def greedy_by_steps(self) -> bool:
+        """Whether `hide.decoding` gives what `generate` gives: attention that takes a mask, no special settings."""
+        if "flash" in self.model.config.get_text_config()._attn_implementation:
+            return False
+        try:
+            greedy_settings(self.model.generation_config)
+        except ValueError:
+            return False
+        return True
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -246,6 +293,98 @@ class Qwen25VL:
     def _tokens(self, text: str) -> Tensor:
         return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
 
+    def image_prefix(self, pictures: Pictures) -> Tensor:
+        """(1, P) ids that every user turn about these pictures begins with: up to the last image's end.
+
+        The end is a special token, so no text can melt into it.
+        """
+        ids = self._prompt(PLACEHOLDER, pictures)
+        end = ids[0].tolist()[::-1].index(self.tokenizer.convert_tokens_to_ids(VISION_END))
+        return ids[:, : ids.shape[1] - end]
+
+    # -- pieces of a forward, for `hide.session` ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, pictures: Pictures) -> Features:
+        """The vision encoder's features, picture by picture, so that its peak is that of the largest."""
+        visual = self.model.model.visual
+        found = []
+        patches = pictures.image_grid_thw.prod(-1).tolist()
+        for pixels, grid in zip(pictures.pixel_values.split(patches), pictures.image_grid_thw, strict=True):
+            features = self.model.model.get_image_features(
+                pixels.to(visual.device, self.dtype), grid[None].to(visual.device)
+            )
+            # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
+            found += list(getattr(features, "pooler_output", features))
+        return Features(torch.cat(found))
+
+    def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor]:
+        """Positions of (1, L) ids as the decoder takes them, (4, 1, L): place in the text, then mRoPE's three; and what
+        tokens behind them add to their place."""
+        text = torch.arange(ids.shape[1])[None]
+        arguments: dict[str, Any] = {}
+        if pictures is not None:
+            arguments["image_grid_thw"] = pictures.image_grid_thw.cpu()
+            if self._takes_token_types:
+                arguments["mm_token_type_ids"] = (ids == self.image_token).int()
+        elif self._takes_token_types:
+            arguments["mm_token_type_ids"] = torch.zeros_like(ids, dtype=torch.int32)
+        places, delta = self.model.model.get_rope_index(ids, **arguments)
+        return torch.cat([text[None], places]), delta
+
+    @torch.no_grad()
+    def extend(
+        self,
+        cache: Any,
+        ids: Tensor,
+        positions: Tensor,
+        features: Features | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """Send tokens through the decoder behind those in `cache`, which keeps theirs too.
+
+        Args:
+            ids: (B, n) int64; features: of the image tokens among them. positions: (4, B, n).
+            attention_mask: (B, length with the new tokens), 0 for padding; `None`: there is none.
+            depth: only the first so many layers.
+
+        Returns:
+            (B, n, hidden) after the final norm.
+        """
+        decoder = self.language_model
+        embed = decoder.get_input_embeddings()
+        device = embed.weight.device
+        ids = ids.to(device)
+        embeddings = embed(ids)
+        if features is not None and len(features.embeddings):
+            image = (ids == self.image_token)[..., None]
+            embeddings = embeddings.masked_scatter(image, features.embeddings.to(device, embeddings.dtype))
+        with _first_layers(decoder, self.num_layers if depth is None else depth):
+            return decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions.to(device),
+                attention_mask=None if attention_mask is None else attention_mask.to(device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+
+    @torch.no_grad()
+    def continue_ids(self, ids: Tensor, cache: Any, delta: Tensor, *, max_new_tokens: int) -> list[int]:
+        """The greedy reply to (1, L) ids whose cache holds all but the last, by the model's own `generate`.
+
+        delta: as `positions` gives it.
+        """
+        base = self.model.model
+        before = getattr(base, "rope_deltas", None)
+        # A value of another prompt would be taken for this one's.
+        base.rope_deltas = delta.to(self.model.device)
+        try:
+            return self._greedy({"input_ids": ids.to(self.model.device)}, max_new_tokens, past_key_values=cache)
+        finally:
+            base.rope_deltas = before
+
     # -- forwards -------------------------------------------------------------------------------------------------
 
     def _inputs(self, input_ids: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:
@@ -299,10 +438,15 @@ class Qwen25VL:
     @torch.no_grad()
     def generate_ids(self, input_ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int) -> list[int]:
         """The tokens of the greedy reply to (1, L) ids."""
+        return self._greedy(self._inputs(input_ids, pictures), max_new_tokens)
+
+    def _greedy(self, inputs: dict[str, Tensor], max_new_tokens: int, **more: Any) -> list[int]:
         # As arguments, not as a generation_config: transformers 4.57 puts the checkpoint's values back where a config's
         # equal the library's defaults, and do_sample=False is one.
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         reply = self.model.generate(
-            **self._inputs(input_ids, pictures),
+            **inputs,
+            **more,
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -310,7 +454,7 @@ class Qwen25VL:
             top_k=None,
             max_new_tokens=max_new_tokens,
         )
-        return reply[0, input_ids.shape[1] :].tolist()
+        return reply[0, inputs["input_ids"].shape[1] :].tolist()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a reply, without special tokens and surrounding blanks."""

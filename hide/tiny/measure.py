@@ -13,16 +13,15 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hide.evaluation.calibrate import cells_inside
 from hide.pipeline import HiDe
+from hide.session import ImageSession
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import Question, Scene, draw_scene, questions
 
@@ -63,55 +62,23 @@ def _asked(scenes: Iterator[Scene], count: int) -> Iterator[tuple[Scene, list[Qu
             return
 
 
-def attention_shares(hide: HiDe, scene: Scene, layer: int) -> list[tuple[float, float]]:
+def attention_shares(hide: HiDe, scene: Scene, session: ImageSession, layer: int) -> list[tuple[float, float]]:
     """For each kind that occurs once: (share of its word's attention over the image inside its box, the box's share
     of the area).
 
     The search prompt names one kind; the row is the mean over heads of the softmax over all keys, as in HiDe.
     """
-    pictures = hide.model.preprocess(
-        [scene.image], min_tokens=hide.config.min_tokens, max_tokens=hide.config.max_tokens
-    )
     kinds = [thing.kind for thing in scene.objects]
     found = []
     for thing in scene.objects:
         if kinds.count(thing.kind) > 1:
             continue
-        prompt = hide.model.search_prompt(thing.kind, pictures, include_end_token=False)
-        (rows,) = hide.model.search_rows(prompt, pictures, layers=(layer,), causal=False)
+        prompt = hide.model.search_prompt(thing.kind, session.pictures, include_end_token=False)
+        (rows,) = session.search_rows(prompt, layers=(layer,), causal=False)
         row = rows[-1].cpu()
         inside = cells_inside([thing.box], scene.image.size, (row.shape[0], row.shape[1]))
         found.append((float(row[inside].sum() / row.sum()), float(inside.float().mean())))
     return found
-
-
-@contextmanager
-def _each_picture_once(hide: HiDe) -> Iterator[None]:
-    """Inside, the vision encoder keeps the latest pictures' features: each question about a picture needs them."""
-    visual: Any = hide.model.model.model.visual
-    kept: dict[tuple[int, ...], Any] = {}
-    compute = visual.forward
-
-    def forward(hidden_states: Tensor, grid_thw: Tensor, **arguments: Any) -> Any:
-        found = []
-        for patches, grid in zip(hidden_states.split(grid_thw.prod(-1).tolist()), grid_thw, strict=True):
-            key = (*grid.tolist(), hash(patches.cpu().numpy().tobytes()))
-            kept[key] = kept.pop(key) if key in kept else compute(patches, grid_thw=grid[None], **arguments)
-            found.append(kept[key])
-        while len(kept) > 8:
-            kept.pop(next(iter(kept)))
-        if isinstance(found[0], Tensor):  # Transformers 4
-            return torch.cat(found)
-        return type(found[0])(
-            last_hidden_state=torch.cat([one.last_hidden_state for one in found]),
-            pooler_output=torch.cat([one.pooler_output for one in found]),
-        )
-
-    visual.forward = forward
-    try:
-        yield
-    finally:
-        del visual.forward
 
 
 def _says(reply: str, question: Question) -> bool:
@@ -124,10 +91,11 @@ def measure_small(hide: HiDe, count: int) -> dict[str, Any]:
     shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
     scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
     for scene, asked in _asked(scenes, count):
-        for question in asked:
-            right[question.split].append(_says(hide.answer(scene.image, question.text).text, question))
-        for layer in range(hide.model.num_layers):
-            shares[layer] += attention_shares(hide, scene, layer)
+        with hide.open(scene.image) as session:
+            for question in asked:
+                right[question.split].append(_says(hide.answer(session, question.text).text, question))
+            for layer in range(hide.model.num_layers):
+                shares[layer] += attention_shares(hide, scene, session, layer)
     everything = [one for split in right.values() for one in split]
     return {
         "questions": len(everything),
@@ -148,27 +116,30 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, 
     shares, found, kept = [], [], []
     scenes = (_large_scene(seed, tokens) for seed in range(_LARGE, 2 * _LARGE))
     for scene, asked in _asked(scenes, count):
-        for question in asked:
-            result = hide.ask(scene.image, question.text)
-            targets = torch.tensor([scene.objects[i].box for i in question.targets])
-            (made,), _ = hide.collage(scene.image, [targets])
-            replies = {
-                "plain": result.plain_answer or "",
-                "hide": result.answer,
-                "true_boxes": hide.answer(scene.image, question.text, [made]).text,
-            }
-            for name, reply in replies.items():
-                right[name].append(_says(reply, question))
-                splits[f"{name} {question.split}"].append(right[name][-1])
-            boxes = result.boxes[0]
-            for target in targets:
-                middle = (target[:2] + target[2:]) / 2
-                found.append(bool(((boxes[:, :2] <= middle) & (middle < boxes[:, 2:])).all(1).any()))
-            collage = result.collages[0]
-            kept.append(
-                0.0 if collage is None else collage.width * collage.height / (scene.image.width * scene.image.height)
-            )
-        shares += attention_shares(hide, scene, (hide.config.layers or (0,))[0])
+        with hide.open(scene.image) as session:
+            for question in asked:
+                result = hide.ask(session, question.text)
+                targets = torch.tensor([scene.objects[i].box for i in question.targets])
+                (made,), _ = hide.collage(scene.image, [targets])
+                replies = {
+                    "plain": result.plain_answer or "",
+                    "hide": result.answer,
+                    "true_boxes": hide.answer(session, question.text, [made]).text,
+                }
+                for name, reply in replies.items():
+                    right[name].append(_says(reply, question))
+                    splits[f"{name} {question.split}"].append(right[name][-1])
+                boxes = result.boxes[0]
+                for target in targets:
+                    middle = (target[:2] + target[2:]) / 2
+                    found.append(bool(((boxes[:, :2] <= middle) & (middle < boxes[:, 2:])).all(1).any()))
+                collage = result.collages[0]
+                kept.append(
+                    0.0
+                    if collage is None
+                    else collage.width * collage.height / (scene.image.width * scene.image.height)
+                )
+            shares += attention_shares(hide, scene, session, (hide.config.layers or (0,))[0])
     return {
         "questions": len(right["plain"]),
         "accuracy": {name: float(np.mean(of)) for name, of in right.items()},
@@ -211,8 +182,7 @@ def main() -> None:
     for part, measure in parts.items():
         if arguments.parts in (part, "both"):
             began = time.perf_counter()
-            with _each_picture_once(hide):
-                report[part] = measure()
+            report[part] = measure()
             report[part]["seconds"] = round(time.perf_counter() - began, 1)
             print(part)
             for key, value in report[part].items():

@@ -1,0 +1,146 @@
+"""Greedy decoding with fixed shapes: one CUDA graph replays every step; several sequences go on side by side.
+
+`model.generate` launches each kernel of each step from Python and waits for each token. Here a step reads and writes
+only tensors that stay where they are, so that a GPU replays it as one graph; on a CPU the same step runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from hide.kv_cache import PreallocatedCache
+
+# Steps between two looks at the tokens on a GPU; what was decoded behind an end is cut off.
+_STEPS_PER_READ = 8
+# What `generate` does in greedy mode unless a checkpoint asks for more.
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, 1.0, [], {})
+_NOT_SERVED = (
+    "bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "min_length",
+    "min_new_tokens", "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "watermarking_config",
+)  # fmt: skip
+
+
+class GreedySettings(NamedTuple):
+    """`ends`: tokens that end a reply. `repetition_penalty`: divides positive logits of tokens seen before."""
+
+    ends: frozenset[int]
+    repetition_penalty: float
+
+
+def greedy_settings(config: GenerationConfig) -> GreedySettings:
+    """What a checkpoint asks of greedy decoding; `ValueError` for what only `generate` does."""
+    asked = [name for name in _NOT_SERVED if getattr(config, name, None) not in _NEUTRAL]
+    if asked:
+        raise ValueError(f"generation_config: {', '.join(asked)} are not served here; use the model's generate")
+    ends = config.eos_token_id
+    return GreedySettings(
+        frozenset([ends] if isinstance(ends, int) else ends or ()), float(config.repetition_penalty or 1.0)
+    )
+
+
+class GreedyDecoder:
+    """Goes on with B sequences whose tokens, all but the last of each, are in a cache."""
+
+    def __init__(
+        self,
+        adapter: Any,
+        cache: PreallocatedCache,
+        prompts: Sequence[Sequence[int]],
+        last: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+    ) -> None:
+        """Prepare the tensors of a step.
+
+        Args:
+            adapter: of `hide.models`.
+            cache: of B sequences, padded on the left to one length.
+            prompts: the tokens of each, without padding, for the repetition penalty.
+            last: (B,) int64, the last token of each, which is not in the cache yet.
+            positions: (P, B, 1) int64 of that token, as the decoder takes them.
+            visible: (B, length) bool, the tokens in the cache that are no padding.
+        """
+        self._adapter, self._cache = adapter, cache
+        self.settings = greedy_settings(adapter.model.generation_config)
+        device = adapter.language_model.get_input_embeddings().weight.device
+        batch, length = visible.shape
+        capacity = cache.layers[0].capacity
+        self.room = capacity - length
+        self._slot = torch.tensor([length], device=device)
+        self._token = last.to(device)[:, None].clone()
+        self._positions = positions.to(device).clone()
+        self._visible = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self._visible[:, :length] = visible.to(device)
+        self._replies = torch.zeros(batch, self.room, dtype=torch.int64, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        vocabulary = adapter.model.get_output_embeddings().weight.shape[0]
+        self._seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            self._seen[row, torch.tensor(sorted(set(prompt)), device=device)] = True
+
+    @torch.no_grad()
+    def decode(self, max_new_tokens: int) -> list[list[int]]:
+        """The new tokens of each sequence, its end token included, as `generate` gives them."""
+        if not 0 < max_new_tokens <= self.room:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}, want 1 to {self.room}, the room in the cache")
+        self._cache.set_slot(self._slot)
+        try:
+            advance, done = self._prepared()
+            often = _STEPS_PER_READ if self._token.is_cuda else 1
+            while done < max_new_tokens:
+                for _ in range(min(often, max_new_tokens - done)):
+                    advance()
+                    done += 1
+                replies = [self._cut(reply) for reply in self._replies[:, :done].tolist()]
+                if all(reply[-1] in self.settings.ends for reply in replies):
+                    break
+            return [self._cut(reply) for reply in self._replies[:, : min(done, max_new_tokens)].tolist()]
+        finally:
+            self._cache.set_slot(None)
+
+    def _prepared(self) -> tuple[Any, int]:
+        """What advances one step, and how many steps its preparation took already."""
+        if not self._token.is_cuda:
+            return self._advance, 0
+        # The first step allocates workspaces and compiles; capturing needs them to be there, on a stream of its own.
+        stream = torch.cuda.Stream(self._token.device)
+        stream.wait_stream(torch.cuda.current_stream(self._token.device))
+        with torch.cuda.stream(stream):
+            self._advance()
+        torch.cuda.current_stream(self._token.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._advance()
+        return graph.replay, 1
+
+    def _advance(self) -> None:
+        language_model = self._adapter.language_model
+        self._visible.index_fill_(1, self._slot, True)
+        hidden = language_model(
+            inputs_embeds=language_model.get_input_embeddings()(self._token),
+            # Four dimensions are taken as they are; anything less would be built anew for the cache's length.
+            attention_mask=self._visible[:, None, None],
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = self._adapter.model.get_output_embeddings()(hidden[:, -1]).float()
+        penalty = self.settings.repetition_penalty
+        if penalty != 1:
+            self._seen.scatter_(1, self._token, True)
+            logits = torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        self._token.copy_(logits.argmax(-1, keepdim=True))
+        self._replies.index_copy_(1, self._step, self._token)
+        for counter in (self._slot, self._step, self._positions):
+            counter.add_(1)
+
+    def _cut(self, reply: list[int]) -> list[int]:
+        """Up to the first end token."""
+        end = next((i + 1 for i, token in enumerate(reply) if token in self.settings.ends), len(reply))
+        return reply[:end]

@@ -1,0 +1,412 @@
+"""One image, one prefill: what many prompts begin with is computed once, and every step is a short branch off it.
+
+HiDe as published runs the vision encoder and the whole model over the same image for each step of each question.
+An `ImageSession` holds the keys and values of `[system][user][image ...]`; a branch adds a prompt's other tokens behind
+them and is rolled back afterwards. Logits, rows and replies are those of the unshared forward, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hide.decoding import GreedyDecoder
+from hide.kv_cache import PreallocatedCache
+from hide.models.qwen2_5_vl import Features, Pictures, Qwen25VL, Reply, SearchPrompt
+from hide_kernels import rows_to_maps
+from hide_kernels.integrations.transformers import capture_attention_rows
+
+# Fewer tokens at once than this do not save memory worth the time.
+MIN_CHUNK = 64
+
+
+class Prefix:
+    """Tokens that many prompts begin with, sent through the model once.
+
+    length: how many. pictures: those among them, without their pixels. features: what the vision encoder made of them.
+    """
+
+    def __init__(
+        self,
+        model: Qwen25VL,
+        ids: Tensor,
+        pictures: Pictures | None = None,
+        *,
+        prefill_chunk: int = 4096,
+        room: int = 1024,
+    ) -> None:
+        """Encode the pictures and prefill.
+
+        Args:
+            model: an adapter of `hide.models`.
+            ids: (1, P) int64 tokens.
+            pictures: those whose tokens stand in `ids`.
+            prefill_chunk: tokens that go through the decoder at once, so that its activations do not grow with the
+                image; halved and tried again where memory is short.
+            room: tokens that branches may add before the cache has to be copied to grow.
+
+        Raises:
+            ValueError: more than one sequence, or pictures without a token.
+            MemoryError: with sizes and advice.
+        """
+        if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, P): a session is one sequence")
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk: got {prefill_chunk}, want at least 1 token")
+        if pictures is not None and not all(rows * columns for rows, columns in pictures.grids):
+            raise ValueError(f"pictures: got grids {pictures.grids}, want at least one token in each")
+        self.model = model
+        self.ids = ids.cpu()
+        self.length = ids.shape[1]
+        self.features: Features | None = None
+        self.pictures: Pictures | None = None
+        self._chunk = prefill_chunk
+        self._cache: PreallocatedCache | None = PreallocatedCache(model.num_layers, self.length + room)
+        self._branched = False
+        if pictures is not None:
+            with _advised(f"encoding images of {' + '.join(str(r * c) for r, c in pictures.grids)} tokens"):
+                self.features = model.encode(pictures)
+            self.pictures = pictures.without_pixels()
+        # No logits are wanted of a prefix.
+        Branch(self, self.ids, self.pictures, self.features, start=0).run()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._cache is None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held: keys, values and the vision encoder's features."""
+        features = self.features.nbytes if self.features is not None else 0
+        return features + (self._cache.nbytes if self._cache is not None else 0)
+
+    @property
+    def cache(self) -> PreallocatedCache:
+        """Keys and values; `RuntimeError` after `close`."""
+        if self._cache is None:
+            raise RuntimeError("session: it is closed; open a new one")
+        return self._cache
+
+    @contextmanager
+    def branch(self, ids: Tensor, pictures: Pictures | None = None, *, room: int = 0) -> Iterator[Branch]:
+        """Go on with one prompt; afterwards, and after any exception, the prefix is as it was.
+
+        Args:
+            ids: (1, L) int64, the whole prompt, which begins with the prefix.
+            pictures: those behind the prefix.
+            room: tokens that will come after the prompt.
+
+        Raises:
+            ValueError: a prompt that does not begin with the prefix, or has nothing behind it.
+            RuntimeError: the session is closed, or another branch is open.
+        """
+        cache = self.cache
+        if self._branched:
+            raise RuntimeError("session: a branch is open already; leave it before the next one")
+        if ids.dim() != 2 or ids.shape[0] != 1:
+            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, L): a session is one sequence")
+        if ids.shape[1] <= self.length or not torch.equal(ids[:, : self.length].cpu(), self.ids):
+            raise ValueError(f"ids: got {ids.shape[1]} tokens that do not go on behind the session's {self.length}")
+        every, features = self.pictures, None
+        if pictures is not None:
+            with _advised(f"encoding {len(pictures.grids)} more images"):
+                features = self.model.encode(pictures)
+            every = pictures.without_pixels() if every is None else every + pictures.without_pixels()
+        self._branched = True
+        try:
+            cache.reserve(ids.shape[1] + room)
+            yield Branch(self, ids.cpu(), every, features, start=self.length)
+        finally:
+            self._branched = False
+            cache.rewind(self.length)
+
+    def reply(
+        self, ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int, static: bool | None = None
+    ) -> list[int]:
+        """The tokens of the greedy reply to a prompt; arguments as `branch` and `Branch.reply`."""
+        with self.branch(ids, pictures, room=max_new_tokens) as branch:
+            return branch.reply(max_new_tokens, static=static)
+
+    @torch.no_grad()
+    def replies(self, prompts: Sequence[Tensor], *, max_new_tokens: int) -> list[list[int]]:
+        """The greedy replies to several prompts without further pictures, decoded side by side.
+
+        Args:
+            prompts: (1, L_i) int64 each, all of which begin with the prefix.
+
+        Raises `ValueError` as `branch`, and for a generation config that only the model's `generate` serves.
+        """
+        for ids in prompts:
+            with self.branch(ids):
+                pass
+        suffixes = [ids[0, self.length :] for ids in prompts]
+        longest = max(len(suffix) for suffix in suffixes)
+        model, start = self.model, self.length
+        end = start + longest - 1
+        cache = self.cache.copy_for(len(prompts), end + max_new_tokens)
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        visible = torch.zeros(len(prompts), start + longest, dtype=torch.bool)
+        visible[:, :start] = True
+        positions = []
+        for row, (ids, suffix) in enumerate(zip(prompts, suffixes, strict=True)):
+            tokens[row, longest - len(suffix) :] = suffix
+            visible[row, -len(suffix) :] = True
+            own = model.positions(ids, self.pictures)[0][..., start:]
+            # A padding token's position does not matter: nobody sees it.
+            positions.append(torch.nn.functional.pad(own, (longest - len(suffix), 0)))
+        place = torch.cat(positions, dim=1)
+        if longest > 1:
+            model.extend(cache, tokens[:, :-1], place[..., :-1], attention_mask=visible[:, :end].long())
+        decoder = GreedyDecoder(
+            model, cache, [ids[0].tolist() for ids in prompts], tokens[:, -1], place[..., -1:], visible[:, :end]
+        )
+        return decoder.decode(max_new_tokens)
+
+    def close(self) -> None:
+        """Free the memory; the session cannot be used any more."""
+        self._cache = self.features = None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Branch:
+    """One prompt on top of a prefix: `run` sends its tokens through the model, in order."""
+
+    def __init__(
+        self, prefix: Prefix, ids: Tensor, pictures: Pictures | None, features: Features | None, *, start: int
+    ) -> None:
+        """Made by `Prefix.branch`. features: of the images whose tokens come from `start` on."""
+        self.ids = ids
+        self.at = start
+        self._prefix, self._model, self._cache = prefix, prefix.model, prefix.cache
+        self._positions, self._rope_delta = prefix.model.positions(ids, pictures)
+        self._features = features
+        image = ids[0, start:] == prefix.model.image_token
+        # How many image tokens of the branch come before each of its tokens.
+        self._image_tokens = torch.cat([image.new_zeros(1, dtype=torch.int64), image.cumsum(0)])
+        self._start = start
+        self._ended = False
+
+    @torch.no_grad()
+    def run(self, stop: int | None = None, *, depth: int | None = None, whole: bool = False) -> Tensor:
+        """Send the tokens up to `stop` (default: the last) through the decoder.
+
+        Args:
+            depth: leave after so many layers; the branch can then not go on.
+                whole: in one piece, however long.
+
+        Returns:
+            (1, n, hidden) of the last piece, after the decoder's final norm.
+
+        Raises:
+            MemoryError: with sizes and advice, when even a small piece does not fit.
+        """
+        stop = self.ids.shape[1] if stop is None else stop
+        if self._ended:
+            raise RuntimeError("branch: it left the decoder early and cannot go on; open a new one")
+        if not self.at < stop <= self.ids.shape[1]:
+            raise ValueError(f"stop: got {stop}, want {self.at + 1} to {self.ids.shape[1]}")
+        self._ended = depth is not None
+        chunk = stop - self.at if whole else self._prefix._chunk
+        while True:
+            end = min(stop, self.at + chunk)
+            try:
+                hidden = self._piece(end, depth)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._cache.rewind(self.at)
+                if whole or end - self.at <= MIN_CHUNK:
+                    raise _advice(f"{end - self.at} tokens behind {self.at}", error) from None
+                chunk = max(MIN_CHUNK, (end - self.at) // 2)
+                # What fitted once is tried first the next time.
+                self._prefix._chunk = chunk
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            self.at = end
+            if end == stop:
+                return hidden
+
+    def _piece(self, end: int, depth: int | None) -> Tensor:
+        features = None
+        if self._features is not None:
+            first, last = (int(self._image_tokens[at - self._start]) for at in (self.at, end))
+            features = self._features.part(first, last)
+        return self._model.extend(
+            self._cache, self.ids[:, self.at : end], self._positions[..., self.at : end], features, depth=depth
+        )
+
+    def logits(self) -> Tensor:
+        """(1, V) float32, of the token that comes after the prompt."""
+        with torch.no_grad():
+            return self._model.model.get_output_embeddings()(self.run()[:, -1]).float()
+
+    def rows(
+        self, prompt: SearchPrompt, *, layers: Sequence[int] | None, causal: bool, keep_layers: bool = False
+    ) -> list[Tensor]:
+        """As `search_rows` of the adapter, of the same prompt: attention rows over each image of the prefix."""
+        layers = range(self._model.num_layers) if layers is None else layers
+        depth = max(layer % self._model.num_layers for layer in layers) + 1
+        with capture_attention_rows(
+            self._model.model,
+            layers=layers,
+            rows=prompt.rows,
+            key_spans=[image.span for image in prompt.images],
+            causal=causal,
+        ) as captured:
+            # A row that is not causal sees the tokens of its own piece: all of them must be in it.
+            self.run(depth=depth, whole=True)
+        rows = torch.stack([result.rows[0] for result in captured.values()])
+        return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
+
+    @torch.no_grad()
+    def reply(self, max_new_tokens: int, *, static: bool | None = None) -> list[int]:
+        """The tokens of the greedy reply.
+
+        static: decode with fixed shapes, on a GPU as one CUDA graph, instead of by the model's own `generate`; `None`:
+            on a GPU, where the model's attention and generation config allow it and the reply may be long.
+        """
+        last = self.ids.shape[1] - 1
+        if self.at < last:
+            self.run(last)
+        if static is None:
+            static = self._model.static_decode
+        if not static:
+            return self._model.continue_ids(self.ids, self._cache, self._rope_delta, max_new_tokens=max_new_tokens)
+        decoder = GreedyDecoder(
+            self._model,
+            self._cache,
+            [self.ids[0].tolist()],
+            self.ids[0, -1:],
+            self._positions[..., -1:],
+            torch.ones(1, last, dtype=torch.bool),
+        )
+        return decoder.decode(max_new_tokens)[0]
+
+
+class ImageSession(Prefix):
+    """Pictures, encoded and prefilled once, for any number of questions::
+
+    with ImageSession(model, pictures) as session:
+        rows = session.search_rows(model.search_prompt("umbrella", session.pictures), layers=(14,), causal=False)
+        print(session.ask("What color is the umbrella?", max_new_tokens=20).text)
+    """
+
+    pictures: Pictures
+
+    def __init__(
+        self,
+        model: Qwen25VL,
+        pictures: Pictures,
+        *,
+        images: Sequence[Image.Image] = (),
+        prefill_chunk: int = 4096,
+        room: int = 1024,
+    ) -> None:
+        """Encode and prefill; as `Prefix`.
+
+        images: what the pictures were made from, kept for the collages that are cut out of them.
+        """
+        super().__init__(model, model.image_prefix(pictures), pictures, prefill_chunk=prefill_chunk, room=room)
+        self.images = tuple(images)
+
+    def search_rows(
+        self, prompt: SearchPrompt, *, layers: Sequence[int] | None, causal: bool, keep_layers: bool = False
+    ) -> list[Tensor]:
+        """As the adapter's, from the prompt's text tokens alone and only up to the last of `layers`."""
+        with self.branch(prompt.input_ids) as branch:
+            return branch.rows(prompt, layers=layers, causal=causal, keep_layers=keep_layers)
+
+    def ask(self, text: str, more: Pictures | None = None, *, max_new_tokens: int, static: bool | None = None) -> Reply:
+        """Greedy reply to the session's pictures, then `more`, then `text`, as one user turn.
+
+        The reply's `tokens` are those that went through the model for it, the prefix left out.
+        """
+        every = self.pictures if more is None else self.pictures + more.without_pixels()
+        ids = self.model.input_ids(text, every)
+        new = self.reply(ids, more, max_new_tokens=max_new_tokens, static=static)
+        return Reply(self.model.decode(new), ids.shape[1] - self.length + len(new))
+
+
+class SessionPool:
+    """Sessions of several pictures, least recently used ones closed when they hold more than `budget` bytes."""
+
+    def __init__(self, budget: int) -> None:
+        """budget: bytes of keys, values and features, in all; the newest session is kept even if it alone has more."""
+        if budget < 0:
+            raise ValueError(f"budget: got {budget}, want bytes, 0 or more")
+        self.budget = budget
+        self._sessions: dict[object, ImageSession] = {}
+
+    def get(self, key: object, open_session: Callable[[], ImageSession]) -> ImageSession:
+        """The session of `key`, made by `open_session` where there is none.
+
+        Where memory is too short for it, all others are closed and it is tried once more.
+        """
+        session = self._sessions.pop(key, None)
+        if session is None or session.closed:
+            try:
+                session = open_session()
+            except MemoryError:
+                if not self._sessions:
+                    raise
+                self.close()
+                session = open_session()
+        self._sessions[key] = session
+        self._evict()
+        return session
+
+    @property
+    def nbytes(self) -> int:
+        """Held by all sessions."""
+        return sum(session.nbytes for session in self._sessions.values())
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def close(self) -> None:
+        """Close all."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+    def _evict(self) -> None:
+        while self.nbytes > self.budget and len(self._sessions) > 1:
+            self._sessions.pop(next(iter(self._sessions))).close()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or PyTorch's CPU allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory: you tried to allocate" in str(error)
+
+
+def _advice(what: str, error: BaseException) -> MemoryError:
+    return MemoryError(
+        f"{what} do not fit into memory ({' '.join(str(error).split())[:200]}); lower max_tokens, use fewer or smaller "
+        "images, a smaller dtype, or close other sessions"
+    )
+
+
+@contextmanager
+def _advised(what: str) -> Iterator[None]:
+    """Inside, running out of memory is a `MemoryError` that says what to do."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise _advice(what, error) from None

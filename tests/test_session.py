@@ -1,0 +1,426 @@
+"""The shared prefix: every branch gives what the unshared forward gives, and leaves the prefix as it was."""
+
+import gc
+
+import pytest
+import torch
+
+from hide import HiDe, HiDeConfig
+from hide.decoding import greedy_settings
+from hide.kv_cache import PreallocatedCache
+from hide.models.qwen2_5_vl import Pictures, Qwen25VL
+from hide.session import ImageSession, Prefix, SessionPool
+from hide.tiny.model import build
+from hide.tiny.scenes import draw_scene
+from tests.random_models import randomise
+
+QUESTION = "What is the color of the star?"
+# (width, height) of each picture.
+SIZES = [[(400, 300)], [(90, 600)], [(400, 300), (260, 420)]]
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    """Grouped heads, and weights that make every token matter; the checkpoint's kind of repetition penalty."""
+    model, tokenizer, processor = build()
+    randomise(model)
+    model.generation_config.repetition_penalty = 1.05
+    return Qwen25VL(model, tokenizer, processor)
+
+
+def preprocessed(adapter, sizes, seed=0):
+    scenes = [draw_scene(seed + i, *size, objects=3).image for i, size in enumerate(sizes)]
+    return adapter.preprocess(scenes, min_tokens=30, max_tokens=120)
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=str)
+def pictures(adapter, request):
+    return preprocessed(adapter, request.param)
+
+
+@pytest.fixture(scope="module")
+def collage(adapter):
+    return preprocessed(adapter, [(170, 120)], seed=9)
+
+
+def stock_logits(adapter, ids, pictures):
+    with torch.no_grad():
+        return adapter.model(**adapter._inputs(ids, pictures)).logits[:, -1].float()
+
+
+def bits(session):
+    return [layer.keys.clone() for layer in session.cache.layers] + [
+        layer.values.clone() for layer in session.cache.layers
+    ]
+
+
+def poison_room(session):
+    for layer in session.cache.layers:
+        for buffer in layer._buffers:
+            buffer[:, :, layer.length :] = torch.nan
+
+
+@pytest.mark.parametrize("chunk", [4096, 37])
+def test_logits_and_replies_of_a_branch_are_those_of_the_unshared_forward(adapter, pictures, collage, chunk):
+    with ImageSession(adapter, pictures, prefill_chunk=chunk) as session:
+        for more in (None, collage):
+            every = pictures if more is None else pictures + more
+            ids = adapter.input_ids(QUESTION, every)
+            with session.branch(ids, more) as branch:
+                assert (branch.logits() - stock_logits(adapter, ids, every)).abs().max() < 1e-4
+            want = adapter.generate_ids(ids, every, max_new_tokens=20)
+            assert len(set(want)) > 3, "a reply that repeats itself shows little"
+            assert session.reply(ids, more, max_new_tokens=20, static=False) == want
+            poison_room(session)
+            assert session.reply(ids, more, max_new_tokens=20, static=True) == want
+
+
+@pytest.mark.parametrize("chunk", [4096, 37])
+@pytest.mark.parametrize("layers, causal", [((2,), False), ((2,), True), ((1, 4), False), (None, False)])
+def test_rows_of_a_branch_are_those_of_the_unshared_forward(adapter, pictures, chunk, layers, causal):
+    prompt = adapter.search_prompt("star, ring", pictures)
+    want = adapter.search_rows(prompt, pictures, layers=layers, causal=causal)
+    with ImageSession(adapter, pictures, prefill_chunk=chunk) as session:
+        got = session.search_rows(prompt, layers=layers, causal=causal)
+    assert max(float(rows.max()) for rows in want) > 0.01
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)
+
+
+def test_rows_come_from_no_more_layers_than_are_asked_for(adapter, pictures, monkeypatch):
+    prompt = adapter.search_prompt("star", pictures)
+    session = ImageSession(adapter, pictures)
+    ran = []
+    for index, layer in enumerate(adapter.language_model.layers):
+        monkeypatch.setattr(
+            layer, "forward", lambda *a, _i=index, _f=layer.forward, **k: (ran.append(_i), _f(*a, **k))[1]
+        )
+    session.search_rows(prompt, layers=(2, 0), causal=False)
+    assert ran == [0, 1, 2]
+
+
+def test_the_prefix_keeps_its_bits_through_branches_also_failed_ones(adapter, pictures, collage):
+    with ImageSession(adapter, pictures) as session:
+        before = bits(session)
+        session.ask(QUESTION, collage, max_new_tokens=4)
+        session.search_rows(adapter.search_prompt("star", pictures), layers=(1,), causal=False)
+        ids = adapter.input_ids(QUESTION, pictures)
+        for static in (False, True):
+            session.reply(ids, max_new_tokens=3, static=static)
+        with pytest.raises(KeyError), session.branch(ids) as branch:
+            branch.run(session.length + 3)
+            raise KeyError
+        with pytest.raises(RuntimeError, match="left the decoder early"), session.branch(ids) as branch:
+            branch.run(session.length + 3, depth=2)
+            branch.run()
+        assert all(torch.equal(a, b) for a, b in zip(before, bits(session), strict=True))
+        with session.branch(ids) as branch:
+            assert (branch.logits() - stock_logits(adapter, ids, pictures)).abs().max() < 1e-4
+
+
+def test_a_branch_longer_than_the_room_makes_the_cache_grow_once_and_stay_right(adapter, pictures, collage):
+    with ImageSession(adapter, pictures, room=1) as session:
+        every = pictures + collage
+        ids = adapter.input_ids(QUESTION, every)
+        assert session.reply(ids, collage, max_new_tokens=9) == adapter.generate_ids(ids, every, max_new_tokens=9)
+        grown = session.nbytes
+        pointers = [layer.keys.data_ptr() for layer in session.cache.layers]
+        session.reply(ids, collage, max_new_tokens=9)
+        assert session.nbytes == grown and pointers == [layer.keys.data_ptr() for layer in session.cache.layers]
+
+
+def test_nothing_is_prefilled_or_encoded_twice(adapter, pictures, monkeypatch):
+    encoded, sent = [], []
+    encode, extend = adapter.encode, adapter.extend
+    monkeypatch.setattr(adapter, "encode", lambda pictures: (encoded.append(pictures.grids), encode(pictures))[1])
+    monkeypatch.setattr(
+        adapter, "extend", lambda cache, ids, *a, **k: (sent.append(ids.shape[1]), extend(cache, ids, *a, **k))[1]
+    )
+    config = HiDeConfig(
+        layers=(0,), sigma=1, threshold=0.5, min_tokens=30, max_tokens=120, entities_from="rules", max_new_tokens=4
+    )
+    hide = HiDe(adapter, config)
+    with hide.open(draw_scene(3, 300, 260, objects=3).image) as session:
+        prefix = session.length
+        results = [hide.ask(session, question) for question in (QUESTION, "Is the ring left of the moon?")]
+    assert sent[0] == prefix and sum(sent[1:]) < 6 * prefix and max(sent[1:]) < prefix + 60
+    assert [len(grids) for grids in encoded] == [1] * (1 + sum(r.collages[0] is not None for r in results))
+    assert "prefix" not in results[0].tokens
+
+
+def test_stale_positions_of_another_prompt_are_not_taken(adapter, pictures):
+    ids = adapter.input_ids(QUESTION, pictures)
+    want = adapter.generate_ids(ids, pictures, max_new_tokens=6)
+    with ImageSession(adapter, pictures) as session:
+        adapter.model.model.rope_deltas = torch.tensor([[12345]])
+        assert session.reply(ids, max_new_tokens=6, static=False) == want
+        assert adapter.model.model.rope_deltas.item() == 12345
+    adapter.model.model.rope_deltas = None
+
+
+def test_ask_is_the_same_with_a_session_and_with_the_picture(adapter):
+    config = HiDeConfig(
+        layers=(0,), sigma=1, threshold=0.5, min_tokens=30, max_tokens=120, entities_from="rules", max_new_tokens=6
+    )
+    hide = HiDe(adapter, config)
+    image = draw_scene(5, 500, 300, objects=4).image
+    with hide.open(image) as session:
+        for question in (QUESTION, "Is the ring on the left or right side of the moon?"):
+            shared, alone = hide.ask(session, question).to_dict(), hide.ask(image, question).to_dict()
+            assert alone["tokens"].pop("prefix") == session.length
+            for result in (shared, alone):
+                result.pop("seconds")
+            assert shared == alone
+    with pytest.raises(RuntimeError, match="closed"):
+        hide.ask(session, QUESTION)
+    with pytest.raises(ValueError, match="another model"):
+        HiDe(Qwen25VL(*build()), config).ask(session, QUESTION)
+
+
+# Many prompts side by side
+
+
+def test_replies_side_by_side_are_those_one_by_one(adapter):
+    texts = ["List: star", "List: a ring and a moon behind the very small heart, and nothing else", "List: x"]
+    prompts = [adapter.input_ids(text) for text in texts]
+    prefix = Prefix(adapter, prompts[0][:, :4])
+    want = [adapter.generate_ids(ids, max_new_tokens=15) for ids in prompts]
+    assert len({tuple(reply) for reply in want}) == 3
+    assert prefix.replies(prompts, max_new_tokens=15) == want
+    assert prefix.replies(prompts[1:2], max_new_tokens=1) == [want[1][:1]]
+
+
+def test_each_reply_ends_at_its_own_end_token(adapter, monkeypatch):
+    prompts = [adapter.input_ids(text) for text in ("List: star", "List: ring and moon")]
+    prefix = Prefix(adapter, prompts[0][:, :4])
+    long = prefix.replies(prompts, max_new_tokens=12)
+    end = long[0][3]
+    monkeypatch.setattr(adapter.model.generation_config, "eos_token_id", [end, adapter.tokenizer.eos_token_id])
+    want = [adapter.generate_ids(ids, max_new_tokens=12) for ids in prompts]
+    got = prefix.replies(prompts, max_new_tokens=12)
+    assert got == want and len(got[0]) == 1 + long[0].index(end)
+
+
+def test_entities_of_many_questions_are_those_of_each_and_are_remembered(adapter, monkeypatch):
+    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, max_entity_tokens=12)
+    questions = [QUESTION, "Is the ring left of the moon?", QUESTION]
+    hide = HiDe(adapter, config)
+    alone = [HiDe(adapter, config).entities(question) for question in questions]
+    assert hide.entities_of(questions) == alone
+    monkeypatch.setattr(hide, "_entity_replies", None)
+    assert hide.entities_of(questions) == alone
+
+
+def test_a_generation_config_that_only_generate_serves_is_refused(adapter, monkeypatch):
+    monkeypatch.setattr(adapter.model.generation_config, "no_repeat_ngram_size", 2)
+    with pytest.raises(ValueError, match="no_repeat_ngram_size"):
+        greedy_settings(adapter.model.generation_config)
+    assert not adapter.greedy_by_steps
+    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, max_entity_tokens=5)
+    assert len(HiDe(adapter, config).entities_of([QUESTION, "Where is the moon?"])) == 2
+
+
+# Robustness
+
+
+def failing_above(adapter, monkeypatch, most, error):
+    extend, sent = adapter.extend, []
+
+    def limited(cache, ids, *args, **kwargs):
+        if ids.shape[1] > most:
+            # As on a device: some layers have written already.
+            extend(cache, ids, *args, **{**kwargs, "depth": 2})
+            raise error
+        sent.append(ids.shape[1])
+        return extend(cache, ids, *args, **kwargs)
+
+    monkeypatch.setattr(adapter, "extend", limited)
+    return sent
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_halves_the_chunk_and_the_result_is_the_same(adapter, monkeypatch, error):
+    pictures = preprocessed(adapter, [(420, 390)])
+    ids = adapter.input_ids(QUESTION, pictures)
+    want = stock_logits(adapter, ids, pictures)
+    sent = failing_above(adapter, monkeypatch, 70, error)
+    with ImageSession(adapter, pictures, prefill_chunk=300) as session:
+        assert max(sent) <= 70 and sum(sent) == session.length and len(sent) > 1
+        with session.branch(ids) as branch:
+            assert (branch.logits() - want).abs().max() < 1e-4
+
+
+def test_out_of_memory_for_good_says_sizes_and_what_to_do(adapter, pictures, monkeypatch):
+    failing_above(adapter, monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
+    with pytest.raises(MemoryError, match=r"tokens behind 0 do not fit .* 9 GiB\); lower max_tokens"):
+        ImageSession(adapter, pictures)
+    monkeypatch.undo()
+    with ImageSession(adapter, pictures) as session:
+        failing_above(adapter, monkeypatch, 3, torch.OutOfMemoryError("x"))
+        with pytest.raises(MemoryError):
+            session.search_rows(adapter.search_prompt("star", pictures), layers=(1,), causal=False)
+        monkeypatch.undo()
+        session.search_rows(adapter.search_prompt("star", pictures), layers=(1,), causal=False)
+
+
+def test_other_errors_of_a_forward_are_not_taken_for_short_memory(adapter, pictures, monkeypatch):
+    failing_above(adapter, monkeypatch, 3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        ImageSession(adapter, pictures)
+
+
+def test_pictures_without_pixels_for_the_encoder_to_fit_say_so(adapter, pictures, monkeypatch):
+    def encode(pictures):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(adapter, "encode", encode)
+    with pytest.raises(MemoryError, match="encoding images of .* do not fit"):
+        ImageSession(adapter, pictures)
+
+
+def test_wrong_prompts_are_named(adapter, pictures, collage):
+    session = ImageSession(adapter, pictures)
+    ids = adapter.input_ids(QUESTION, pictures)
+    for wrong in (ids[:, : session.length], ids[:, 5:], adapter.input_ids(QUESTION)):
+        with pytest.raises(ValueError, match="do not go on behind"), session.branch(wrong):
+            pass
+    with pytest.raises(ValueError, match="one sequence"), session.branch(ids.expand(2, -1)):
+        pass
+    with session.branch(ids), pytest.raises(RuntimeError, match="open already"), session.branch(ids):
+        pass
+    with pytest.raises(ValueError, match="one sequence"):
+        Prefix(adapter, ids.expand(2, -1))
+    with pytest.raises(ValueError, match="at least one token in each"):
+        empty = Pictures(torch.zeros(0, 1176), torch.tensor([[1, 0, 4]]), ((0, 2),))
+        ImageSession(adapter, empty)
+    with pytest.raises(ValueError, match="prefill_chunk"):
+        ImageSession(adapter, pictures, prefill_chunk=0)
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"), session.branch(ids):
+        pass
+
+
+def test_a_question_beyond_the_models_positions_is_refused_and_the_session_lives(adapter, pictures):
+    with ImageSession(adapter, pictures) as session:
+        with pytest.raises(ValueError, match="shorten it"):
+            session.ask("star " * 40_000, max_new_tokens=2)
+        assert session.ask(QUESTION, max_new_tokens=2).tokens > 2
+
+
+def test_weight_only_quantised_layers_serve_a_session(pictures):
+    """Nothing reads a weight by itself: int8 weights that only their own forward can use give the same both ways."""
+
+    class Int8(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.scale = linear.weight.abs().amax(1, keepdim=True) / 127
+            self.integers = (linear.weight / self.scale).round().to(torch.int8)
+            self.bias = linear.bias
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.integers.float() * self.scale, self.bias)
+
+    model, tokenizer, processor = build()
+    randomise(model)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            for owner, name in [(layer.self_attn, "q_proj"), (layer.self_attn, "v_proj"), (layer.mlp, "down_proj")]:
+                setattr(owner, name, Int8(getattr(owner, name)))
+    adapter = Qwen25VL(model, tokenizer, processor)
+    ids = adapter.input_ids(QUESTION, pictures)
+    with ImageSession(adapter, pictures) as session, session.branch(ids) as branch:
+        assert (branch.logits() - stock_logits(adapter, ids, pictures)).abs().max() < 1e-4
+
+
+def test_a_model_that_accelerate_moves_layer_by_layer_serves_a_session(adapter, pictures, collage):
+    accelerate = pytest.importorskip("accelerate")
+    ids = adapter.input_ids(QUESTION, pictures + collage)
+    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=6)
+    model, tokenizer, processor = build()
+    randomise(model)
+    model.generation_config.repetition_penalty = 1.05
+    moved = Qwen25VL(accelerate.cpu_offload(model, execution_device=torch.device("cpu")), tokenizer, processor)
+    with ImageSession(moved, pictures) as session:
+        assert session.reply(ids, collage, max_new_tokens=6) == want
+
+
+# Several pictures
+
+
+def test_a_pool_closes_what_was_used_least_recently(adapter):
+    sizes = {name: [(224 + 56 * i, 230)] for i, name in enumerate("abc")}
+    opened = []
+
+    def opener(name):
+        def open_session():
+            opened.append(name)
+            return ImageSession(adapter, preprocessed(adapter, sizes[name]), room=8)
+
+        return open_session
+
+    one = opener("c")().nbytes
+    opened.clear()
+    pool = SessionPool(2 * one)
+    a = pool.get("a", opener("a"))
+    b = pool.get("b", opener("b"))
+    assert pool.get("a", opener("a")) is a and opened == ["a", "b"]
+    pool.get("c", opener("c"))
+    assert b.closed and not a.closed and len(pool) == 2 and pool.nbytes <= 2 * one
+    pool.budget = 0
+    last = pool.get("b", opener("b"))
+    assert len(pool) == 1 and not last.closed and opened == ["a", "b", "c", "b"]
+    pool.close()
+    assert last.closed and pool.nbytes == 0
+    with pytest.raises(ValueError, match="budget"):
+        SessionPool(-1)
+
+
+def test_a_pool_gives_way_where_memory_is_too_short_for_a_new_session(adapter, pictures):
+    pool = SessionPool(1 << 40)
+    first = pool.get("a", lambda: ImageSession(adapter, pictures))
+    tries = []
+
+    def short():
+        tries.append(first.closed)
+        if not first.closed:
+            raise MemoryError
+        return ImageSession(adapter, pictures)
+
+    assert not pool.get("b", short).closed and tries == [False, True] and len(pool) == 1
+
+
+def test_a_closed_session_frees_its_memory(adapter, pictures):
+    session = ImageSession(adapter, pictures)
+    session.ask(QUESTION, max_new_tokens=2)
+    sizes = {tuple(layer._buffers[0].shape) for layer in session.cache.layers}
+    session.close()
+    gc.collect()
+    held = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and tuple(o.shape) in sizes]
+    assert not held and session.nbytes == 0
+
+
+# The cache itself
+
+
+def test_the_cache_answers_transformers_questions_about_its_length():
+    cache = PreallocatedCache(2, 4)
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    keys = torch.arange(2 * 3 * 5 * 2.0).reshape(2, 3, 5, 2)
+    for layer in range(2):
+        got, _ = cache.update(keys, -keys, layer)
+        assert torch.equal(got, keys)
+    assert cache.get_seq_length() == 5 and cache.layers[0].capacity == 256
+    cache.layers[0].crop(-2)
+    cache.layers[1].crop(3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [3, 3]
+    cache.layers[0].crop(0)
+    got, values = cache.update(keys[:, :, :1] + 100, keys[:, :, :1], 0)
+    assert torch.equal(got, torch.cat([keys[:, :, :3], keys[:, :, :1] + 100], 2)) and values.shape == got.shape
+    cache.rewind(1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [1, 1]
