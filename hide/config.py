@@ -79,7 +79,7 @@ PRESETS: dict[str, HiDeConfig] = {
     "tiny": HiDeConfig(
         layers=(0,),
         sigma=1.0,
-        threshold=0.2,
+        threshold=0.1,
         min_tokens=36,
         entities_from="rules",
         include_end_token=False,

@@ -401,7 +401,7 @@ def test_a_closed_session_frees_its_memory(adapter, pictures):
     sizes = {tuple(layer._buffers[0].shape) for layer in session.cache.layers}
     session.close()
     gc.collect()
-    held = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and tuple(o.shape) in sizes]
+    held = [o for o in gc.get_objects() if type(o) is torch.Tensor and tuple(o.shape) in sizes]
     assert not held and session.nbytes == 0
 
 
@@ -424,3 +424,38 @@ def test_the_cache_answers_transformers_questions_about_its_length():
     assert torch.equal(got, torch.cat([keys[:, :, :3], keys[:, :, :1] + 100], 2)) and values.shape == got.shape
     cache.rewind(1)
     assert [layer.get_seq_length() for layer in cache.layers] == [1, 1]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_decodes_what_generate_decodes(pictures, collage):
+    model, tokenizer, processor = build()
+    randomise(model)
+    model.generation_config.repetition_penalty = 1.05
+    adapter = Qwen25VL(model.double().cuda(), tokenizer, processor)
+    assert adapter.static_decode
+    ids = adapter.input_ids(QUESTION, pictures + collage)
+    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=21)
+    with ImageSession(adapter, pictures) as session:
+        for _ in range(2):
+            assert session.reply(ids, collage, max_new_tokens=21, static=True) == want
+        assert session.reply(ids, collage, max_new_tokens=21, static=False) == want
+
+
+@pytest.mark.gpu
+def test_a_model_spread_over_gpu_and_cpu_serves_a_session(adapter, pictures, collage):
+    accelerate = pytest.importorskip("accelerate")
+    ids = adapter.input_ids(QUESTION, pictures + collage)
+    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=6)
+    model, tokenizer, processor = build()
+    randomise(model)
+    model.generation_config.repetition_penalty = 1.05
+    places = {"model.visual": 0, "model.language_model.embed_tokens": 0, "model.language_model.norm": "cpu", "lm_head": "cpu",
+              "model.language_model.rotary_emb": 0}  # fmt: skip
+    places |= {f"model.language_model.layers.{i}": 0 if i < 3 else "cpu" for i in range(6)}
+    spread = Qwen25VL(accelerate.dispatch_model(model, places), tokenizer, processor)
+    assert not spread.static_decode
+    with ImageSession(spread, pictures) as session:
+        assert session.reply(ids, collage, max_new_tokens=6) == want
