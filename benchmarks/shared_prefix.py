@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from hide.models.qwen2_5_vl import Pictures, Qwen25VL, SearchPrompt
+from hide.models.base import Picture, Pictures, SearchPrompt
+from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import ImageSession, Prefix
 from hide.tiny.model import build
 from hide_kernels.integrations.transformers import capture_attention_rows
@@ -109,7 +110,7 @@ def pictures(grid: tuple[int, int], seed: int) -> Pictures:
     rows, columns = grid
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(4 * rows * columns, 3 * 2 * 14 * 14, generator=generator)
-    return Pictures(pixels, torch.tensor([[1, 2 * rows, 2 * columns]]), (grid,))
+    return Pictures((Picture(pixels, (1, 2 * rows, 2 * columns), grid, rows * columns),))
 
 
 class Bench:

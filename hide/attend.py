@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import ImageLike, load_image, on_colour
-from hide.models.qwen2_5_vl import Qwen25VL
+from hide.models.base import Adapter
 from hide_kernels import maps_to_pixels, rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows
 
@@ -87,7 +87,7 @@ class TokenAttention:
 
 
 def attend(
-    model: Qwen25VL,
+    model: Adapter,
     image: ImageLike,
     text: str,
     *,

@@ -28,7 +28,8 @@ from hide.entities import (
 )
 from hide.images import ImageLike, load_image, to_tensor
 from hide.models import load
-from hide.models.qwen2_5_vl import MAX_ASPECT, Pictures, Qwen25VL, Reply, SearchPrompt
+from hide.models.base import Adapter, Pictures, Reply, SearchPrompt
+from hide.models.qwen2_5_vl import MAX_ASPECT
 from hide.questions import Question
 from hide.session import ImageSession, Prefix
 from hide_kernels import collage, regions, token_maps
@@ -157,7 +158,7 @@ class HiDe:
     """
 
     def __init__(
-        self, model: Qwen25VL, config: HiDeConfig, *, extractor: Extractor | None = None, notes: Sequence[str] = ()
+        self, model: Adapter, config: HiDeConfig, *, extractor: Extractor | None = None, notes: Sequence[str] = ()
     ) -> None:
         """Use a loaded model.
 
@@ -499,7 +500,7 @@ class HiDe:
         return [f"maps: {near} cells lie within {error:g} of the threshold, the error of {self.model.dtype}"]
 
 
-def preset_for(model: Qwen25VL, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
+def preset_for(model: Adapter, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
     """The config for a model, and notes about where it comes from.
 
     `preset` is a name in `PRESETS`; `None` takes the published values for the model's depth, and for depths that none

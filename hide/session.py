@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hide.decoding import GreedyDecoder
 from hide.kv_cache import PreallocatedCache
-from hide.models.qwen2_5_vl import Features, Pictures, Qwen25VL, Reply, SearchPrompt
+from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows
 
@@ -34,7 +34,7 @@ class Prefix:
 
     def __init__(
         self,
-        model: Qwen25VL,
+        model: Adapter,
         ids: Tensor,
         pictures: Pictures | None = None,
         *,
@@ -59,8 +59,8 @@ class Prefix:
             raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, P): a session is one sequence")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk: got {prefill_chunk}, want at least 1 token")
-        if pictures is not None and not all(rows * columns for rows, columns in pictures.grids):
-            raise ValueError(f"pictures: got grids {pictures.grids}, want at least one token in each")
+        if pictures is not None and not all(pictures.tokens):
+            raise ValueError(f"pictures: got {pictures.tokens} tokens, want at least one in each")
         self.model = model
         self.ids = ids.cpu()
         self.length = ids.shape[1]
@@ -70,7 +70,7 @@ class Prefix:
         self._cache: PreallocatedCache | None = PreallocatedCache(model.num_layers, self.length + room)
         self._branched = False
         if pictures is not None:
-            with _advised(f"encoding images of {' + '.join(str(r * c) for r, c in pictures.grids)} tokens"):
+            with _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
                 self.features = model.encode(pictures)
             self.pictures = pictures.without_pixels()
         # No logits are wanted of a prefix.
@@ -116,7 +116,7 @@ class Prefix:
             raise ValueError(f"ids: got {ids.shape[1]} tokens that do not go on behind the session's {self.length}")
         every, features = self.pictures, None
         if pictures is not None:
-            with _advised(f"encoding {len(pictures.grids)} more images"):
+            with _advised(f"encoding {len(pictures.items)} more images"):
                 features = self.model.encode(pictures)
             every = pictures.without_pixels() if every is None else every + pictures.without_pixels()
         self._branched = True
@@ -310,7 +310,7 @@ class ImageSession(Prefix):
 
     def __init__(
         self,
-        model: Qwen25VL,
+        model: Adapter,
         pictures: Pictures,
         *,
         images: Sequence[Image.Image] = (),

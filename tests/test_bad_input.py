@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 from hide import PRESETS, HiDe
 from hide.entities import ENTITY_PROMPT, MAX_ENTITIES, MAX_LENGTH, entities_by_rules, entity_request, parse_entities
 from hide.images import load_image
-from hide.models.qwen2_5_vl import Qwen25VL, Reply
+from hide.models.base import Reply
+from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityRows
 from hide.questions import LETTER_REQUEST, Question
 from hide.tiny.model import build

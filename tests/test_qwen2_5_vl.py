@@ -86,13 +86,13 @@ def test_small_pictures_are_brought_up_to_the_least_number_of_tokens(adapter):
     )
     pictures = adapter.preprocess([small], min_tokens=256, max_tokens=300)
     assert pictures.grids[0][0] * pictures.grids[0][1] >= 256
-    assert torch.equal(pictures.pixel_values, twice["pixel_values"])
+    assert torch.equal(pictures.items[0].pixels, twice["pixel_values"])
 
 
 def test_transparent_pixels_are_white_to_the_model(adapter):
     clear = Image.new("RGBA", (280, 280), (200, 0, 0, 0))
     white = Image.new("RGB", (280, 280), "white")
-    values = [adapter.preprocess([image], min_tokens=4, max_tokens=400).pixel_values for image in (clear, white)]
+    values = [adapter.preprocess([image], min_tokens=4, max_tokens=400).items[0].pixels for image in (clear, white)]
     assert torch.equal(*values)
 
 

@@ -8,7 +8,8 @@ import torch
 from hide import HiDe, HiDeConfig
 from hide.decoding import greedy_settings
 from hide.kv_cache import PreallocatedCache
-from hide.models.qwen2_5_vl import Pictures, Qwen25VL
+from hide.models.base import Picture, Pictures
+from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import ImageSession, Prefix, SessionPool
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
@@ -296,8 +297,8 @@ def test_wrong_prompts_are_named(adapter, pictures, collage):
         pass
     with pytest.raises(ValueError, match="one sequence"):
         Prefix(adapter, ids.expand(2, -1))
-    with pytest.raises(ValueError, match="at least one token in each"):
-        empty = Pictures(torch.zeros(0, 1176), torch.tensor([[1, 0, 4]]), ((0, 2),))
+    with pytest.raises(ValueError, match="at least one in each"):
+        empty = Pictures((Picture(torch.zeros(0, 1176), (1, 0, 4), (0, 2), 0),))
         ImageSession(adapter, empty)
     with pytest.raises(ValueError, match="prefill_chunk"):
         ImageSession(adapter, pictures, prefill_chunk=0)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hide.models.qwen2_5_vl import Qwen25VL
+    from hide.models.base import Adapter
 
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = {"qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL"}
+"""`model_type` of a checkpoint's config -> where its adapter is, which is loaded when it is needed."""
 
 
 def load(
     path: str | Path, *, device: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
-) -> Qwen25VL:
+) -> Adapter:
     """Load a checkpoint folder or hub name with the adapter of its family.
 
     Args:
@@ -39,6 +41,6 @@ def load(
             f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)}. Attention rows of any "
             "model: hide_kernels.integrations.transformers.capture_attention_rows"
         )
-    from hide.models.qwen2_5_vl import Qwen25VL
-
-    return Qwen25VL.from_pretrained(path, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    module, name = FAMILIES[model_type].split(":")
+    adapter: type[Adapter] = getattr(import_module(module), name)
+    return adapter.from_pretrained(path, device=device, dtype=dtype, attn_implementation=attn_implementation)

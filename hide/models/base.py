@@ -1,0 +1,485 @@
+"""What all model families share: prompts, pieces of forwards, attention rows and replies.
+
+A family's adapter says how pictures become tokens, where those lie, and which positions they have; everything else is
+here. Models are Hugging Face's own classes, unmodified. Tokenizer, chat template and image processor are loaded one by
+one: `AutoProcessor` would need torchvision, which has no CPU build.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, is_flash_attn_2_available
+
+from hide.config import SEARCH_PROMPT
+from hide.decoding import greedy_settings
+from hide_kernels import ImageTokens, rows_to_maps
+from hide_kernels.integrations.transformers import capture_attention_rows
+
+# Stands for a turn's text where only what the chat template puts around it matters.
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+class Picture(NamedTuple):
+    """One preprocessed image.
+
+    pixels: as the family's vision encoder takes them; empty where only prompts and positions matter. layout: what the
+    family must know of it besides: patches, tiles, or the size before resizing. grid: (rows, columns) of its map.
+    tokens: how many stand for it in a prompt.
+    """
+
+    pixels: Tensor
+    layout: tuple[int, ...]
+    grid: tuple[int, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Preprocessed images, in the order of the prompt."""
+
+    items: tuple[Picture, ...]
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of each image's map."""
+        return tuple(picture.grid for picture in self.items)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of each image."""
+        return tuple(picture.tokens for picture in self.items)
+
+    def __add__(self, other: Pictures) -> Pictures:
+        return Pictures(self.items + other.items)
+
+    def without_pixels(self) -> Pictures:
+        """What prompts and positions need; the pixels of many tokens are larger than their keys and values."""
+        return Pictures(tuple(picture._replace(pixels=picture.pixels[:0]) for picture in self.items))
+
+
+class Features(NamedTuple):
+    """What the vision encoder makes of pictures, in the order of the image tokens.
+
+    embeddings: (tokens, hidden). deepstack: one more such tensor for each early decoder layer that adds them.
+    """
+
+    embeddings: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.embeddings.nbytes + sum(layer.nbytes for layer in self.deepstack)
+
+    def part(self, first: int, last: int) -> Features:
+        """Those of the image tokens from `first` to `last`, half-open."""
+        return Features(self.embeddings[first:last], tuple(layer[first:last] for layer in self.deepstack))
+
+
+class Reply(NamedTuple):
+    """What the model said, and how many tokens went through it: the prompt's, images included, and the reply's."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A tokenised user turn, up to where the reply begins.
+
+    input_ids: (1, L). images: where each image's tokens lie. rows: positions of the text's tokens.
+    """
+
+    input_ids: Tensor
+    images: tuple[ImageTokens, ...]
+    rows: range
+
+
+@dataclass(frozen=True)
+class SearchPrompt(Turn):
+    """The search prompt: the rows of its fixed words, the prior, come first.
+
+    prior_rows: how many those are. labels: text of each token after them.
+    """
+
+    prior_rows: int
+    labels: tuple[str, ...]
+
+
+class Adapter(ABC):
+    """A model with its tokenizer and image processor.
+
+    What a family gives: the class attributes, `preprocess`, `encode`, `positions`, `image_tokens`, `model_inputs`.
+    """
+
+    family: ClassVar[str]
+    """`model_type` of its config."""
+    model_class: ClassVar[str]
+    """Name of its class in transformers."""
+    processors: ClassVar[tuple[str, ...]]
+    """Names of its image processor in transformers, the first that is there is taken."""
+    image_text: ClassVar[str]
+    """The special token that stands for each image token."""
+    image_end: ClassVar[str | None] = None
+    """The special token behind an image's tokens, if there is one."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
+        """Wrap parts that are loaded already; raises `ValueError` for a tokenizer without a chat template."""
+        if tokenizer.chat_template is None:
+            raise ValueError("tokenizer: it has no chat template; set tokenizer.chat_template to the model's")
+        self.model: Any = model.eval()
+        self.tokenizer: Any = tokenizer
+        self.image_processor = image_processor
+        self._takes_token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+    ) -> Self:
+        """As `hide.models.load`; safetensors only, no remote code."""
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
+        if dtype == "auto" and target.type == "cpu":
+            dtype = "float32"
+        if attn_implementation is None:
+            flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
+            attn_implementation = "flash_attention_2" if flash else "sdpa"
+        model: Any = getattr(transformers, cls.model_class).from_pretrained(
+            path,
+            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _legacy_chat_template(path)
+        processor = next(found for name in cls.processors if (found := getattr(transformers, name, None)))
+        return cls(model.to(target), tokenizer, processor.from_pretrained(path))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder without its head."""
+        return self.model.model.language_model
+
+    @property
+    def image_token(self) -> int:
+        """The id that stands for each image token in a prompt."""
+        return self.model.config.image_token_id
+
+    @property
+    def static_decode(self) -> bool:
+        """Whether replies are decoded with fixed shapes (`hide.decoding`): on one GPU, where attention takes a mask."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return len(devices) == 1 and next(iter(devices)).type == "cuda" and self.greedy_by_steps
+
+    @property
+    def greedy_by_steps(self) -> bool:
+        """Whether `hide.decoding` gives what `generate` gives: attention that takes a mask, no special settings."""
+        if "flash" in self.model.config.get_text_config()._attn_implementation:
+            return False
+        try:
+            greedy_settings(self.model.generation_config)
+        except ValueError:
+            return False
+        return True
+
+    # -- prompts --------------------------------------------------------------------------------------------------
+
+    def input_ids(self, text: str, pictures: Pictures | None = None) -> Tensor:
+        """(1, L) ids of one user turn, images first, up to where the reply begins.
+
+        Special tokens that stand in `text` are broken up, so that a question cannot end its turn or add an image.
+        """
+        return self._prompt(self.escape(text), pictures)
+
+    def escape(self, text: str) -> str:
+        """`text` with a blank inside everything that the tokenizer would read as a special token."""
+        for token in self.tokenizer.get_added_vocab():
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def search_prompt(
+        self, entities: str, pictures: Pictures, *, prompt: str = SEARCH_PROMPT, include_end_token: bool = True
+    ) -> SearchPrompt:
+        """Images, then `prompt` + `entities`, and where its tokens lie.
+
+        Raises `ValueError` if the prompt's fixed words are not tokens of their own before these entities.
+        """
+        text = prompt + self.escape(entities)
+        turn = self._turn(text, pictures)
+        ids = turn.input_ids[0].tolist()
+        prior = self._tokens(prompt.rstrip())[0].tolist()
+        if ids[turn.rows.start : turn.rows.start + len(prior)] != prior:
+            raise ValueError(
+                f"search_prompt: {prompt!r} followed by {entities[:40]!r} does not keep its words as tokens of their "
+                "own; end it with punctuation and a blank"
+            )
+        rows = range(turn.rows.start, turn.rows.stop + 1) if include_end_token else turn.rows
+        labels = tuple(self.tokenizer.decode([token]).strip() for token in ids[rows.start + len(prior) : rows.stop])
+        return SearchPrompt(turn.input_ids, turn.images, rows, len(prior), labels)
+
+    def turn(self, text: str, pictures: Pictures) -> Turn:
+        """One user turn, images first, and where its images and its text lie."""
+        return self._turn(self.escape(text), pictures)
+
+    def _turn(self, text: str, pictures: Pictures) -> Turn:
+        ids = self._prompt(text, pictures)
+        tokens = ids[0].tolist()
+        tail = self._tokens(self._render(PLACEHOLDER, pictures).rpartition(PLACEHOLDER)[2])[0].tolist()
+        if tokens[-len(tail) :] != tail:
+            raise ValueError(f"text: {text[-40:]!r} melts into the chat template behind it; end it with punctuation")
+        return Turn(ids, self.image_tokens(ids, pictures), range(self._images_end(tokens), len(tokens) - len(tail)))
+
+    def _images_end(self, tokens: list[int]) -> int:
+        """One past the last image's last special token, which no text can melt into."""
+        last = self.image_end or self.image_text
+        return len(tokens) - tokens[::-1].index(self.tokenizer.convert_tokens_to_ids(last))
+
+    def _prompt(self, text: str, pictures: Pictures | None) -> Tensor:
+        ids = self._tokens(self._render(text, pictures))
+        most = self.model.config.get_text_config().max_position_embeddings
+        if ids.shape[1] > most:
+            raise ValueError(
+                f"question: with its images it has {ids.shape[1]} tokens, and the model takes {most}; shorten it, or "
+                "lower max_tokens"
+            )
+        return ids
+
+    def _render(self, text: str, pictures: Pictures | None) -> str:
+        counts = pictures.tokens if pictures else ()
+        content = [*({"type": "image"} for _ in counts), {"type": "text", "text": text}]
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        pieces = rendered.split(self.image_text)
+        if len(pieces) != len(counts) + 1:
+            raise ValueError(
+                f"tokenizer: its chat template made {len(pieces) - 1} image places for {len(counts)} images"
+            )
+        placed = (self.image_text * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+        return pieces[0] + "".join(placed)
+
+    def _tokens(self, text: str) -> Tensor:
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
+    def image_prefix(self, pictures: Pictures) -> Tensor:
+        """(1, P) ids that every user turn about these pictures begins with: up to the last image's end."""
+        ids = self._prompt(PLACEHOLDER, pictures)
+        return ids[:, : self._images_end(ids[0].tolist())]
+
+    # -- what a family gives --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+        """Resize and cut each image into what the vision encoder takes, at most `max_tokens` tokens each.
+
+        Raises `ValueError` for images that the family refuses.
+        """
+
+    @abstractmethod
+    def encode(self, pictures: Pictures) -> Features:
+        """The vision encoder's features, picture by picture, so that its peak is that of the largest."""
+
+    @abstractmethod
+    def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor | None]:
+        """Positions of (1, L) ids as the decoder takes them, (P, 1, L) or (1, L), and what tokens behind them add to
+        their place, where that is not 0."""
+
+    @abstractmethod
+    def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
+        """Where each picture lies in (1, L) ids, and which token shows which cell of its map."""
+
+    @abstractmethod
+    def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+        """The pictures as arguments of the model's own forward, on its device."""
+
+    # -- pieces of a forward, for `hide.session` ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def extend(
+        self,
+        cache: Any,
+        ids: Tensor,
+        positions: Tensor,
+        features: Features | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """Send tokens through the decoder behind those in `cache`, which keeps theirs too.
+
+        Args:
+            ids: (B, n) int64; features: of the image tokens among them. positions: (4, B, n).
+            attention_mask: (B, length with the new tokens), 0 for padding; `None`: there is none.
+            depth: only the first so many layers.
+
+        Returns:
+            (B, n, hidden) after the final norm.
+        """
+        decoder = self.language_model
+        embed = decoder.get_input_embeddings()
+        device = embed.weight.device
+        ids = ids.to(device)
+        embeddings = embed(ids)
+        arguments: dict[str, Any] = {}
+        if features is not None and len(features.embeddings):
+            image = ids == self.image_token
+            embeddings = embeddings.masked_scatter(image[..., None], features.embeddings.to(device, embeddings.dtype))
+            if features.deepstack:
+                layers = [layer.to(device, embeddings.dtype) for layer in features.deepstack]
+                arguments = {"visual_pos_masks": image, "deepstack_visual_embeds": layers}
+        with first_layers(decoder, self.num_layers if depth is None else depth):
+            return decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions.to(device),
+                attention_mask=None if attention_mask is None else attention_mask.to(device),
+                past_key_values=cache,
+                use_cache=True,
+                **arguments,
+            ).last_hidden_state
+
+    @torch.no_grad()
+    def continue_ids(self, ids: Tensor, cache: Any, delta: Tensor | None, *, max_new_tokens: int) -> list[int]:
+        """The greedy reply to (1, L) ids whose cache holds all but the last, by the model's own `generate`.
+
+        delta: as `positions` gives it.
+        """
+        inputs = {"input_ids": ids.to(self.model.device)}
+        if delta is None:
+            return self._greedy(inputs, max_new_tokens, past_key_values=cache)
+        base = self.model.model
+        before = base.rope_deltas
+        # A value of another prompt would be taken for this one's.
+        base.rope_deltas = delta.to(self.model.device)
+        try:
+            return self._greedy(inputs, max_new_tokens, past_key_values=cache)
+        finally:
+            base.rope_deltas = before
+
+    # -- forwards -------------------------------------------------------------------------------------------------
+
+    def _inputs(self, input_ids: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:
+        device = self.model.device
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": torch.ones_like(input_ids, device=device)}
+        if pictures is not None:
+            inputs |= self.image_inputs(pictures)
+        if self._takes_token_types:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.image_token).int()
+        return inputs
+
+    @torch.no_grad()
+    def search_rows(
+        self,
+        prompt: SearchPrompt,
+        pictures: Pictures,
+        *,
+        layers: Sequence[int] | None,
+        causal: bool,
+        keep_layers: bool = False,
+    ) -> list[Tensor]:
+        """Attention rows of the search prompt over each image, averaged over heads and layers.
+
+        Runs the model up to the last of `layers` (zero-based; `None`: all) and no further, without logits.
+
+        Returns:
+            Per image (T, rows, columns) float32 on the model's device, T = `len(prompt.rows)`; with `keep_layers`
+            (layers, T, rows, columns), not averaged over the layers.
+        """
+        layers = range(self.num_layers) if layers is None else layers
+        with capture_attention_rows(
+            self.model,
+            layers=layers,
+            rows=prompt.rows,
+            key_spans=[image.span for image in prompt.images],
+            causal=causal,
+        ) as captured:
+            depth = max(layer % self.num_layers for layer in layers) + 1
+            with first_layers(self.model.model.language_model, depth):
+                self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
+        rows = torch.stack([result.rows[0] for result in captured.values()])
+        return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
+
+    def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> Reply:
+        """Greedy reply to one user turn. The checkpoint's repetition penalty and stop tokens stay in force."""
+        ids = self.input_ids(text, pictures)
+        new = self.generate_ids(ids, pictures, max_new_tokens=max_new_tokens)
+        return Reply(self.decode(new), ids.shape[1] + len(new))
+
+    @torch.no_grad()
+    def generate_ids(self, input_ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int) -> list[int]:
+        """The tokens of the greedy reply to (1, L) ids."""
+        return self._greedy(self._inputs(input_ids, pictures), max_new_tokens)
+
+    def _greedy(self, inputs: dict[str, Tensor], max_new_tokens: int, **more: Any) -> list[int]:
+        # As arguments, not as a generation_config: transformers 4.57 puts the checkpoint's values back where a config's
+        # equal the library's defaults, and do_sample=False is one.
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        reply = self.model.generate(
+            **inputs,
+            **more,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=max_new_tokens,
+        )
+        return reply[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a reply, without special tokens and surrounding blanks."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@contextmanager
+def first_layers(language_model: Any, depth: int) -> Iterator[None]:
+    """Inside, the decoder ends after `depth` layers."""
+    layers = language_model.layers
+    language_model.layers = layers[:depth]
+    try:
+        yield
+    finally:
+        language_model.layers = layers
+
+
+def _legacy_chat_template(path: str | Path) -> str | None:
+    """The template of checkpoints that keep it in a file of the processor's, or `None`."""
+    import json
+
+    for name in ("chat_template.jinja", "chat_template.json"):
+        file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            text = Path(file).read_text(encoding="utf-8")
+            return json.loads(text)["chat_template"] if name.endswith(".json") else text
+    return None
