@@ -135,13 +135,13 @@ HIDE_FN void resize(Block& block, const u8* pixels, const int* table, u8* resize
 // Where the patches of a picture hold its values: the patches of a block of merge x merge one after another; in a patch
 // channel, frame, row and column. Every frame is the same.
 struct Patches {
-  i64 patch, merge, frames;
-  i64 columns;  // of patches
+  int patch, merge, frames;
+  int columns;  // of patches
 
-  HIDE_FN i64 area() const { return patch * patch; }
+  HIDE_FN i64 area() const { return i64(patch) * patch; }
   HIDE_FN i64 channel() const { return frames * area(); }
-  HIDE_FN i64 start(i64 row, i64 column) const {
-    const i64 block = (row / merge) * (columns / merge) + column / merge;
+  HIDE_FN i64 start(int row, int column) const {
+    const i64 block = i64(row / merge) * (columns / merge) + column / merge;
     return ((block * merge + row % merge) * merge + column % merge) * 3 * channel();
   }
 };
@@ -154,15 +154,15 @@ HIDE_FN void resize_to_patches(Block& block, const u8* pixels, const int* table,
                                i64 columns, i64 axis, i64 patch, i64 merge, i64 frames) {
   const Pass pass =
       pass_of(pixels, table, row_stride, column_stride, channel_stride, channels, width, rows, columns, axis);
-  const Patches patches = {patch, merge, frames, columns / patch};
+  const Patches patches = {int(patch), int(merge), int(frames), int(columns / patch)};
   if constexpr (Block::kSerial) {
 #ifndef __CUDACC__
     // A row of patches at a time, so that each patch is written in one go.
     u8* memory = reinterpret_cast<u8*>(block.shared);
     u8* strip = memory + (pass.axis == kColumns ? 3 * kStrip * width : 0);
-    for (i64 row = 0; row < rows / patch; ++row) {
+    for (int row = 0; row < rows / patch; ++row) {
       resize_strip(pass, row * patch, patch, memory, strip);
-      for (i64 column = 0; column < patches.columns; ++column) {
+      for (int column = 0; column < patches.columns; ++column) {
         T* target = result + patches.start(row, column);
         for (int channel = 0; channel < 3; ++channel, target += patches.channel()) {
           const T* of_channel = values + 256 * channel;
@@ -177,11 +177,12 @@ HIDE_FN void resize_to_patches(Block& block, const u8* pixels, const int* table,
     }
 #endif
   } else {
-    for (i64 y = block.block; y < rows; y += block.blocks)
-      for (i64 x = block.thread; x < columns; x += block.threads) {
+    const int side = patches.patch;
+    for (int y = block.block; y < rows; y += block.blocks)
+      for (int x = block.thread; x < columns; x += block.threads) {
         u8 pixel[3];
         resize_pixel(pass, y, x, pixel);
-        T* target = result + patches.start(y / patch, x / patch) + y % patch * patch + x % patch;
+        T* target = result + patches.start(y / side, x / side) + y % side * side + x % side;
         for (int channel = 0; channel < 3; ++channel, target += patches.channel())
           for (i64 frame = 0; frame < frames; ++frame)
             target[frame * patches.area()] = values[256 * channel + pixel[channel]];
