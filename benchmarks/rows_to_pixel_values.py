@@ -42,7 +42,7 @@ Stage = Callable[[Any], Any]
 
 
 def attention(seed: int = 0) -> Tensor:
-    """(PRIOR + MAPS, rows, columns) float32, each of sum 1 at most: noise, and in each of the last one of four objects."""
+    """(PRIOR + MAPS, rows, columns) float32, each of sum 1: noise, and in each after the prior one of four objects."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[: GRID[0], : GRID[1]]
     found = random.uniform(0, 0.1, (PRIOR + MAPS, *GRID))
@@ -99,9 +99,9 @@ def _ours(source: Tensor) -> dict[str, Stage]:
     """Stages from rows to values, each given what the one before it made."""
     return {
         "token_maps": lambda rows: token_maps([rows], prior_rows=PRIOR, sigma=SIGMA),
-        "collage_of_maps": lambda maps: collage_of_maps(
-            source, maps.maps[0], THRESHOLD, valid=maps.valid, fill=WHITE
-        ).image,
+        "collage_of_maps": lambda maps: (
+            collage_of_maps(source, maps.maps[0], THRESHOLD, valid=maps.valid, fill=WHITE).image
+        ),
         "pixel_values": lambda image: pixel_values(image, _sizes(*image.shape[:2]), mean=MEAN, std=STD),
     }
 

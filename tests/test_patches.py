@@ -71,7 +71,13 @@ def test_a_large_picture_of_odd_size_is_pillows():
 
 
 def test_the_order_of_the_axes_is_the_installed_pillows_and_until_12_never_the_rows_first(monkeypatch):
-    sizes = [((60, 60), (30, 90)), ((60, 60), (59, 61)), ((100, 100), (79, 90)), ((100, 100), (80, 90)), ((60, 60), (30, 45))]
+    sizes = [
+        ((60, 60), (30, 90)),
+        ((60, 60), (59, 61)),
+        ((100, 100), (79, 90)),
+        ((100, 100), (80, 90)),
+        ((60, 60), (30, 45)),
+    ]
     monkeypatch.setattr(PIL, "__version__", "13.0.0")
     assert [taps.rows_first(*pair) for pair in sizes] == [True, True, True, False, False]
     monkeypatch.setattr(PIL, "__version__", "12.3.0")

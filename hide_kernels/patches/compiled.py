@@ -16,6 +16,9 @@ from hide_kernels.patches.taps import COLUMNS, ROWS, rows_first, taps
 
 Size = tuple[int, int]
 
+# Tables that graphs read again whenever they are replayed.
+_captured: list[Tensor] = []
+
 
 class Pass(NamedTuple):
     """One axis of one resize: the size before it, and its length after it. The axis is as in csrc/patches.h."""
@@ -111,6 +114,8 @@ def _tables(
 ) -> tuple[Tensor, ...]:
     """Weights of each pass and, where there is a mean, the bits of the normalised values, on the device."""
     packed, lengths = _packed(passes, mean, std, dtype, device.type == "cuda")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(packed)
     return packed.to(device, non_blocking=True).split(lengths)
 
 

@@ -28,8 +28,8 @@ _one_at_a_time = threading.Lock()
 def decode(source: str | Path | bytes, *, device: torch.device | str = "cpu", decoder: str | None = None) -> Tensor:
     """Read a picture, turned upright if its EXIF data says how it was held.
 
-    Pillow decodes on the CPU. nvImageCodec (`nvidia.nvimgcodec`, which comes with cuCIM) decodes JPEGs on a CUDA device;
-    its colours differ from Pillow's by a few levels, as two JPEG decoders' may. Neither applies a colour profile.
+    Pillow decodes on the CPU. nvImageCodec (`nvidia.nvimgcodec`, which comes with cuCIM) decodes JPEGs on a CUDA
+    device; two decoders of JPEG may differ by a few levels, and these do. Neither applies a colour profile.
 
     Args:
         source: a path, or the file's bytes.
@@ -38,7 +38,8 @@ def decode(source: str | Path | bytes, *, device: torch.device | str = "cpu", de
             decodes the file, and Pillow otherwise.
 
     Returns:
-        (H, W, 3) uint8 on `device`; (H, W, 4), with alpha, for a file with transparency. The first frame of an animation.
+        (H, W, 3) uint8 on `device`, or (H, W, 4) with alpha for a file with transparency. The first frame of an
+        animation.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: naming the argument, what came and what was wanted.

@@ -1,4 +1,4 @@
-"""How Pillow resizes: which axis first, and the weights along one, in the fixed point that it uses for 8-bit pictures."""
+"""How Pillow resizes 8-bit pictures: which axis first, and the weights along one, in its fixed point."""
 
 from __future__ import annotations
 
