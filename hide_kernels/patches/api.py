@@ -15,8 +15,8 @@ from hide_kernels.collage.checks import check_extent
 
 # Backends on the kernels of csrc.
 COMPILED = ("cuda", "cpp")
-# Larger sums than a picture has could outgrow the kernels' indices and Pillow's weights.
-MAX_SIDE = 1 << 20
+# Pixels, and of patches also rows and frames: what no picture has, and the kernels' 32-bit sizes are not made for.
+MAX_SIDE, MAX_PATCH = 1 << 20, 256
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,7 +37,7 @@ def resize(image: Tensor, size: tuple[int, int], *, backend: str | None = None) 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
-    check_image(image)
+    _check_image(image)
     size = _check_size("size", size)
     if backends.resolve("pixel_values", backend, image=image) in COMPILED:
         from hide_kernels.patches.compiled import resize_compiled
@@ -81,12 +81,12 @@ def pixel_values(
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.
     """
-    check_image(image)
+    _check_image(image)
     for name, value in (("patch", patch), ("merge", merge), ("temporal", temporal)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: got {type(value).__name__}, want an int")
-        if not 1 <= value <= MAX_SIDE:
-            raise ValueError(f"{name}: got {value}, want at least 1")
+        if not 1 <= value <= MAX_PATCH:
+            raise ValueError(f"{name}: got {value}, want 1 to {MAX_PATCH}")
     targets = _check_sizes(sizes, patch * merge)
     mean, std = _check_channels("mean", mean), _check_channels("std", std)
     if 0 in std:
@@ -101,6 +101,11 @@ def pixel_values(
     else:
         from hide_kernels.patches.reference import pixel_values_reference as implementation
     return implementation(image, targets, mean, std, patch, merge, temporal, dtype)
+
+
+def _check_image(image: Tensor) -> None:
+    if max(check_image(image)) > MAX_SIDE:
+        raise ValueError(f"image: got {tuple(image.shape)}, want at most {MAX_SIDE} pixels a side")
 
 
 def _check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
