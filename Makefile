@@ -49,6 +49,7 @@ format: $(STAMP)  ## let ruff rewrite the files
 
 bench: $(STAMP)  ## what a CPU can show; with a GPU: python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.regions_to_collage
+	$(BIN)/python -m benchmarks.rows_to_pixel_values
 	$(BIN)/python -m benchmarks.cpu
 
 static-report: $(STAMP)  ## recompile the kernels for six architectures, rewrite benchmarks/static_report.md

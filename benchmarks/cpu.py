@@ -3,8 +3,9 @@
 attention_rows beside the best grouped expression, repeated keys and the published loop, at the shape of Qwen2.5-VL-7B
 with 16,384 keys, in bfloat16 and float32, measured in turn. Exit code 1 if a check of correctness fails (then nothing
 is measured), or if ours is slower than the grouped expression, less than three times as fast as the published loop, or
-takes more than a tenth of the new memory of repeated keys. Then maps to boxes to a collage (`regions_to_collage`)
-beside the published steps; exit code 1 too if that takes longer than its limit.
+takes more than a tenth of the new memory of repeated keys. Then maps to boxes to a collage (`regions_to_collage`) and
+rows to the pixel values of a collage (`rows_to_pixel_values`) beside the published steps; exit code 1 too if one of
+them takes longer than its limit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention_rows, regions_to_collage
+from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values
 from benchmarks.measure import environment, write
 
 
@@ -55,11 +56,13 @@ def main() -> int:
             f"{dtype}: {found['grouped']:.2f} x as fast as (c), {found['published']:.2f} x as fast as (a), "
             f"{found['memory']:.3f} of the new memory of (b)"
         )
-    wholes = regions_to_collage.whole_table("cpu")
-    for row in wholes:
-        print(regions_to_collage.line(row))
-    good = good and regions_to_collage.within_limit(wholes)
-    operators = {"attention_rows": {"table": table, "ratios": summary}, "regions_to_collage": {"table": wholes}}
+    operators: dict[str, Any] = {"attention_rows": {"table": table, "ratios": summary}}
+    for name, module in (("regions_to_collage", regions_to_collage), ("rows_to_pixel_values", rows_to_pixel_values)):
+        wholes = module.whole_table("cpu")
+        for row in wholes:
+            print(module.line(row))
+        good = good and module.within_limit(wholes)
+        operators[name] = {"table": wholes}
     result = {"environment": environment(), "operators": operators}
     print(f"written to {write('cpu', result)}")
     return 0 if good else 1

@@ -130,7 +130,7 @@ def _regions_rows(device: torch.device) -> list[Row]:
                 if run() != want:
                     raise AssertionError(f"regions, {name}: wrong boxes")
                 timed = functools.partial(regions, maps, THRESHOLD, backend=name) if name in OURS else run
-                rows.append(_measure("maps to boxes", f"{number} x {grid[0]}x{grid[1]}", name, timed, moved, device))
+                rows.append(measure("maps to boxes", f"{number} x {grid[0]}x{grid[1]}", name, timed, moved, device))
     return rows
 
 
@@ -233,7 +233,7 @@ def _collage_rows(device: torch.device) -> list[Row]:
                 if made is None or not torch.equal(made.cpu(), want):
                     raise AssertionError(f"collage, {backend.name}: wrong pixels")
                 shape = f"{name}{order} to {want.shape[1]}x{want.shape[0]}"
-                rows.append(_measure("boxes to collage", shape, backend.name, run, 2 * want.nbytes, device))
+                rows.append(measure("boxes to collage", shape, backend.name, run, 2 * want.nbytes, device))
     return rows
 
 
@@ -262,7 +262,7 @@ def _whole_rows(device: torch.device) -> list[Row]:
         made = run()
         if made is None or not torch.equal(made.cpu(), want):
             raise AssertionError(f"maps to collage, {name}: wrong pixels")
-        rows.append(_measure("maps to collage", shape, name, run, moved, device))
+        rows.append(measure("maps to collage", shape, name, run, moved, device))
     return rows
 
 
@@ -271,18 +271,8 @@ def _published(maps: Tensor, image: Image.Image, files: bool) -> Image.Image:
 
     With `files`, also its three debugging PNGs and the collage as a base64 PNG.
     """
-    cells = [box for own in _scikit_image(maps) for box in own]
-    left = boxes_to_pixels(torch.tensor(cells), grid=GRID, size=(image.height, image.width)).tolist()
-    pair: tuple[int, int] | None = (0, 0)
-    while pair is not None:
-        pair = next(((i, j) for i in range(len(left)) for j in range(i) if _touch(left[i], left[j])), None)
-        if pair is not None:
-            a, b = left.pop(pair[0]), left.pop(pair[1])
-            left.append([*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:])])
-    layout = plan_layout(torch.tensor(left))
-    shown = Image.new("RGBA", (layout.size[1], layout.size[0]))
-    for box, position in zip(left, layout.positions.tolist(), strict=True):
-        shown.paste(image.crop(tuple(box)).convert("RGBA"), tuple(position[:2]))
+    left = published_boxes(maps, image)
+    shown = published_collage(left, image)
     if files:
         masked = Image.new("RGBA", image.size)
         for box in left:
@@ -292,11 +282,43 @@ def _published(maps: Tensor, image: Image.Image, files: bool) -> Image.Image:
         with tempfile.TemporaryDirectory() as folder:
             for i, debug in enumerate((masked, centred, shown)):
                 debug.save(Path(folder, f"{i}.png"))
-        buffer = io.BytesIO()
-        shown.save(buffer, "PNG")
-        shown = Image.open(io.BytesIO(base64.b64decode(base64.b64encode(buffer.getvalue()))))
-    white = Image.new("RGB", shown.size, WHITE)
-    white.paste(shown, mask=shown.getchannel("A"))
+        shown = through_base64(shown)
+    return on_white(shown)
+
+
+def published_boxes(maps: Tensor, image: Image.Image) -> Boxes:
+    """Boxes in pixels, merged a pair at a time."""
+    cells = [box for own in _scikit_image(maps) for box in own]
+    left = boxes_to_pixels(torch.tensor(cells), grid=GRID, size=(image.height, image.width)).tolist()
+    pair: tuple[int, int] | None = (0, 0)
+    while pair is not None:
+        pair = next(((i, j) for i in range(len(left)) for j in range(i) if _touch(left[i], left[j])), None)
+        if pair is not None:
+            a, b = left.pop(pair[0]), left.pop(pair[1])
+            left.append([*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:])])
+    return left
+
+
+def published_collage(boxes: Boxes, image: Image.Image) -> Image.Image:
+    """RGBA, a crop at a time."""
+    layout = plan_layout(torch.tensor(boxes))
+    shown = Image.new("RGBA", (layout.size[1], layout.size[0]))
+    for box, position in zip(boxes, layout.positions.tolist(), strict=True):
+        shown.paste(image.crop(tuple(box)).convert("RGBA"), tuple(position[:2]))
+    return shown
+
+
+def through_base64(image: Image.Image) -> Image.Image:
+    """The picture as a base64 PNG, and back."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Image.open(io.BytesIO(base64.b64decode(base64.b64encode(buffer.getvalue()))))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGBA to RGB."""
+    white = Image.new("RGB", image.size, WHITE)
+    white.paste(image, mask=image.getchannel("A"))
     return white
 
 
@@ -304,7 +326,7 @@ def _touch(a: list[int], b: list[int]) -> bool:
     return not (a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1])
 
 
-def _measure(what: str, shape: str, name: str, run: Callable[[], Any], moved: int, device: torch.device) -> Row:
+def measure(what: str, shape: str, name: str, run: Callable[[], Any], moved: int, device: torch.device) -> Row:
     """Time until the results are there, of 3 to 50 runs; on a GPU the device is idle before the clock starts."""
     samples: list[float] = []
     while len(samples) < 3 or (len(samples) < 50 and sum(samples) < 1e6):

@@ -15,6 +15,7 @@
 
 #include "collage.h"
 #include "layout.h"
+#include "patches.h"
 #include "regions.h"
 
 #ifdef HIDE_CUDA
@@ -74,6 +75,9 @@ void launch_on_host(const std::string& name, const Geometry& geometry, Arguments
   if (name == "layout_boxes_int32") return go(&hide::layout_boxes<SerialBlock, int>);
   if (name == "layout_boxes_int64") return go(&hide::layout_boxes<SerialBlock, hide::i64>);
   if (name == "collage_rows") return go(&hide::collage_rows<SerialBlock>);
+  if (name == "resize") return go(&hide::resize<SerialBlock>);
+  if (name == "resize_to_patches_16") return go(&hide::resize_to_patches<SerialBlock, unsigned short>);
+  if (name == "resize_to_patches_32") return go(&hide::resize_to_patches<SerialBlock, unsigned>);
   throw std::invalid_argument("no kernel is called " + name);
 }
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "collage.cuh"
+#include "patches.cuh"
 #include "regions.cuh"
 
 namespace {
@@ -18,7 +19,8 @@ struct Kernel {
 const Kernel kKernels[] = {
     HIDE_ENTRY(regions_block_float32), HIDE_ENTRY(regions_block_float64), HIDE_ENTRY(regions_step_float32),
     HIDE_ENTRY(regions_step_float64),  HIDE_ENTRY(regions_finish),        HIDE_ENTRY(layout_boxes_int32),
-    HIDE_ENTRY(layout_boxes_int64),    HIDE_ENTRY(collage_rows),
+    HIDE_ENTRY(layout_boxes_int64),    HIDE_ENTRY(collage_rows),          HIDE_ENTRY(resize),
+    HIDE_ENTRY(resize_to_patches_16),  HIDE_ENTRY(resize_to_patches_32),
 };
 
 cudaError_t launch(const void* function, int device, int blocks, int threads, int shared, void** arguments,

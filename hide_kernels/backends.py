@@ -137,6 +137,10 @@ def _cupy_labels(arguments: Mapping[str, Any]) -> str | None:
     return _elsewhere("cuda", arguments.get("maps"), "maps") or _needs("cupy")(arguments)
 
 
+def _pillow(arguments: Mapping[str, Any]) -> str | None:
+    return _needs("PIL")(arguments) or _needs("numpy")(arguments)
+
+
 # Order is preference; the last entry of each operator is its reference, the definition that the others are held to.
 OPERATORS: dict[str, tuple[Backend, ...]] = {
     "attention_rows": (
@@ -154,6 +158,11 @@ OPERATORS: dict[str, tuple[Backend, ...]] = {
         Backend("cuda", "boxes, layout and pixels on the device, one read by the host", _launches("cuda", "image")),
         Backend("cpp", "the same kernels as C++ on one core", _launches("cpu", "image")),
         Backend("numpy", "NumPy slices on the CPU", _needs("numpy")),
+    ),
+    "pixel_values": (
+        Backend("cuda", "resize and patches on the device, two launches", _launches("cuda", "image")),
+        Backend("cpp", "the same kernels as C++ on one core", _launches("cpu", "image")),
+        Backend("pillow", "Pillow and NumPy on the CPU", _pillow),
     ),
 }
 

@@ -20,6 +20,8 @@ REGION_BYTES, SPAN_BYTES, LAYOUT_BYTES = 32, 16, 37 * 1024
 # csrc/layout.h: boxes that one block lays out, and the integers of its plan.
 CAPACITY = 1024
 PLAN_HEADER, PLAN_INTEGERS = 8, 8 + 12 * CAPACITY
+# csrc/patches.h: rows that are resized at once on the host.
+STRIP_ROWS = 16
 
 
 class Geometry(NamedTuple):
@@ -75,6 +77,13 @@ def collage_rows(device: torch.device, boxes: int, height: int, width: int) -> G
     if device.type == "cpu":
         return _serial(shared)
     return Geometry(height, _threads(width), shared) if shared <= DEFAULT_SHARED else None
+
+
+def resize(device: torch.device, width: int, rows: int, columns: int, strip: int = 0) -> Geometry:
+    """One block per row of the result; on the host strips of rows of the source, and one of the result, in memory."""
+    if device.type == "cpu":
+        return _serial(3 * (STRIP_ROWS * width + strip * columns))
+    return Geometry(rows, _threads(columns))
 
 
 def _serial(shared: int = 0) -> Geometry:

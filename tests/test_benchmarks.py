@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import attention_rows as operator
-from benchmarks import cpu, gpu, measure, regions_to_collage
+from benchmarks import cpu, gpu, measure, regions_to_collage, rows_to_pixel_values
 from hide_kernels.attention_rows import reference
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
@@ -48,6 +48,9 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(regions_to_collage, "failures", lambda device: [])
     fast = regions_to_collage.Row("whole", "48", "collage_of_maps", 9.0, 8.0, 10.0, 1000, 5, 1)._asdict()
     monkeypatch.setattr(regions_to_collage, "gpu_table", lambda seconds: [fast])
+    monkeypatch.setattr(rows_to_pixel_values, "failures", lambda device: [])
+    decoded = {**fast, "what": "decode", "largest": 3, "mean": 0.25}
+    monkeypatch.setattr(rows_to_pixel_values, "gpu_table", lambda seconds: [decoded])
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     (file,) = tmp_path.iterdir()
@@ -57,6 +60,8 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     assert operators["regions_to_collage"] == {"failures": [], "table": [fast]}
     printed = capsys.readouterr().out
     assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
+    assert operators["rows_to_pixel_values"]["table"] == [decoded]
+    assert "3 levels from Pillow, 0.250 on average" in printed
 
 
 def test_the_gate_of_maps_to_boxes_names_the_backend_that_is_wrong(monkeypatch):
@@ -64,6 +69,21 @@ def test_the_gate_of_maps_to_boxes_names_the_backend_that_is_wrong(monkeypatch):
     monkeypatch.setattr(regions_to_collage, "_scikit_image", lambda maps: [[] for _ in maps])
     (broken,) = regions_to_collage.failures("cpu")
     assert broken == "maps to boxes: wrong boxes from scikit-image, map by map"
+
+
+def test_the_gate_of_rows_to_pixels_notices_other_values(monkeypatch):
+    assert rows_to_pixel_values.failures("cpu") == []
+    real = rows_to_pixel_values._scipy_maps
+    monkeypatch.setattr(rows_to_pixel_values, "_scipy_maps", lambda rows: real(rows)[:, ::-1].copy())
+    (broken,) = rows_to_pixel_values.failures("cpu")
+    assert broken == "rows to pixels: other values than from the published steps"
+
+
+@pytest.mark.parametrize("launches, limit", [(None, 120.0), (9, 3.0)])
+def test_rows_to_pixels_have_a_limit_on_each_kind_of_device(launches, limit):
+    ours = {"implementation": rows_to_pixel_values.OURS, "launches": launches}
+    assert rows_to_pixel_values.within_limit([{**ours, "median": 999 * limit}])
+    assert not rows_to_pixel_values.within_limit([{**ours, "median": 1001 * limit}])
 
 
 def test_an_error_above_the_budget_at_a_measured_shape_gets_no_figures(monkeypatch):

@@ -29,7 +29,7 @@ def test_blocks_of_real_threads_do_what_the_definitions_say(tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_every_kernel_compiles_without_stack_and_spills_and_stands_in_the_table():
     found = kernel_resources.compile_kernels((80, 90, 100))
-    assert len(found) == 3 * 8
+    assert len(found) == 3 * 11
     for one in found:
         assert one.stack == one.spills == one.static_shared == 0
         assert one.registers * geometry.MAX_THREADS <= 65536 / 2
@@ -63,6 +63,8 @@ def test_launches_on_a_device_have_a_thread_for_every_item_and_no_more_than_comp
     assert blocks * threads >= 3 * 501 * 63 > (blocks - 1) * threads
     assert geometry.collage_rows(cuda, 10, 1410, 1446) == (1410, 512, 16 * 11)
     assert geometry.collage_rows(cuda, 4000, 1410, 1446) is None
+    assert geometry.resize(cuda, 1446, 1400, 1456, 14) == (1400, 512, 0)
+    assert geometry.resize(torch.device("cpu"), 1446, 1400, 1456, 14) == (1, 1, 3 * (16 * 1446 + 14 * 1456))
     launches = [geometry.layout_boxes(cuda), geometry.regions_finish(cuda, 5), geometry.regions_step(cuda, 9, 9, 9)]
     assert all(launch.threads <= geometry.MAX_THREADS for launch in launches)
 

@@ -53,7 +53,7 @@ def test_a_whole_installation_is_healthy_and_names_every_operators_choice():
     assert chosen == {
         "attention_rows": "triton" if torch.cuda.is_available() else "torch",
         "token_maps": "scipy", "regions": "scipy" if native.missing("cpu") else "cpp",
-        "collage": "numpy" if native.missing("cpu") else "cpp",
+        "collage": "numpy" if native.missing("cpu") else "cpp", "pixel_values": "pillow" if native.missing("cpu") else "cpp",
     }  # fmt: skip
     (reason,) = [finding.state for finding in operators if finding.state.startswith("triton: ")]
     assert torch.cuda.is_available() or "no CUDA device is seen" in reason

@@ -5,11 +5,25 @@ import pytest
 import torch
 from random_models import FAMILIES, prompt
 from test_collage import assert_same_collage, noise, scattered
+from test_patches import NORMALISE, SIZES, photo, stored
 from test_regions import PATTERNS, spiral
 
-from hide_kernels import attention_rows, collage, collage_of_maps, explain, geometry, native, regions, token_maps
+from hide_kernels import (
+    attention_rows,
+    collage,
+    collage_of_maps,
+    explain,
+    geometry,
+    native,
+    pixel_values,
+    regions,
+    resize,
+    token_maps,
+)
 from hide_kernels.collage import compiled
 from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.patches import compiled as patches
+from hide_kernels.patches import decode
 from hide_kernels.testing.cases import CASES, Case, error_of
 
 pytestmark = pytest.mark.gpu
@@ -314,3 +328,77 @@ def test_the_device_is_preferred_and_a_mixed_call_is_served(launcher):
     assert mixed.boxes.device.type == "cpu" and mixed.image.is_cuda
     alike = collage_of_maps(image, maps, 0.9, fill=(0, 0, 0))
     assert torch.equal(mixed.image, alike.image)
+
+
+@pytest.mark.parametrize("before, after", SIZES)
+def test_resized_pixels_are_pillows_for_any_layout(launcher, before, after):
+    for channels in (3, 4):
+        image = noise(*before, channels)
+        want = resize(image, after, backend="pillow")
+        planar = image.permute(2, 0, 1).contiguous().cuda().permute(1, 2, 0)
+        for source in (image.cuda(), planar):
+            # Memory that was used before holds garbage.
+            torch.full((1 << 20,), -1, device="cuda")
+            got = resize(source, after, backend="cuda")
+            assert got.is_cuda and torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [[(1400, 1456)], [(140, 112), (224, 196)], [(1428, 1456), (1428, 1456)]], ids=str)
+def test_pixel_values_are_those_of_the_host_bit_for_bit(launcher, sizes, dtype):
+    for channels in (3, 4):
+        image = noise(1411, 1447, channels)
+        want = pixel_values(image, sizes, **NORMALISE, dtype=dtype, backend="pillow")
+        got = pixel_values(image.cuda(), sizes, **NORMALISE, dtype=dtype, backend="cuda")
+        assert got.is_cuda and torch.equal(got.cpu(), want)
+
+
+def test_pixel_values_never_synchronise_run_on_the_current_stream_and_replay_in_a_graph(launcher):
+    image, sizes = noise(300, 517, 3), [(140, 224), (168, 252)]
+    source, want = image.cuda(), pixel_values(image, sizes, **NORMALISE)
+    pixel_values(source[:50], sizes, **NORMALISE, backend="cuda")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            late = torch.zeros_like(source)
+            torch.cuda._sleep(50_000_000)
+            late.copy_(source)
+            # Sizes that are new: their tables are uploaded.
+            got = pixel_values(late, sizes, **NORMALISE, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side.synchronize()
+    assert torch.equal(got.cpu(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = pixel_values(source, sizes, **NORMALISE, backend="cuda")
+    source.copy_(image.flip(0))
+    graph.replay()
+    assert torch.equal(got.cpu(), pixel_values(image.flip(0), sizes, **NORMALISE))
+
+
+def test_a_resize_and_its_patches_take_two_launches_and_two_resizes_four(launcher, monkeypatch):
+    launches = []
+    launch = native.launch
+    monkeypatch.setattr(native, "launch", lambda kernel, *rest: (launches.append(kernel), launch(kernel, *rest)))
+    planar = noise(4, 300, 517).cuda().permute(1, 2, 0)
+    for sizes in ([(140, 224)], [(56, 560)], [(140, 224), (168, 252)]):
+        launches.clear()
+        pixel_values(planar, sizes, **NORMALISE, backend="cuda")
+        assert len(launches) == 2 * len(sizes) and launches[-1] == "resize_to_patches_32"
+    assert explain("pixel_values", image=planar).chosen == "cuda"
+    assert patches.plan((300, 517), [(300, 504)], any_layout=True)[0].axis == 1
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_decoded_on_the_device_is_pillows_within_a_few_levels(orientation, subsampling):
+    pytest.importorskip("nvidia.nvimgcodec")
+    data = stored(photo().resize((900, 370)), orientation=orientation, subsampling=subsampling, quality=90)
+    want = decode(data)
+    got = decode(data, device="cuda", decoder="nvimgcodec")
+    difference = (got.cpu().int() - want.int()).abs()
+    print(f"nvImageCodec: {difference.max()} levels from Pillow, {difference.double().mean():.4f} on average")
+    assert got.is_cuda and got.is_contiguous() and difference.max() <= 8 and difference.double().mean() <= 0.5

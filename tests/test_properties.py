@@ -23,7 +23,7 @@ from hide.images import load_image
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.questions import LETTER_REQUEST, LETTERS, Question
 from hide.tiny.model import build
-from hide_kernels import attention_rows, token_maps
+from hide_kernels import attention_rows, pixel_values, resize, token_maps
 from hide_kernels.attention_rows import reference
 from hide_kernels.collage import boxes as boxes_module
 from hide_kernels.collage import collage, merge_boxes, plan_layout
@@ -372,6 +372,23 @@ def test_the_collage_is_the_source_without_the_uncovered_rows_and_columns(boxes,
     np.testing.assert_array_equal(got.image.numpy(), want[mask.any(axis=1)][:, mask.any(axis=0)])
     assert torch.equal(got.boxes, merge_boxes(tensor(boxes)))
     assert torch.equal(got.layout.positions, plan_layout(got.boxes).positions)
+
+
+@given(seeds, st.sampled_from([3, 4]), *[st.integers(1, 70)] * 4, st.booleans())
+def test_any_picture_resized_to_any_size_has_pillows_bits(seed, channels, height, width, rows, columns, hard):
+    image = noise(height, width, channels, seed)
+    if hard:
+        image = (image > 127).byte() * 255
+    assert torch.equal(resize(image, (rows, columns)), resize(image, (rows, columns), backend="pillow"))
+
+
+@given(seeds, st.sampled_from([3, 4]), sides, sides, st.lists(st.tuples(sides, sides), min_size=1, max_size=2))
+def test_any_patches_hold_the_values_that_numpy_puts_there(seed, channels, patch, merge, cells):
+    sizes = [(rows * patch * merge, columns * patch * merge) for rows, columns in cells]
+    settings = {"mean": (0.1, 0.2, 0.3), "std": (1, 2, 3), "patch": patch, "merge": merge, "temporal": 1 + seed % 3}
+    image = noise(7 + seed % 50, 57, channels, seed)
+    want = pixel_values(image, sizes, **settings, backend="pillow")
+    assert torch.equal(pixel_values(image, sizes, **settings), want)
 
 
 edges = st.integers(-2, 14) | st.sampled_from([-(2**63), 2**63 - 1, 2**31, 2**40])

@@ -4,6 +4,7 @@
 // overflow; tests/test_csrc.py builds and runs it. `driver SECONDS` goes on with other random inputs for that long.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +17,7 @@
 
 #include "../../csrc/collage.h"
 #include "../../csrc/layout.h"
+#include "../../csrc/patches.h"
 #include "../../csrc/regions.h"
 
 namespace {
@@ -303,6 +305,78 @@ void check_collage(Random& random, int threads) {
     }
 }
 
+// One pass over a picture of any layout, plain and into patches, on many threads and on one.
+void check_patches(Random& random, int threads) {
+  const int patch = 1 + upto(random, 4), merge = 1 + upto(random, 2), frames = 1 + upto(random, 2);
+  const int rows = patch * merge * (1 + upto(random, 4)), columns = patch * merge * (1 + upto(random, 4));
+  const Axis axis = upto(random, 1) ? kColumns : kRows;
+  const int source = 1 + upto(random, 50), targets = axis == kColumns ? columns : rows, most = 1 + upto(random, 6);
+  const int height = axis == kColumns ? rows : source, width = axis == kColumns ? source : columns;
+  const int channels = 3 + upto(random, 1);
+  std::vector<int> table(size_t(2 + most) * targets);
+  for (int i = 0; i < targets; ++i) {
+    table[i] = upto(random, source - 1);
+    table[targets + i] = 1 + upto(random, std::min(most, source - table[i]) - 1);
+    for (int tap = 0; tap < most; ++tap) table[(2 + tap) * targets + i] = upto(random, 2 << 20) - (1 << 20);
+  }
+  std::vector<u8> pixels(size_t(height) * width * channels);
+  for (u8& value : pixels) value = u8(random());
+  const bool planar = upto(random, 1);
+  const i64 row = planar ? width : width * channels, column = planar ? 1 : channels;
+  const i64 channel = planar ? height * width : 1;
+  std::vector<unsigned> values(3 * 256);
+  for (unsigned& value : values) value = unsigned(random());
+
+  std::vector<u8> naive(size_t(rows) * columns * 3);
+  for (int y = 0; y < rows; ++y)
+    for (int x = 0; x < columns; ++x)
+      for (int c = 0; c < 3; ++c) {
+        const int of = axis == kColumns ? x : y;
+        double sum = 0;
+        for (int tap = 0; tap < table[targets + of]; ++tap) {
+          const int at = table[of] + tap;
+          const u8* pixel = &pixels[(axis == kColumns ? y : at) * row + (axis == kColumns ? at : x) * column];
+          const int alpha = channels == 4 ? pixel[3 * channel] : 255;
+          const int white = int((pixel[c * channel] * alpha + 255 * (255 - alpha)) / 255.0 + 0.5);
+          sum += double(white) * table[(2 + tap) * targets + of];
+        }
+        // Sums of whole numbers are exact.
+        naive[(size_t(y) * columns + x) * 3 + c] = u8(std::min(255.0, std::max(0.0, std::floor(sum / (1 << 22) + 0.5))));
+      }
+
+  std::vector<u8> resized(naive.size(), 7);
+  std::vector<unsigned> cut(naive.size() * frames, 7);
+  std::vector<u64> memory((3 * (size_t(kStrip) * width + patch * columns)) / 8 + 1);
+  const auto go = [&](auto& block, bool patches) {
+    if (patches) {
+      resize_to_patches(block, pixels.data(), table.data(), values.data(), cut.data(), row, column, channel, channels,
+                        width, rows, columns, axis, patch, merge, frames);
+    } else {
+      resize(block, pixels.data(), table.data(), resized.data(), row, column, channel, channels, width, rows, columns,
+             axis);
+    }
+  };
+  // One thread reads rows of dense RGB only.
+  const bool serial = upto(random, 1) && (axis == kColumns || (channels == 3 && !planar));
+  for (bool patches : {false, true}) {
+    SerialBlock one{0, 1, reinterpret_cast<char*>(memory.data())};
+    if (serial) go(one, patches);
+    if (!serial) launch(1 + upto(random, 3), threads, 0, [&](ThreadedBlock& block) { go(block, patches); });
+  }
+  if (resized != naive) fail("resized pixel");
+  size_t at = 0;
+  const int cell = patch * merge;
+  for (int top = 0; top < rows; top += cell)
+    for (int left = 0; left < columns; left += cell)
+      for (int in_block = 0; in_block < merge * merge; ++in_block)
+        for (int c = 0; c < 3; ++c)
+          for (int in_patch = 0; in_patch < frames * patch * patch; ++in_patch) {
+            const int y = top + in_block / merge * patch + in_patch / patch % patch;
+            const int x = left + in_block % merge * patch + in_patch % patch;
+            if (cut[at++] != values[256 * c + naive[(size_t(y) * columns + x) * 3 + c]]) fail("value in a patch");
+          }
+}
+
 void check_too_many(Random& random, int threads) {
   std::vector<int> boxes;
   const int count = kCapacity + upto(random, 1);
@@ -332,9 +406,10 @@ int main(int, char** arguments) {
       const int threads = 1 + upto(random, 6);
       check_regions(random, threads);
       check_collage(random, threads);
+      check_patches(random, threads);
     }
     if (rounds % 16 == 0) check_too_many(random, 4);
   }
-  std::printf("%d rounds of 8 batches and 8 collages\n", rounds);
+  std::printf("%d rounds of 8 batches, 8 collages and 8 resizes\n", rounds);
   return rounds == 0;
 }
