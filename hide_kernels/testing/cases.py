@@ -5,7 +5,7 @@ Sizes are no powers of two, tensors are strided, keys that no row may see hold N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,28 +136,34 @@ def error_of(
 ) -> tuple[float, float]:
     """Largest error of a call against float64, as a multiple of its budget, for rows and lse; 1 and less passes.
 
+    The budget is that of the plain expression in the order of sums that errs more.
+
     `plain_dtype` is the type whose plain expression sets the budget (default: `dtype`). A wrong -inf, or a NaN, is an
     infinite error.
     """
     query, key, arguments = case.inputs(dtype, device)
     softmax = arguments.get("softmax", True)
     want = textbook_attention_rows(query.double(), key.double(), **arguments)
-    plain = textbook_attention_rows(query.to(plain_dtype or dtype), key.to(plain_dtype or dtype), **arguments)
-    if any(not torch.equal(p.isfinite(), w.isfinite()) for p, w in zip(plain, want, strict=True)):
+
+    def plainly(of: torch.dtype, grouped: bool) -> tuple[Tensor, Tensor]:
+        return textbook_attention_rows(query.to(of), key.to(of), grouped=grouped, **arguments)
+
+    plain = [plainly(plain_dtype or dtype, grouped) for grouped in (False, True)]
+    if any(not torch.equal(p.isfinite(), w.isfinite()) for one in plain for p, w in zip(one, want, strict=True)):
         # float16 overflows where we do not.
-        plain = textbook_attention_rows(query.float(), key.float(), **arguments)
+        plain = [plainly(torch.float32, grouped) for grouped in (False, True)]
     with poisoned_empty():
         got = call(query, key, return_lse=softmax, backend=backend, **arguments)
-    rows = _relative(got.rows, want[0], plain[0])
-    return (rows, _relative(got.lse, want[1], plain[1])) if got.lse is not None else (rows, 0.0)
+    rows = _relative(got.rows, want[0], [one[0] for one in plain])
+    return (rows, _relative(got.lse, want[1], [one[1] for one in plain])) if got.lse is not None else (rows, 0.0)
 
 
-def _relative(got: Tensor, want: Tensor, plain: Tensor) -> float:
+def _relative(got: Tensor, want: Tensor, plain: Sequence[Tensor]) -> float:
     if got.shape != want.shape or got.dtype != torch.float32 or not torch.equal(got.isinf(), want.isinf()):
         return torch.inf
     finite = want.isfinite()
     if not finite.any():
         return 0.0
     error = (got.double() - want)[finite].abs().max().item()
-    budget = error_budget(plain[finite], want[finite])
+    budget = max(error_budget(one[finite], want[finite]) for one in plain)
     return error / budget if error == error and budget else (0.0 if error == 0 else torch.inf)

@@ -18,6 +18,7 @@ def eager_attention_rows(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    grouped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All heads' softmax rows with the whole score matrix, computed in the dtype of `query`.
 
@@ -26,12 +27,14 @@ def eager_attention_rows(
     Args:
         query: (B, Hq, R, D). key: (B, Hkv, N, D).
         visible: bool, broadcastable to (B, Hq, R, N); `None`: every key.
+        grouped: multiply the heads of a group with their key at once instead of repeating it. The same sums, but a
+            library of matrix products may add them up in another order, and err by several times more or less.
 
     Returns:
         Probabilities (B, Hq, R, N) and lse (B, Hq, R). Rows that see nothing are zeros with lse -inf.
     """
     groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3)
+    scores = _products(query, key, groups, grouped)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -43,8 +46,19 @@ def eager_attention_rows(
     return rows, lse
 
 
-def textbook_attention_rows(query: Tensor, key: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+def _products(query: Tensor, key: Tensor, groups: int, grouped: bool) -> Tensor:
+    if not grouped:
+        return query @ key.repeat_interleave(groups, dim=1).transpose(2, 3)
+    together = query.unflatten(1, (-1, groups)).flatten(2, 3) @ key.transpose(2, 3)
+    return together.view(*query.shape[:3], key.shape[2])
+
+
+def textbook_attention_rows(
+    query: Tensor, key: Tensor, *, grouped: bool = False, **arguments: Any
+) -> tuple[Tensor, Tensor]:
     """`attention_rows(query, key, **arguments)` by whole matrices, in the dtype of `query`: rows and lse.
+
+    `grouped` is as `eager_attention_rows` documents it.
 
     Takes the arguments that say what is computed, not those that say how (`out`, `lse`, `backend`).
     """
@@ -58,9 +72,9 @@ def textbook_attention_rows(query: Tensor, key: Tensor, **arguments: Any) -> tup
     key = key.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
     settings = {name: arguments.get(name) for name in ("scale", "softcap")}
     if arguments.get("softmax", True):
-        result, lse = eager_attention_rows(query, key, visible[:, None], **settings)
+        result, lse = eager_attention_rows(query, key, visible[:, None], grouped=grouped, **settings)
     else:
-        result = query @ key.repeat_interleave(heads // kv_heads, dim=1).transpose(2, 3)
+        result = _products(query, key, heads // kv_heads, grouped)
         result = result * (query.shape[-1] ** -0.5 if settings["scale"] is None else settings["scale"])
         if settings["softcap"] is not None:
             result = settings["softcap"] * torch.tanh(result / settings["softcap"])
