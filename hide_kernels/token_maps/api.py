@@ -70,12 +70,18 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
         raise TypeError(f"sigma: got {type(sigma).__name__}, want a float")
     if not 0 <= sigma <= MAX_SIGMA:
         raise ValueError(f"sigma: got {sigma}, want 0 to {MAX_SIGMA} cells")
-    backends.resolve("token_maps", backend, rows=rows, prior_rows=prior_rows, sigma=sigma)
+    name = backends.resolve("token_maps", backend, rows=rows, prior_rows=prior_rows, sigma=sigma)
 
-    # Imported here so that importing the package does not load SciPy.
-    from hide_kernels.token_maps.reference import token_maps_reference
-
-    return TokenMaps(*token_maps_reference(rows, prior_rows, float(sigma), FLAT))
+    # Imported here so that importing the package loads neither Triton nor SciPy nor CuPy.
+    if name == "triton":
+        from hide_kernels.token_maps.triton_launch import token_maps_triton as implementation
+    elif name == "cupy":
+        from hide_kernels.token_maps.cupy import token_maps_cupy as implementation
+    elif name == "cucim":
+        from hide_kernels.token_maps.cupy import token_maps_cucim as implementation
+    else:
+        from hide_kernels.token_maps.reference import token_maps_reference as implementation
+    return TokenMaps(*implementation(rows, prior_rows, float(sigma), FLAT))
 
 
 def _check_rows(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
