@@ -139,19 +139,21 @@ def _cupy_labels(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _triton_maps(arguments: Mapping[str, Any]) -> str | None:
-    rows = arguments.get("rows") or ()
-    cells = sum(image.numel() for image in rows)
+    cells = sum(image.numel() for image in arguments.get("rows", ()))
     if cells >= 2**31:
         return f"{cells} cells of all rows are too many for 32-bit indices"
-    return _no_triton(rows[0] if rows else None, "rows")
+    return _no_triton(_first_rows(arguments), "rows")
+
+
+def _first_rows(arguments: Mapping[str, Any]) -> Any:
+    return next(iter(arguments.get("rows", ())), None)
 
 
 def _cupy_maps(*modules: str) -> Predicate:
     """Smoothing on a CUDA device by a library made of `modules`."""
 
     def refuses(arguments: Mapping[str, Any]) -> str | None:
-        rows = arguments.get("rows") or (None,)
-        reasons = (_elsewhere("cuda", rows[0], "rows"), *(_needs(module)(arguments) for module in modules))
+        reasons = (_elsewhere("cuda", _first_rows(arguments), "rows"), *(_needs(module)(arguments) for module in modules))
         return next((reason for reason in reasons if reason), None)
 
     return refuses
