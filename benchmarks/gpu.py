@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention_rows, regions_to_collage
+from benchmarks import attention_rows, regions_to_collage, token_maps
 from benchmarks.measure import environment, write
 
 # Each has `failures(device)`, `gpu_table(seconds)` and `line(row)`.
-OPERATORS = {"attention_rows": attention_rows, "regions_to_collage": regions_to_collage}
+OPERATORS = {
+    "attention_rows": attention_rows,
+    "token_maps": token_maps,
+    "regions_to_collage": regions_to_collage,
+}
 
 
 def main() -> int:

@@ -130,7 +130,7 @@ def _regions_rows(device: torch.device) -> list[Row]:
                 if run() != want:
                     raise AssertionError(f"regions, {name}: wrong boxes")
                 timed = functools.partial(regions, maps, THRESHOLD, backend=name) if name in OURS else run
-                rows.append(_measure("maps to boxes", f"{number} x {grid[0]}x{grid[1]}", name, timed, moved, device))
+                rows.append(measure("maps to boxes", f"{number} x {grid[0]}x{grid[1]}", name, timed, moved, device))
     return rows
 
 
@@ -233,7 +233,7 @@ def _collage_rows(device: torch.device) -> list[Row]:
                 if made is None or not torch.equal(made.cpu(), want):
                     raise AssertionError(f"collage, {backend.name}: wrong pixels")
                 shape = f"{name}{order} to {want.shape[1]}x{want.shape[0]}"
-                rows.append(_measure("boxes to collage", shape, backend.name, run, 2 * want.nbytes, device))
+                rows.append(measure("boxes to collage", shape, backend.name, run, 2 * want.nbytes, device))
     return rows
 
 
@@ -262,7 +262,7 @@ def _whole_rows(device: torch.device) -> list[Row]:
         made = run()
         if made is None or not torch.equal(made.cpu(), want):
             raise AssertionError(f"maps to collage, {name}: wrong pixels")
-        rows.append(_measure("maps to collage", shape, name, run, moved, device))
+        rows.append(measure("maps to collage", shape, name, run, moved, device))
     return rows
 
 
@@ -304,7 +304,7 @@ def _touch(a: list[int], b: list[int]) -> bool:
     return not (a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1])
 
 
-def _measure(what: str, shape: str, name: str, run: Callable[[], Any], moved: int, device: torch.device) -> Row:
+def measure(what: str, shape: str, name: str, run: Callable[[], Any], moved: int, device: torch.device) -> Row:
     """Time until the results are there, of 3 to 50 runs; on a GPU the device is idle before the clock starts."""
     samples: list[float] = []
     while len(samples) < 3 or (len(samples) < 50 and sum(samples) < 1e6):

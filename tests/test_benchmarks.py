@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import attention_rows as operator
-from benchmarks import cpu, gpu, measure, regions_to_collage
+from benchmarks import cpu, gpu, measure, regions_to_collage, token_maps
 from hide_kernels.attention_rows import reference
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
@@ -48,6 +48,9 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(regions_to_collage, "failures", lambda device: [])
     fast = regions_to_collage.Row("whole", "48", "collage_of_maps", 9.0, 8.0, 10.0, 1000, 5, 1)._asdict()
     monkeypatch.setattr(regions_to_collage, "gpu_table", lambda seconds: [fast])
+    monkeypatch.setattr(token_maps, "failures", lambda device: [])
+    maps = token_maps.shape_rows(8, (32, 32), torch.device("cpu"))
+    monkeypatch.setattr(token_maps, "gpu_table", lambda seconds: maps)
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     (file,) = tmp_path.iterdir()
@@ -55,7 +58,9 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     operators = json.loads(file.read_text())["operators"]
     assert operators["attention_rows"] == {"failures": ["plain: 3.00 times the budget"]}
     assert operators["regions_to_collage"] == {"failures": [], "table": [fast]}
+    assert operators["token_maps"] == {"failures": [], "table": maps}
     printed = capsys.readouterr().out
+    assert "rows to maps    8 x 32x32" in printed
     assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
 
 
@@ -64,6 +69,13 @@ def test_the_gate_of_maps_to_boxes_names_the_backend_that_is_wrong(monkeypatch):
     monkeypatch.setattr(regions_to_collage, "_scikit_image", lambda maps: [[] for _ in maps])
     (broken,) = regions_to_collage.failures("cpu")
     assert broken == "maps to boxes: wrong boxes from scikit-image, map by map"
+
+
+def test_the_gate_of_token_maps_names_the_calls_that_a_broken_backend_gets_wrong(monkeypatch):
+    assert token_maps.failures("cpu") == []
+    monkeypatch.setattr(token_maps, "map_error", lambda case, *a, **k: 1e-3 if case.sigma == 40 else 0.0)
+    (broken,) = token_maps.failures("cpu")
+    assert broken == "taps far beyond the map, scipy: error 1.0e-03"
 
 
 def test_an_error_above_the_budget_at_a_measured_shape_gets_no_figures(monkeypatch):
