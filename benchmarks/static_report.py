@@ -140,8 +140,9 @@ def report(
     ]
     for capability, usages in maps.items():
         for name, u in usages:
-            figures = (f"sm_{capability[0]}{capability[1]}", name, u.kernel, u.registers, u.stack, u.shared, u.instructions)
-            lines.append(f"| {' | '.join(map(str, figures))} |")
+            figures = (u.registers, u.stack, u.shared, u.instructions)
+            card = f"sm_{capability[0]}{capability[1]}"
+            lines.append(f"| {card} | {name} | {u.kernel} | {' | '.join(map(str, figures))} |")
     return "\n".join(lines) + "\n"
 
 

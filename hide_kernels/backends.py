@@ -153,8 +153,8 @@ def _cupy_maps(*modules: str) -> Predicate:
     """Smoothing on a CUDA device by a library made of `modules`."""
 
     def refuses(arguments: Mapping[str, Any]) -> str | None:
-        reasons = (_elsewhere("cuda", _first_rows(arguments), "rows"), *(_needs(module)(arguments) for module in modules))
-        return next((reason for reason in reasons if reason), None)
+        missing = next((reason for module in modules if (reason := _needs(module)(arguments))), None)
+        return _elsewhere("cuda", _first_rows(arguments), "rows") or missing
 
     return refuses
 

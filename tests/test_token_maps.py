@@ -306,7 +306,12 @@ ROWS = torch.zeros(3, 4, 5)
         ([ROWS], {"sigma": 1001}, ValueError, "sigma: got 1001, want 0 to 1000"),
         ([ROWS], {"sigma": "3"}, TypeError, "sigma: got str"),
         ([ROWS], {"backend": "fast"}, ValueError, "backend: got 'fast'.*scipy"),
-        ([ROWS], {"backend": "triton"}, ValueError, "'triton' cannot serve this call of token_maps: rows is on the CPU"),
+        (
+            [ROWS],
+            {"backend": "triton"},
+            ValueError,
+            "'triton' cannot serve this call of token_maps: rows is on the CPU",
+        ),
         ([ROWS], {"backend": "cupy"}, ValueError, "'cupy' cannot serve this call of token_maps: rows is on cpu"),
         ([ROWS], {"backend": "cucim"}, ValueError, "'cucim' cannot serve this call of token_maps: rows is on cpu"),
     ],

@@ -6,8 +6,9 @@ import pytest
 import test_golden
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 
 from hide_kernels import explain, token_maps
@@ -47,7 +48,9 @@ def test_every_kind_of_call_gives_the_maps_of_the_reference(case, launched):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["several tiles of lines, columns and cells", "rows that are not finite", "equal peaks"])
+@pytest.mark.parametrize(
+    "name", ["several tiles of lines, columns and cells", "rows that are not finite", "equal peaks"]
+)
 def test_other_types_give_the_maps_of_the_reference(name, dtype):
     (case,) = [case for case in MAP_CASES if case.name == name]
     assert map_error(case, dtype, backend="triton") <= MAP_ERROR
@@ -64,7 +67,9 @@ def test_values_of_float64_are_not_rounded():
 def test_partial_results_of_more_blocks_than_are_read_at_once_are_all_seen(monkeypatch):
     for name, value in (("PARTS", 2), ("CELLS", 16), ("LINES", 2), ("COLUMNS", 4), ("SCAN", 16)):
         monkeypatch.setattr(triton_launch, name, value)
-    assert map_error(MapCase("small tiles", grids=((5, 7), (2, 3)), rows=3), torch.float32, backend="triton") <= MAP_ERROR
+    assert (
+        map_error(MapCase("small tiles", grids=((5, 7), (2, 3)), rows=3), torch.float32, backend="triton") <= MAP_ERROR
+    )
 
 
 @pytest.mark.parametrize("path", test_golden.CASES[10::5], ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def _constant(images: list[Tensor]) -> None:
 
 def _not_finite(images: list[Tensor]) -> None:
     """A row of the prior, a token in one image by each kind of value, a token in all of them."""
-    images[0][0, 1, 2], images[0][2, 0, 0], images[1][3, 1, 1], images[0][4, 2, 2] = torch.nan, -torch.inf, torch.inf, 9.0
+    images[0][0, 1, 2] = torch.nan
+    images[0][2, 0, 0], images[1][3, 1, 1] = -torch.inf, torch.inf
     for image in images:
         image[5, 0, 1] = torch.nan
 
@@ -63,7 +65,9 @@ def _tied(images: list[Tensor]) -> None:
 
 
 def _cancelled(images: list[Tensor]) -> None:
+    """One token is the prior, one is all but the prior."""
     images[0][:4] = images[0][0].clone()
+    images[0][3, 2, 4] += 1e-6
 
 
 def _brightest_last(images: list[Tensor]) -> None:
@@ -103,7 +107,7 @@ def map_error(
 ) -> float:
     """Largest difference between a call's maps and the reference's; infinite if images, validity or types differ."""
     rows = case.inputs(dtype, device)
-    arguments = {"prior_rows": case.prior_rows, "sigma": case.sigma}
+    arguments: dict[str, Any] = {"prior_rows": case.prior_rows, "sigma": case.sigma}
     want = token_maps([image.cpu() for image in rows], backend="scipy", **arguments)
     with poisoned_empty():
         got = call(rows, backend=backend, **arguments)

@@ -18,9 +18,7 @@ def choose(xp: ModuleType, images: Sequence[Any], prior_rows: int) -> tuple[list
     return cleared, peaks[:, prior_rows:].argmax(axis=0)
 
 
-def purify(
-    xp: ModuleType, smoothed: Callable[[Any], Any], stack: Any, prior_rows: int, flat: float
-) -> tuple[Any, Any]:
+def purify(xp: ModuleType, smoothed: Callable[[Any], Any], stack: Any, prior_rows: int, flat: float) -> tuple[Any, Any]:
     """Smoothed, normalised maps of the rows after the prior without its mean map, and which of them hold anything."""
     stack = smoothed(stack)
     low = stack.min(axis=(1, 2), keepdims=True)

@@ -1,7 +1,7 @@
 """Token maps with the Gaussian of CuPy or of cuCIM, image by image, in float64 as the reference; nothing waits.
 
-Written against what CuPy shares with NumPy, cuCIM with scikit-image, with which the tests run it. Rows that another image
-has taken are masked, not left out, so that all shapes are known to the host.
+Written against what CuPy shares with NumPy and cuCIM with scikit-image, with which the tests run it. Rows that another
+image has taken are masked, not left out, so that all shapes are known to the host.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """The four Triton kernels of `token_maps`; `triton_launch` plans and launches them.
 
 Names: t row (the first `prior` are the prior), e = t - prior the token of a later row, slot one of the images that a
-`scan_rows` takes, image its number among all. `scan_rows` alone knows where rows lie and of what type they are: it packs
-them. The others take every image at once and find theirs in the table `sizes` [images, 2] that it writes. All integers
-are run-time values that Triton may not specialise on, so nothing recompiles for another picture.
+`scan_rows` takes, image its number among all. `scan_rows` alone knows where rows lie and of what type they are: it
+packs them. The others take every image at once and find theirs in the table `sizes` [images, 2] that it writes. All
+integers are run-time values that Triton may not specialise on, so nothing recompiles for another picture.
 
 Everything is float64, as in the reference, whose maps these are but for the order of sums: in float32 about one cell in
 a million would fall on the other side of a threshold, and maps that the smoothing flattens would be rounding. The
 weights of the Gaussian are not normalised, because min-max undoes any factor.
 
-Along an axis of n cells the mirrored map has the period 2 n, so weights whose taps meet at the same cell of a period are
-added up once, in a table, and no more than 2 n taps are left of any radius.
+Along an axis of n cells the mirrored map has the period 2 n, so weights whose taps meet at the same cell of a period
+are added up once, in a table, and no more than 2 n taps are left of any radius.
 """
 
 # mypy: disable-error-code="no-untyped-def, operator, arg-type, assignment"
@@ -33,7 +33,7 @@ def _of_slot(values, slot):
 
 @triton.jit
 def _locate(block, sizes, images, OF_LINES: tl.constexpr, LINES: tl.constexpr, CELLS: tl.constexpr):
-    """Image of a block of lines (or of cells), its size, its first block of lines and of cells, first cell and weight."""
+    """Image of a block of lines (or cells), its size, its first block of lines and of cells, first cell and weight."""
     image = 0
     lines = 0
     blocks = 0
@@ -60,7 +60,7 @@ def _locate(block, sizes, images, OF_LINES: tl.constexpr, LINES: tl.constexpr, C
 
 @triton.jit
 def _taken_by(peaks, t, rows, images):
-    """The image in which row t has its largest peak, the first of equals, and that peak: -inf if it is finite nowhere."""
+    """The image where row t has its largest peak, the first of equals, and that peak: -inf if it is finite nowhere."""
     best = 0
     top = tl.load(peaks + t)
     for image in range(1, images):
@@ -122,9 +122,9 @@ def scan_rows(
 ):  # fmt: skip
     """Packs the rows of up to eight images and finds their peaks; makes the table of weights of each axis.
 
-    Grid (images * (rows + 2),). Writes `packed` (per image [rows, height, width]), `peaks` [all images, rows], -inf where
-    a row is not finite, `sizes`, and per image in `weights` height + 1 and width + 1 entries: entry d is the sum of
-    exp(falloff * k^2) over k = d modulo 2 * length, |k| <= radius.
+    Grid (images * (rows + 2),). Writes `packed` (per image [rows, height, width]), `peaks` [all images, rows], -inf
+    where a row is not finite, `sizes`, and per image in `weights` height + 1 and width + 1 entries: entry d is the sum
+    of exp(falloff * k^2) over k = d modulo 2 * length, |k| <= radius.
     """
     heights = (height0, height1, height2, height3, height4, height5, height6, height7)
     widths = (width0, width1, width2, width3, width4, width5, width6, width7)
@@ -185,8 +185,8 @@ def smooth_rows(
     """Both passes of the Gaussian over LINES lines of a map: rows of the prior everywhere, others where they are taken.
 
     Grid (blocks of lines * rows,). Writes `smooth`, as `packed`, by way of `half`, and of its block the lowest and
-    highest value to `lows` and `highs` [blocks, rows]. Rows that are not finite, and those that another image has taken,
-    leave all of that unwritten.
+    highest value to `lows` and `highs` [blocks, rows]. Rows that are not finite, and those that another image has
+    taken, leave all of that unwritten.
     """
     block = tl.program_id(0) // rows
     t = tl.program_id(0) % rows
