@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import test_golden
 import torch
@@ -74,7 +75,7 @@ def test_partial_results_of_more_blocks_than_are_read_at_once_are_all_seen(monke
 
 @pytest.mark.parametrize("path", test_golden.CASES[10::5], ids=lambda path: path.stem)
 def test_the_published_regions_of_every_token_come_out(path, launched):
-    test_golden.test_the_regions_of_every_token_agree(dict(test_golden.np.load(path)))
+    test_golden.test_the_regions_of_every_token_agree(dict(np.load(path)))
     assert launched
 
 
