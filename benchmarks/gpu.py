@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values
+from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps
 from benchmarks.measure import environment, write
 
 # Each has `failures(device)`, `gpu_table(seconds)` and `line(row)`.
 OPERATORS = {
     "attention_rows": attention_rows,
+    "token_maps": token_maps,
     "regions_to_collage": regions_to_collage,
     "rows_to_pixel_values": rows_to_pixel_values,
+    "shared_prefix": shared_prefix,
 }
 
 

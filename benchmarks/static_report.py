@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention_rows import ANCHOR, Shape
-from hide_kernels.testing.offline import SHARED_LIMIT, Usage, compile_launch, planned
+from hide_kernels.testing.offline import SHARED_LIMIT, Usage, compile_launch, planned, planned_maps
 
 REPORT = Path(__file__).with_suffix(".md")
 
@@ -61,6 +61,17 @@ def compiled(capability: tuple[int, int], name: str, depth: int, rows: int, argu
     return [compile_launch(launch, capability) for launch in launches if launch.kernel.fn.__name__ != "combine_lse"]
 
 
+# Types of the rows that token_maps reads; the other three kernels of it are the same for all.
+MAP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def compiled_maps(capability: tuple[int, int]) -> list[tuple[str, Usage]]:
+    """Type of the rows and usage of the kernels of `token_maps`."""
+    scans = [(name, planned_maps((95, 170), dtype=dtype)[0]) for name, dtype in MAP_DTYPES.items()]
+    others = [("any", launch) for launch in planned_maps((95, 170))[1:]]
+    return [(name, compile_launch(launch, capability)) for name, launch in scans + others]
+
+
 def acceptable(usage: Usage, capability: tuple[int, int], name: str, depth: int) -> bool:
     """Nothing on the stack for 16-bit types and D <= 128, 32 bytes elsewhere, shared memory fits."""
     stack = 0 if depth <= 128 and "fp32" not in name else 32
@@ -91,15 +102,17 @@ def floors(shape: Shape = ANCHOR) -> list[str]:
     return lines
 
 
-def report(results: dict[tuple[tuple[int, int], str], list[Usage]]) -> str:
+def report(
+    results: dict[tuple[tuple[int, int], str], list[Usage]], maps: dict[tuple[int, int], list[tuple[str, Usage]]]
+) -> str:
     """The committed table."""
     import triton
 
     lines = [
-        "# What the kernels of attention_rows compile to",
+        "# What the Triton kernels compile to",
         "",
         "Written by `python -m benchmarks.static_report` (compiled offline, nothing was run). "
-        f"Triton {triton.__version__}; each kernel as causal with padding, 28 heads in 4 groups. "
+        f"Triton {triton.__version__}; those of attention_rows as causal with padding, 28 heads in 4 groups. "
         "mma, wgmma, tcgen05: tensor-core instructions in the machine code.",
         "",
         "## Least time, in microseconds, from data sheets",
@@ -118,6 +131,18 @@ def report(results: dict[tuple[tuple[int, int], str], list[Usage]]) -> str:
             for u in usages if of == capability else []:
                 figures = (u.registers, u.stack, u.shared, u.mma, u.wgmma, u.tcgen05, u.instructions)
                 lines.append(f"| {name} | {u.kernel} | {' | '.join(map(str, figures))} |")
+    lines += [
+        "",
+        "## token_maps, the same for every size, sigma and number of images",
+        "",
+        "| card | rows | kernel | registers | stack | shared | instructions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for capability, usages in maps.items():
+        for name, u in usages:
+            figures = (u.registers, u.stack, u.shared, u.instructions)
+            card = f"sm_{capability[0]}{capability[1]}"
+            lines.append(f"| {card} | {name} | {u.kernel} | {' | '.join(map(str, figures))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -129,6 +154,7 @@ def main() -> int:
     jobs = [(capability, *configuration) for capability in CARDS for configuration in CONFIGURATIONS]
     with ProcessPoolExecutor(arguments.workers) as pool:
         usages = list(pool.map(compiled, *zip(*jobs, strict=True)))
+        maps = dict(zip(CARDS, pool.map(compiled_maps, CARDS), strict=True))
     results = {(job[0], job[1]): found for job, found in zip(jobs, usages, strict=True)}
     bad = [
         f"sm_{capability[0]}{capability[1]} {name}: {usage}"
@@ -136,10 +162,16 @@ def main() -> int:
         for usage in found
         if not acceptable(usage, capability, name, depth)
     ]
+    bad += [
+        f"sm_{capability[0]}{capability[1]} {name}: {usage}"
+        for capability, found in maps.items()
+        for name, usage in found
+        if usage.stack or usage.shared > SHARED_LIMIT[capability]
+    ]
     for problem in bad:
         print(problem)
     if not arguments.check:
-        REPORT.write_text(report(results))
+        REPORT.write_text(report(results, maps))
         print(f"written to {REPORT}")
     return 1 if bad else 0
 

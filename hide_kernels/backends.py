@@ -57,20 +57,21 @@ def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
 
 def _triton_rows(arguments: Mapping[str, Any]) -> str | None:
     query, key = arguments.get("query"), arguments.get("key")
-    return _dense_rows_only(arguments) or _no_triton(query) or (None if query is None else _not_tiled(query, key))
+    refused = _dense_rows_only(arguments) or _no_triton(query, "query")
+    return refused or (None if query is None else _not_tiled(query, key))
 
 
-def _no_triton(query: Any) -> str | None:
-    """Why Triton cannot run where `query` is, or on this machine where there is none."""
-    device = getattr(query, "device", None)
+def _no_triton(tensor: Any, argument: str) -> str | None:
+    """Why Triton cannot run where `tensor` is, or on this machine where there is none."""
+    device = getattr(tensor, "device", None)
     if device is not None and device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "query is on the CPU; the kernels need a CUDA device (or TRITON_INTERPRET=1, to test them)"
-        if str(query.dtype) == "torch.bfloat16":
+            return f"{argument} is on the CPU; the kernels need a CUDA device (or TRITON_INTERPRET=1, to test them)"
+        if str(tensor.dtype) == "torch.bfloat16":
             return "Triton's interpreter multiplies bfloat16 as bit patterns"
         return _needs("triton")({})
     if device is not None and device.type != "cuda":
-        return f"query is on {device}; the kernels need a CUDA device"
+        return f"{argument} is on {device}; the kernels need a CUDA device"
     import torch
 
     if not torch.cuda.is_available():
@@ -141,13 +142,40 @@ def _pillow(arguments: Mapping[str, Any]) -> str | None:
     return _needs("PIL")(arguments) or _needs("numpy")(arguments)
 
 
+def _triton_maps(arguments: Mapping[str, Any]) -> str | None:
+    cells = sum(image.numel() for image in arguments.get("rows", ()))
+    if cells >= 2**31:
+        return f"{cells} cells of all rows are too many for 32-bit indices"
+    return _no_triton(_first_rows(arguments), "rows")
+
+
+def _first_rows(arguments: Mapping[str, Any]) -> Any:
+    return next(iter(arguments.get("rows", ())), None)
+
+
+def _cupy_maps(*modules: str) -> Predicate:
+    """Smoothing on a CUDA device by a library made of `modules`."""
+
+    def refuses(arguments: Mapping[str, Any]) -> str | None:
+        missing = next((reason for module in modules if (reason := _needs(module)(arguments))), None)
+        return _elsewhere("cuda", _first_rows(arguments), "rows") or missing
+
+    return refuses
+
+
 # Order is preference; the last entry of each operator is its reference, the definition that the others are held to.
 OPERATORS: dict[str, tuple[Backend, ...]] = {
     "attention_rows": (
         Backend("triton", "fused kernels for CUDA devices from sm_80 on", _triton_rows),
         Backend("torch", "plain PyTorch on any device, in a buffer of fixed size", _dense_rows_only),
     ),
-    "token_maps": (Backend("scipy", "SciPy in float64 on the CPU", _needs("scipy")),),
+    # Reasoned from launches and passes over memory, not measured.
+    "token_maps": (
+        Backend("triton", "four fused kernels in float64, no synchronisation", _triton_maps),
+        Backend("cupy", "CuPy's Gaussian, image by image", _cupy_maps("cupy")),
+        Backend("cucim", "cuCIM's Gaussian, image by image", _cupy_maps("cupy", "cucim")),
+        Backend("scipy", "SciPy in float64 on the CPU", _needs("scipy")),
+    ),
     "regions": (
         Backend("cuda", "one thread block per map, one launch", _int32_cells(_launches("cuda", "maps"), 2)),
         Backend("cupy", "CuPy labelling, one call for the whole batch", _int32_cells(_cupy_labels, 3)),

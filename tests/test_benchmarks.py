@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import attention_rows as operator
-from benchmarks import cpu, gpu, measure, regions_to_collage, rows_to_pixel_values
+from benchmarks import cpu, gpu, measure, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps
 from hide_kernels.attention_rows import reference
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
@@ -51,6 +51,12 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(rows_to_pixel_values, "failures", lambda device: [])
     decoded = {**fast, "what": "decode", "largest": 3, "mean": 0.25}
     monkeypatch.setattr(rows_to_pixel_values, "gpu_table", lambda seconds: [decoded])
+    monkeypatch.setattr(token_maps, "failures", lambda device: [])
+    maps = token_maps.shape_rows(8, (32, 32), torch.device("cpu"))
+    monkeypatch.setattr(token_maps, "gpu_table", lambda seconds: maps)
+    monkeypatch.setattr(shared_prefix, "failures", lambda device: [])
+    shared = shared_prefix.Row("shared prefix (c)", "7B", 1.5, {"prefix": 1.25, "answer": 0.25}, 900)._asdict()
+    monkeypatch.setattr(shared_prefix, "gpu_table", lambda seconds: [shared])
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     (file,) = tmp_path.iterdir()
@@ -58,10 +64,13 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     operators = json.loads(file.read_text())["operators"]
     assert operators["attention_rows"] == {"failures": ["plain: 3.00 times the budget"]}
     assert operators["regions_to_collage"] == {"failures": [], "table": [fast]}
+    assert operators["token_maps"] == {"failures": [], "table": maps}
     printed = capsys.readouterr().out
+    assert "rows to maps    8 x 32x32" in printed
     assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
     assert operators["rows_to_pixel_values"]["table"] == [decoded]
     assert "3 levels from Pillow, 0.250 on average" in printed
+    assert "900 tokens  (prefix 1.250, answer 0.250)" in printed
 
 
 def test_the_gate_of_maps_to_boxes_names_the_backend_that_is_wrong(monkeypatch):
@@ -84,6 +93,13 @@ def test_rows_to_pixels_have_a_limit_on_each_kind_of_device(launches, limit):
     ours = {"implementation": rows_to_pixel_values.OURS, "launches": launches}
     assert rows_to_pixel_values.within_limit([{**ours, "median": 999 * limit}])
     assert not rows_to_pixel_values.within_limit([{**ours, "median": 1001 * limit}])
+
+
+def test_the_gate_of_token_maps_names_the_calls_that_a_broken_backend_gets_wrong(monkeypatch):
+    assert token_maps.failures("cpu") == []
+    monkeypatch.setattr(token_maps, "map_error", lambda case, *a, **k: 1e-3 if case.sigma == 40 else 0.0)
+    (broken,) = token_maps.failures("cpu")
+    assert broken == "taps far beyond the map, scipy: error 1.0e-03"
 
 
 def test_an_error_above_the_budget_at_a_measured_shape_gets_no_figures(monkeypatch):

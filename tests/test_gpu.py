@@ -25,6 +25,7 @@ from hide_kernels.integrations.transformers import capture_attention_rows
 from hide_kernels.patches import compiled as patches
 from hide_kernels.patches import decode
 from hide_kernels.testing.cases import CASES, Case, error_of
+from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, map_error
 
 pytestmark = pytest.mark.gpu
 
@@ -191,6 +192,72 @@ def test_image_operators_give_on_the_device_what_they_give_on_the_host():
         results.append([maps.maps[0].cpu(), found.boxes.cpu(), found.scores.cpu(), made.image.cpu()])
     for host, device in zip(*results, strict=True):
         assert torch.equal(host, device)
+
+
+MAP_BACKENDS = ("triton", "cupy", "cucim", "scipy")
+
+
+def random_maps(dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(56, *grid, generator=generator).to("cuda", dtype) for grid in ((95, 170), (37, 53))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", MAP_BACKENDS)
+def test_token_maps_of_every_backend_are_those_of_the_reference(backend, dtype):
+    for module in {"cupy": ("cupy",), "cucim": ("cupy", "cucim")}.get(backend, ()):
+        pytest.importorskip(module)
+    for case in MAP_CASES:
+        assert map_error(case, dtype, "cuda", backend=backend) <= MAP_ERROR, case.name
+
+
+@pytest.mark.parametrize("backend", MAP_BACKENDS[:3])
+def test_token_maps_never_synchronise_and_run_on_the_current_stream(backend):
+    for module in {"cupy": ("cupy",), "cucim": ("cupy", "cucim")}.get(backend, ()):
+        pytest.importorskip(module)
+    rows = random_maps()
+    arguments = {"prior_rows": 8, "sigma": 3.0, "backend": backend}
+    token_maps(rows, **arguments)
+    side = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            late = [torch.zeros_like(image) for image in rows]
+            torch.cuda._sleep(50_000_000)
+            for image, given in zip(late, rows, strict=True):
+                image.copy_(given)
+            got = token_maps(late, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side.synchronize()
+    want = token_maps([image.cpu() for image in rows], prior_rows=8, sigma=3.0, backend="scipy")
+    assert torch.equal(got.valid.cpu(), want.valid) and torch.equal(got.image_index.cpu(), want.image_index)
+    for one, other in zip(got.maps, want.maps, strict=True):
+        assert (one.cpu() - other).abs().max() <= MAP_ERROR
+
+
+def test_token_maps_replay_in_a_graph_with_four_launches_and_equal_bits(launched):
+    rows = random_maps()
+    token_maps(rows, prior_rows=8, sigma=3.0)
+    assert names(launched) == ["scan_rows", "smooth_rows", "subtract_prior", "normalise_maps"]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = token_maps(rows, prior_rows=8, sigma=3.0)
+    for image in rows:
+        image.copy_(torch.rand(image.shape))
+    graph.replay()
+    want = token_maps(rows, prior_rows=8, sigma=3.0)
+    assert torch.equal(captured.image_index, want.image_index) and torch.equal(captured.valid, want.valid)
+    assert all(torch.equal(one, other) for one, other in zip(captured.maps, want.maps, strict=True))
+
+
+def test_other_sizes_of_maps_compile_nothing(launched):
+    token_maps(random_maps(), prior_rows=8, sigma=3.0)
+    caches = [launch.kernel.device_caches[torch.cuda.current_device()][0] for launch in launched]
+    sizes = [len(cache) for cache in caches]
+    for grids in (((1, 1),), ((32, 64), (16, 16)), ((3, 5),) * 11):
+        token_maps([torch.rand(9, *grid, device="cuda").bfloat16() for grid in grids], prior_rows=1, sigma=20.0)
+    assert [len(cache) for cache in caches] == sizes
 
 
 @pytest.fixture(params=["extension", "cupy"])

@@ -7,9 +7,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage import filters
 
+from hide_kernels import backends, explain
 from hide_kernels.regions import regions
-from hide_kernels.token_maps import token_maps
+from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, MapCase, map_error
+from hide_kernels.token_maps import TokenMaps, token_maps
+from hide_kernels.token_maps.api import FLAT
+from hide_kernels.token_maps.cupy import by_filters, by_ndimage, masked_maps
 
 Array = NDArray[np.float64]
 
@@ -239,6 +244,45 @@ def test_any_float_dtype_and_any_strides_give_the_map_of_the_same_values(dtype: 
     assert torch.equal(got.maps[0], want.maps[0])
 
 
+@pytest.mark.parametrize("smoothing", [(by_ndimage, ndimage), (by_filters, filters)], ids=["cupy", "cucim"])
+@pytest.mark.parametrize("case", MAP_CASES, ids=lambda case: case.name)
+def test_the_code_for_cupy_and_cucim_gives_the_maps_of_the_reference_with_numpy_in_their_place(
+    case: MapCase, smoothing: tuple[Any, Any]
+) -> None:
+    def call(rows: list[torch.Tensor], *, prior_rows: int, sigma: float, backend: None) -> TokenMaps:
+        smoothed, library = smoothing
+        images = [image.double().numpy() for image in rows]
+        maps, image_index, valid = masked_maps(np, images, prior_rows, FLAT, smoothed(library, sigma))
+        return TokenMaps(tuple(map(torch.from_numpy, maps)), torch.from_numpy(image_index), torch.from_numpy(valid))
+
+    for dtype in (torch.float32, torch.float16):
+        assert map_error(case, dtype, call=call) <= MAP_ERROR
+
+
+class OnTheDevice:
+    """As much of rows on a GPU as choosing a backend looks at."""
+
+    device = torch.device("cuda:0")
+    dtype = torch.float32
+
+    def numel(self) -> int:
+        return 60
+
+
+@pytest.mark.parametrize(
+    "installed, chosen",
+    [({"cupy", "cucim", "scipy"}, "cupy"), ({"cucim", "scipy"}, "scipy"), ({"scipy"}, "scipy")],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and Triton takes the call")
+def test_without_triton_a_gpu_is_served_by_cupy_where_it_is_installed_and_else_by_the_host(
+    installed: set[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: name in installed)
+    explanation = explain("token_maps", rows=[OnTheDevice()])
+    assert explanation.chosen == chosen
+    assert [backend.name for backend, _ in explanation.candidates] == ["triton", "cupy", "cucim", "scipy"]
+
+
 ROWS = torch.zeros(3, 4, 5)
 
 
@@ -262,6 +306,14 @@ ROWS = torch.zeros(3, 4, 5)
         ([ROWS], {"sigma": 1001}, ValueError, "sigma: got 1001, want 0 to 1000"),
         ([ROWS], {"sigma": "3"}, TypeError, "sigma: got str"),
         ([ROWS], {"backend": "fast"}, ValueError, "backend: got 'fast'.*scipy"),
+        (
+            [ROWS],
+            {"backend": "triton"},
+            ValueError,
+            "'triton' cannot serve this call of token_maps: rows is on the CPU",
+        ),
+        ([ROWS], {"backend": "cupy"}, ValueError, "'cupy' cannot serve this call of token_maps: rows is on cpu"),
+        ([ROWS], {"backend": "cucim"}, ValueError, "'cucim' cannot serve this call of token_maps: rows is on cpu"),
     ],
 )
 def test_a_wrong_argument_is_named(rows: Any, changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from hide_kernels.attention_rows import triton_kernels as kernels
 from hide_kernels.attention_rows.request import RowRequest
 from hide_kernels.attention_rows.triton_configs import LseConfig, RowsConfig, chunk_keys, lse_config, rows_config
+from hide_kernels.launch import Launch, on_device
 
 LOG2_E = 1 / math.log(2)
 ROWS_AT_ONCE = 512  # bounds the partial results of the first pass
@@ -42,18 +42,6 @@ class Card:
 INTERPRETED = Card((9, 0), 132)
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel launch: `arguments` by name, compile options included."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments)
-
-
 def attention_rows_triton(
     query: Tensor,
     key: Tensor,
@@ -72,7 +60,7 @@ def attention_rows_triton(
     result = lse
     if return_lse and lse is None:
         result = query.new_empty((batch, heads, rows), dtype=torch.float32)
-    with _on_device(query):
+    with on_device(query):
         for first in range(0, rows, ROWS_AT_ONCE):
             chunk = slice(first, min(first + ROWS_AT_ONCE, rows))
             launches, log2_lse = plan(
@@ -342,8 +330,3 @@ def _card(device: torch.device) -> Card:
 def _cuda_card(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
     return Card((properties.major, properties.minor), properties.multi_processor_count)
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

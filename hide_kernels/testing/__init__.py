@@ -1,7 +1,7 @@
-"""Oracles, tolerances and cases to test attention-row implementations against; shipped so that others can use them.
+"""Oracles, tolerances and cases to test implementations against; shipped so that others can use them.
 
-`cases` holds calls of every kind, `interpreter` runs Triton kernels on the CPU, `offline` compiles them for cards that
-are not there.
+`cases` holds calls of `attention_rows` of every kind and `map_cases` of `token_maps`, `interpreter` runs Triton kernels
+on the CPU, `offline` compiles them for cards that are not there.
 """
 
 from hide_kernels.testing.rows import eager_attention_rows, error_budget, poisoned_empty, textbook_attention_rows

@@ -13,25 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from hide_kernels.attention_rows import triton_launch
 from hide_kernels.attention_rows.request import RowRequest
+from hide_kernels.launch import Launch
+from hide_kernels.token_maps import triton_launch as map_launch
+from hide_kernels.token_maps.api import FLAT
 
 # Shared memory that a program may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {
     (8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448, (12, 0): 101_376,
 }  # fmt: skip
-
-
-class KernelLaunch(Protocol):
-    """A Triton kernel with the arguments and options of one launch, by name."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ def planned(
     processors: int = 132,
     accumulate: bool = False,
     **arguments: Any,
-) -> list[triton_launch.Launch]:
+) -> list[Launch]:
     """The launches of `attention_rows` for such tensors on such a card; defaults are Qwen2.5-VL-7B's.
 
     `spans` are per sample. `masked` is causal with padding. Keys lie as (B, N, H, D), or as (B, H, N, D) with
@@ -131,14 +126,35 @@ def planned(
     return triton_launch.plan(query, key, request, None, out, accumulate, card, **arguments)[0]
 
 
-def compile_launch(launch: KernelLaunch, capability: tuple[int, int]) -> Usage:
+def planned_maps(
+    *shapes: tuple[int, int],
+    rows: int = 56,
+    prior_rows: int = 8,
+    sigma: float = 3.0,
+    dtype: torch.dtype = torch.float32,
+    strided: bool = False,
+) -> list[Launch]:
+    """The launches of `token_maps` for images of these grids; `strided` tensors have the rows last."""
+    images = [
+        torch.empty(h, w + 1, rows, dtype=dtype, device="meta")[:, 1:].permute(2, 0, 1)
+        if strided
+        else torch.empty(rows, h, w, dtype=dtype, device="meta")
+        for h, w in shapes
+    ]
+    tokens = rows - prior_rows
+    out = torch.empty(tokens * sum(h * w for h, w in shapes), device="meta")
+    index, valid = (torch.empty(tokens, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bool))
+    return map_launch.plan(images, prior_rows, sigma, FLAT, out, index, valid)
+
+
+def compile_launch(launch: Launch, capability: tuple[int, int]) -> Usage:
     """Compile one launch (tensors may be on the "meta" device) and read its machine code."""
     with target(capability):
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
     return read_cubin(launch.kernel.fn.__name__, compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def compilations(launches: Sequence[KernelLaunch], capability: tuple[int, int]) -> int:
+def compilations(launches: Sequence[Launch], capability: tuple[int, int]) -> int:
     """How many variants of kernels Triton would compile for these launches in a fresh process. Builds none."""
     from triton import knobs
 

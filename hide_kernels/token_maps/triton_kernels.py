@@ -1,0 +1,301 @@
+"""The four Triton kernels of `token_maps`; `triton_launch` plans and launches them.
+
+Names: t row (the first `prior` are the prior), e = t - prior the token of a later row, slot one of the images that a
+`scan_rows` takes, image its number among all. `scan_rows` alone knows where rows lie and of what type they are: it
+packs them. The others take every image at once and find theirs in the table `sizes` [images, 2] that it writes. All
+integers are run-time values that Triton may not specialise on, so nothing recompiles for another picture.
+
+Everything is float64, as in the reference, whose maps these are but for the order of sums: in float32 about one cell in
+a million would fall on the other side of a threshold, and maps that the smoothing flattens would be rounding. The
+weights of the Gaussian are not normalised, because min-max undoes any factor.
+
+Along an axis of n cells the mirrored map has the period 2 n, so weights whose taps meet at the same cell of a period
+are added up once, in a table, and no more than 2 n taps are left of any radius.
+"""
+
+# mypy: disable-error-code="no-untyped-def, operator, arg-type, assignment"
+
+import triton
+import triton.language as tl
+
+# Beyond it a row does not count as finite.
+_FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def _of_slot(values, slot):
+    """The entry of a tuple for a slot that is known at run time."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(slot == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def _locate(block, sizes, images, OF_LINES: tl.constexpr, LINES: tl.constexpr, CELLS: tl.constexpr):
+    """Image of a block of lines (or cells), its size, its first block of lines and of cells, first cell and weight."""
+    image = 0
+    lines = 0
+    blocks = 0
+    cells = 0
+    weights = 0
+    height = tl.load(sizes)
+    width = tl.load(sizes + 1)
+    for following in range(1, images):
+        next_lines = lines + tl.cdiv(height, LINES)
+        next_blocks = blocks + tl.cdiv(height * width, CELLS)
+        stop = next_blocks
+        if OF_LINES:
+            stop = next_lines
+        if block >= stop:
+            image = following
+            lines = next_lines
+            blocks = next_blocks
+            cells += height * width
+            weights += height + width + 2
+            height = tl.load(sizes + 2 * following)
+            width = tl.load(sizes + 2 * following + 1)
+    return image, height, width, lines, blocks, cells, weights
+
+
+@triton.jit
+def _taken_by(peaks, t, rows, images):
+    """The image where row t has its largest peak, the first of equals, and that peak: -inf if it is finite nowhere."""
+    best = 0
+    top = tl.load(peaks + t)
+    for image in range(1, images):
+        peak = tl.load(peaks + image * rows + t)
+        best = tl.where(peak > top, image, best)
+        top = tl.maximum(top, peak)
+    return best, top
+
+
+@triton.jit
+def _mirrored(at, length):
+    """The cell of [0, length) that an index in [-length, 2 * length) shows: the mirror repeats the edge."""
+    at = tl.where(at < 0, -1 - at, at)
+    return tl.where(at >= length, 2 * length - 1 - at, at)
+
+
+@triton.jit
+def _range(lows, highs, block, blocks, t, rows, flat, PARTS: tl.constexpr):
+    """Lowest value of a smoothed row, and from there to its highest: 0 if the row is constant."""
+    low = tl.full([PARTS], float("inf"), tl.float64)
+    high = tl.full([PARTS], float("-inf"), tl.float64)
+    for first in tl.range(0, blocks, PARTS, num_stages=1):
+        part = first + tl.arange(0, PARTS)
+        at = (block + part) * rows + t
+        low = tl.minimum(low, tl.load(lows + at, mask=part < blocks, other=float("inf")))
+        high = tl.maximum(high, tl.load(highs + at, mask=part < blocks, other=float("-inf")))
+    lowest = tl.min(low, 0)
+    highest = tl.max(high, 0)
+    span = highest - lowest
+    varied = span > flat * tl.maximum(tl.abs(lowest), tl.abs(highest))
+    return lowest, tl.where(varied, span, 0.0)
+
+
+@triton.jit
+def _normalised(smooth, low, span):
+    """Min-max of a row by its `_range`; a constant one is zeros."""
+    return tl.where(span > 0, (smooth - low) / tl.where(span > 0, span, 1.0), 0.0)
+
+
+# Of a slot: the map, its strides over rows, lines and columns, and its size.
+_OF_SLOTS = [f"{name}{slot}" for name in ("step_t", "step_y", "step_x", "height", "width") for slot in range(8)]
+
+
+@triton.jit(
+    do_not_specialize=[*_OF_SLOTS, "rows", "first_image", "first_cell", "first_weight", "radius"],
+    do_not_specialize_on_alignment=[*(f"map{slot}" for slot in range(8)), "packed", "weights", "sizes", "peaks"],
+)
+def scan_rows(
+    map0, map1, map2, map3, map4, map5, map6, map7,
+    step_t0, step_t1, step_t2, step_t3, step_t4, step_t5, step_t6, step_t7,
+    step_y0, step_y1, step_y2, step_y3, step_y4, step_y5, step_y6, step_y7,
+    step_x0, step_x1, step_x2, step_x3, step_x4, step_x5, step_x6, step_x7,
+    height0, height1, height2, height3, height4, height5, height6, height7,
+    width0, width1, width2, width3, width4, width5, width6, width7,
+    packed, weights, sizes, peaks,
+    falloff: tl.float64, rows: tl.int32, first_image: tl.int32, first_cell: tl.int32,
+    first_weight: tl.int32, radius: tl.int32,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Packs the rows of up to eight images and finds their peaks; makes the table of weights of each axis.
+
+    Grid (images * (rows + 2),). Writes `packed` (per image [rows, height, width]), `peaks` [all images, rows], -inf
+    where a row is not finite, `sizes`, and per image in `weights` height + 1 and width + 1 entries: entry d is the sum
+    of exp(falloff * k^2) over k = d modulo 2 * length, |k| <= radius.
+    """
+    heights = (height0, height1, height2, height3, height4, height5, height6, height7)
+    widths = (width0, width1, width2, width3, width4, width5, width6, width7)
+    slot = tl.program_id(0) // (rows + 2)
+    t = tl.program_id(0) % (rows + 2)
+    for before in tl.static_range(7):
+        if before < slot:
+            first_cell += heights[before] * widths[before]
+            first_weight += heights[before] + widths[before] + 2
+    height = _of_slot(heights, slot)
+    width = _of_slot(widths, slot)
+    image = first_image + slot
+    if t < rows:
+        maps = (map0, map1, map2, map3, map4, map5, map6, map7)
+        step_t = _of_slot((step_t0, step_t1, step_t2, step_t3, step_t4, step_t5, step_t6, step_t7), slot).to(tl.int64)
+        step_y = _of_slot((step_y0, step_y1, step_y2, step_y3, step_y4, step_y5, step_y6, step_y7), slot).to(tl.int64)
+        step_x = _of_slot((step_x0, step_x1, step_x2, step_x3, step_x4, step_x5, step_x6, step_x7), slot).to(tl.int64)
+        row = _of_slot(maps, slot) + t * step_t
+        cells = height * width
+        packed += first_cell * rows + t * cells
+        top = tl.full([BLOCK], float("-inf"), tl.float64)
+        finite = tl.full([BLOCK], 1, tl.int32)
+        for first in tl.range(0, cells, BLOCK, num_stages=1):
+            # Past the end the last cell is taken again.
+            cell = tl.minimum(first + tl.arange(0, BLOCK), cells - 1)
+            value = tl.load(row + (cell // width) * step_y + (cell % width) * step_x).to(tl.float64)
+            tl.store(packed + cell, value)
+            finite = finite & (tl.abs(value) <= _FLOAT32_MAX).to(tl.int32)
+            top = tl.maximum(top, value)
+        tl.store(peaks + image * rows + t, tl.where(tl.min(finite, 0) == 1, tl.max(top, 0), float("-inf")))
+    else:
+        axis = t - rows
+        length = tl.where(axis == 0, height, width)
+        tl.store(sizes + 2 * image + axis, length)
+        weights += first_weight + axis * (height + 1)
+        periods = (radius + length) // (2 * length)
+        for first in tl.range(0, length + 1, BLOCK, num_stages=1):
+            d = first + tl.arange(0, BLOCK)
+            total = tl.zeros([BLOCK], tl.float64)
+            for period in tl.range(-periods, periods + 1, num_stages=1):
+                k = tl.abs(d + 2 * length * period)
+                distance = k.to(tl.float64)
+                total += tl.where(k <= radius, tl.exp(distance * distance * falloff), 0.0)
+            tl.store(weights + d, total, mask=d <= length)
+
+
+# Of the kernels that take every image.
+_INTEGERS = ["rows", "images", "prior"]
+_TENSORS = ["packed", "weights", "sizes", "peaks", "half", "smooth", "lows", "highs", "tops", "out", "index", "valid"]
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "radius"], do_not_specialize_on_alignment=_TENSORS)
+def smooth_rows(
+    packed, weights, sizes, peaks, half, smooth, lows, highs,
+    rows: tl.int32, images: tl.int32, prior: tl.int32, radius: tl.int32,
+    LINES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Both passes of the Gaussian over LINES lines of a map: rows of the prior everywhere, others where they are taken.
+
+    Grid (blocks of lines * rows,). Writes `smooth`, as `packed`, by way of `half`, and of its block the lowest and
+    highest value to `lows` and `highs` [blocks, rows]. Rows that are not finite, and those that another image has
+    taken, leave all of that unwritten.
+    """
+    block = tl.program_id(0) // rows
+    t = tl.program_id(0) % rows
+    image, height, width, first_block, _, first_cell, first_weight = _locate(block, sizes, images, True, LINES, 1)
+    taken, _ = _taken_by(peaks, t, rows, images)
+    if ((t < prior) | (taken == image)) & (tl.load(peaks + image * rows + t) > float("-inf")):
+        offset = first_cell * rows + t * height * width
+        packed += offset
+        half += offset
+        smooth += offset
+        weights += first_weight
+        # Past an edge the last line and the last column are made again, and not stored.
+        line = (block - first_block) * LINES + tl.arange(0, LINES)
+        y = tl.minimum(line, height - 1)
+        for first in tl.range(0, width, COLUMNS, num_stages=1):
+            column = first + tl.arange(0, COLUMNS)
+            x = tl.minimum(column, width - 1)
+            total = tl.zeros([LINES, COLUMNS], tl.float64)
+            for tap in tl.range(-tl.minimum(radius, height - 1), tl.minimum(radius, height) + 1, num_stages=1):
+                source = _mirrored(y + tap, height) * width
+                total += tl.load(packed + source[:, None] + x[None, :]) * tl.load(weights + tl.abs(tap))
+            inside = (line < height)[:, None] & (column < width)[None, :]
+            tl.store(half + (y * width)[:, None] + x[None, :], total, mask=inside)
+
+        # What this program has written, other threads of it read.
+        tl.debug_barrier()
+        weights += height + 1
+        low = tl.full([LINES, COLUMNS], float("inf"), tl.float64)
+        high = tl.full([LINES, COLUMNS], float("-inf"), tl.float64)
+        for first in tl.range(0, width, COLUMNS, num_stages=1):
+            column = first + tl.arange(0, COLUMNS)
+            x = tl.minimum(column, width - 1)
+            total = tl.zeros([LINES, COLUMNS], tl.float64)
+            for tap in tl.range(-tl.minimum(radius, width - 1), tl.minimum(radius, width) + 1, num_stages=1):
+                source = _mirrored(x + tap, width)
+                total += tl.load(half + (y * width)[:, None] + source[None, :]) * tl.load(weights + tl.abs(tap))
+            inside = (line < height)[:, None] & (column < width)[None, :]
+            tl.store(smooth + (y * width)[:, None] + x[None, :], total, mask=inside)
+            low = tl.minimum(low, total)
+            high = tl.maximum(high, total)
+        tl.store(lows + block * rows + t, tl.min(tl.min(low, 1), 0))
+        tl.store(highs + block * rows + t, tl.max(tl.max(high, 1), 0))
+
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_TENSORS)
+def subtract_prior(
+    sizes, peaks, smooth, lows, highs, tops,
+    flat: tl.float64, rows: tl.int32, images: tl.int32, prior: tl.int32,
+    LINES: tl.constexpr, CELLS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Normalised maps of TOKENS tokens less the mean normalised map of the prior, clipped at 0, over CELLS cells.
+
+    Grid (blocks of cells, blocks of tokens). Takes the place of the token's row in `smooth`; its largest value in the
+    block goes to `tops` [blocks, tokens].
+    """
+    block = tl.program_id(0)
+    image, height, width, first_lines, first_block, first_cell, _ = _locate(block, sizes, images, False, LINES, CELLS)
+    cells = height * width
+    smooth += first_cell * rows
+    parts = tl.cdiv(height, LINES)
+    cell = (block - first_block) * CELLS + tl.arange(0, CELLS)
+    inside = cell < cells
+
+    noise = tl.zeros([CELLS], tl.float64)
+    for t in tl.range(0, prior, num_stages=1):
+        if tl.load(peaks + image * rows + t) > float("-inf"):
+            low, span = _range(lows, highs, first_lines, parts, t, rows, flat, PARTS)
+            noise += _normalised(tl.load(smooth + t * cells + cell, mask=inside, other=0.0), low, span)
+    noise = noise / tl.maximum(prior, 1).to(tl.float64)
+
+    first = prior + tl.program_id(1) * TOKENS
+    for t in tl.range(first, tl.minimum(first + TOKENS, rows), num_stages=1):
+        taken, peak = _taken_by(peaks, t, rows, images)
+        if (taken == image) & (peak > float("-inf")):
+            low, span = _range(lows, highs, first_lines, parts, t, rows, flat, PARTS)
+            value = _normalised(tl.load(smooth + t * cells + cell, mask=inside, other=0.0), low, span)
+            value = tl.where(inside, tl.maximum(value - noise, 0.0), 0.0)
+            tl.store(smooth + t * cells + cell, value, mask=inside)
+            tl.store(tops + block * (rows - prior) + t - prior, tl.max(value, 0))
+
+
+@triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_TENSORS)
+def normalise_maps(
+    sizes, peaks, smooth, tops, out, index, valid,
+    flat: tl.float64, rows: tl.int32, images: tl.int32, prior: tl.int32,
+    CELLS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """CELLS cells of one token's map over its largest value, or zeros; once per token, its image and validity.
+
+    Grid (blocks of cells * tokens,). Writes `out` (per image [tokens, height, width]), `index` and `valid` [tokens].
+    """
+    tokens = rows - prior
+    block = tl.program_id(0) // tokens
+    e = tl.program_id(0) % tokens
+    image, height, width, _, first_block, first_cell, _ = _locate(block, sizes, images, False, 1, CELLS)
+    cells = height * width
+    taken, peak = _taken_by(peaks, prior + e, rows, images)
+    blocks = tl.where((taken == image) & (peak > float("-inf")), tl.cdiv(cells, CELLS), 0)
+    top = tl.zeros([PARTS], tl.float64)
+    for first in tl.range(0, blocks, PARTS, num_stages=1):
+        part = first + tl.arange(0, PARTS)
+        top = tl.maximum(top, tl.load(tops + (first_block + part) * tokens + e, mask=part < blocks, other=0.0))
+    highest = tl.max(top, 0)
+    kept = highest > flat
+
+    cell = (block - first_block) * CELLS + tl.arange(0, CELLS)
+    row = smooth + first_cell * rows + (prior + e) * cells
+    value = tl.load(row + cell, mask=cell < tl.where(kept, cells, 0), other=0.0) / tl.where(kept, highest, 1.0)
+    tl.store(out + first_cell * tokens + e * cells + cell, value.to(tl.float32), mask=cell < cells)
+    if (taken == image) & (block == first_block):
+        tl.store(index + e, taken.to(tl.int64))
+        tl.store(valid + e, kept)
