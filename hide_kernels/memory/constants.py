@@ -68,11 +68,11 @@ class Constants:
                 return None
             with unset_fake_temporarily():
                 args = (torch.empty(tensors[0].shape, dtype=tensors[0].dtype), *args[1:])
-        elif any(self._get(tensor) is None for tensor in tensors):
+        elif any(self.values(tensor) is None for tensor in tensors):
             return None
         elif not tensors and not _makes_tensors(func):
             return None
-        return tree_map_only(FakeTensor, self._get, (args, kwargs))
+        return tree_map_only(FakeTensor, self.values, (args, kwargs))
 
     def _real(self, func: Any, args: Any, kwargs: Any) -> Any:
         with unset_fake_temporarily():
@@ -89,15 +89,18 @@ class Constants:
             return args
         indices: list[Tensor | None] = []
         for index in args[1]:
-            mask = None if index is None or index.dtype != torch.bool else self._get(index)
+            mask = None if index is None or index.dtype != torch.bool else self.values(index)
             if mask is None:
                 indices.append(index)
             else:
-                indices += [self._fake_like(column) for column in self._real(aten.nonzero.default, (mask,), {}).unbind(1)]
+                indices += [
+                    self._fake_like(column) for column in self._real(aten.nonzero.default, (mask,), {}).unbind(1)
+                ]
         return (args[0], indices, *args[2:])
 
     @staticmethod
-    def _get(fake: Tensor) -> Tensor | None:
+    def values(fake: Tensor) -> Tensor | None:
+        """The real tensor behind a fake, if it is known."""
         real: Tensor | None = getattr(fake, "_hide_values", None)
         return None if real is None or getattr(real.untyped_storage(), "_hide_unknown", False) else real
 

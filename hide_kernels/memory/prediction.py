@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hide_kernels.memory.constants import Constants
 from hide_kernels.memory.recorder import Recorder, adopt, named_tensors
 from hide_kernels.memory.report import Owner
-from hide_kernels.memory.storages import StorageTracker, line_of_caller
+from hide_kernels.memory.storages import StorageTracker, line_of_caller, tensors_in
 
 _LIFT = torch.ops.aten.lift_fresh.default
 
@@ -69,8 +69,10 @@ def predict(
     adopt(tracker, roots, [(tracker.fake(tensor), name, kind) for tensor, name, kind in tensors])
     # Module.to() swaps fake parameters, which fails for those that something refers to weakly.
     swap = mock.patch.object(torch.utils, "swap_tensors", _replace_data)
+    # The fakes' own goes element by element.
+    tolist = mock.patch.object(FakeTensor, "tolist", tracker.tolist)
     try:
-        with recorder.running("predict", mode, tracker.hooks(), tracker, _OneDevice(), swap):
+        with recorder.running("predict", mode, tracker.hooks(), tracker, _OneDevice(), swap, tolist):
             yield recorder
     finally:
         for tensor, _, _ in tensors:
@@ -99,10 +101,21 @@ class FakeStorages(StorageTracker):
             self._constants.remember(fake, tensor)
         return fake
 
+    @property
+    def tolist(self) -> Callable[[FakeTensor], Any]:
+        """`Tensor.tolist` of fakes."""
+        slow = FakeTensor.tolist
+
+        def tolist(tensor: FakeTensor) -> Any:
+            values = self._constants.values(tensor)
+            return slow(tensor) if values is None else values.tolist()
+
+        return tolist
+
     def prepare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _cpu(kwargs["device"])}
-        if func is _LIFT:
+        if func is _LIFT or all(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
             return args, kwargs
         return tree_map_only(Tensor, self.fake, (args, kwargs))
 
@@ -133,6 +146,9 @@ class _OneDevice(TorchFunctionMode):
             return args[0]
         if func is Tensor.to:
             args = tuple(_cpu(a) if isinstance(a, (str, torch.device)) or type(a) is int else a for a in args)
+        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], (list, tuple)):
+            # It reads the memory of tensors in the list, which fakes have none of.
+            args = (tree_map_only(Tensor, Tensor.item, args[0]), *args[1:])
         return func(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hide_kernels.memory.report import MemoryReport, Owner, Stage
-from hide_kernels.memory.storages import StorageTracker, Window
+from hide_kernels.memory.storages import Alive, StorageTracker, Window
 
 _active: ContextVar[Recorder | None] = ContextVar("hide_kernels_memory_recorder", default=None)
 
@@ -61,7 +61,7 @@ class _Ended(NamedTuple):
     peak: int = 0
     live: int = 0
     allocated: Allocated = Allocated(0, 0, 0)
-    owners: tuple[Owner, ...] = ()
+    alive: Alive | None = None
 
 
 class Recorder:
@@ -117,13 +117,13 @@ class Recorder:
         """Add a call to what is known of its stage, and close it."""
         peak, live = self._peak_and_live(current)
         highest = before.calls == 0 or peak > before.peak
-        owners = before.owners
+        alive = before.alive
         if self._tracker is not None and current.window is not None:
-            owners = self._tracker.owners_at_peak(current.window) if highest else owners
+            alive = self._tracker.alive_at_peak(current.window) if highest else alive
             self._tracker.windows.remove(current.window)
         self._open.remove(current)
         allocated = before.allocated.joined(current.allocated)
-        return _Ended(before.calls + 1, peak if highest else before.peak, live, allocated, owners)
+        return _Ended(before.calls + 1, peak if highest else before.peak, live, allocated, alive)
 
     def _peak_and_live(self, current: _Open) -> tuple[int, int]:
         """Relative to `existing` where only storages are followed."""
@@ -159,17 +159,19 @@ class Recorder:
                 ended.live + existed,
                 ended.allocated.reserved if allocator else None,
                 ended.allocated.requested if allocator else None,
-                ended.owners,
+                tracker.owners(ended.alive) if tracker and ended.alive else (),
             )
             for name, ended in self._stages.items()
             if ended.calls
         )
         notes = []
         if tracker is not None and tracked == 0 and tracker.elsewhere:
-            notes.append(f"no tensor on {self._device}, but on {', '.join(sorted(tracker.elsewhere))}: name it as device")
+            notes.append(
+                f"no tensor on {self._device}, but on {', '.join(sorted(tracker.elsewhere))}: name it as device"
+            )
         return MemoryReport(
             kind=self._kind,
-            device=str(self._device or "any device"),
+            device=str(self._device or ""),
             start=self._start if allocator else existed,
             peak=peak + existed,
             live=live + existed,
@@ -178,7 +180,7 @@ class Recorder:
             requested=whole.allocated.requested if allocator else None,
             tracked=tracked,
             stages=stages,
-            owners=tracker.owners_at_peak(whole.window) if tracker and whole.window else (),
+            owners=tracker.owners(tracker.alive_at_peak(whole.window)) if tracker and whole.window else (),
             timeline=tracker.timeline() if tracker else (),
             notes=tuple(notes),
             error=self._error,

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-GB = 10**9
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class MemoryReport:
 
     `start` was allocated before, `live` when the block ended. `peak_stage` is the innermost stage of the peak, "" outside
     all. `tracked` is the peak of the tensors' storages alone, `None` where they were not followed: a GPU without
-    `owners`; what the allocator's `peak` has above it are kernels' workspaces and rounding. `error` is the exception that ended the block, if any;
-    everything up to it counts.
+    `owners`; what the allocator's `peak` has above it are kernels' workspaces and rounding. `error` is the exception that
+    ended the block, if any; everything up to it counts. A prediction has no device: `device` is "".
     """
 
     kind: str
@@ -81,24 +81,29 @@ class MemoryReport:
     error: str | None
 
     def table(self, beside: MemoryReport | None = None) -> str:
-        """Text in GB (10^9 bytes); `beside` adds the peaks of another report, such as a prediction, and the difference."""
+        """Text; `beside` adds the peaks of another report, such as a prediction, and how far ours are above them."""
+        unit, size = next(((unit, size) for unit, size in _UNITS if self.peak >= size), _UNITS[-1])
+
+        def shown(count: int | None) -> str:
+            return "-" if count is None else f"{count / size:.2f}"
+
         rows = [["", "peak", "live at end", "reserved"]]
         for stage in self.stages:
-            rows.append([_indented(stage.name, stage.calls), _gb(stage.peak), _gb(stage.live), _gb(stage.reserved)])
-        rows.append(["whole", _gb(self.peak), _gb(self.live), _gb(self.reserved)])
+            rows.append([_indented(stage), shown(stage.peak), shown(stage.live), shown(stage.reserved)])
+        rows.append(["whole", shown(self.peak), shown(self.live), shown(self.reserved)])
         if beside is not None:
             others = {stage.name: stage.peak for stage in beside.stages}
+            peaks = [*((stage.peak, others.get(stage.name)) for stage in self.stages), (self.peak, beside.peak)]
             rows[0] += [beside.kind, "difference"]
-            peaks = [(stage.peak, others.get(stage.name)) for stage in self.stages] + [(self.peak, beside.peak)]
             for row, (peak, other) in zip(rows[1:], peaks, strict=True):
-                row += [_gb(other), "-" if other is None else f"{(peak - other) / max(other, 1):+.1%}"]
-        lines = [f"{self.kind} on {self.device}, GB; {_gb(self.start)} before", *_aligned(rows)]
+                row += [shown(other), "-" if not other else f"{peak / other - 1:+.1%}"]
+        lines = [f"{self.kind}{f' on {self.device}' if self.device else ''}, {unit}; {shown(self.start)} before"]
+        lines += _aligned(rows, "<>>>>>")
         if self.owners:
-            lines += ["", f"alive at the peak ({self.peak_stage or 'outside stages'}):"]
             held = [
-                [_gb(o.bytes), f"{o.count} x", f"{list(o.shape)} {o.dtype}", o.group, _where(o)] for o in self.owners
+                [shown(o.bytes), str(o.count), f"x {list(o.shape)} {o.dtype}", o.group, _made(o)] for o in self.owners
             ]
-            lines += _aligned(held, left=2)
+            lines += ["", f"alive at the peak ({self.peak_stage or 'outside stages'}):", *_aligned(held, ">><<<")]
         lines += [f"note: {note}" for note in self.notes]
         if self.error:
             lines.append(f"ended early: {self.error}")
@@ -125,11 +130,11 @@ class MemoryReport:
         if names:
             # The largest lies at the bottom, where it is the calmest.
             names.sort(key=lambda name: -max(sample.groups.get(name, 0) for sample in self.timeline))
-            heights = [[sample.groups.get(name, 0) / GB for sample in self.timeline] for name in names]
+            heights = [[sample.groups.get(name, 0) / 1e9 for sample in self.timeline] for name in names]
             axes.stackplot(steps, heights, labels=names, step="post")
             axes.legend(loc="upper left", fontsize="small")
         else:
-            axes.fill_between(steps, [sample.live / GB for sample in self.timeline], step="post")
+            axes.fill_between(steps, [sample.live / 1e9 for sample in self.timeline], step="post")
         named = ""
         for sample in self.timeline:
             if sample.stage != named:
@@ -140,27 +145,20 @@ class MemoryReport:
         figure.savefig(path, dpi=120)
 
 
-def _gb(count: int | None) -> str:
-    if count is None:
-        return "-"
-    return f"{count / GB:.2f}" if abs(count) >= GB else f"{count / GB:.6f}"
+def _indented(stage: Stage) -> str:
+    *parents, last = stage.name.split("/")
+    return "  " * len(parents) + last + (f" ({stage.calls} calls)" if stage.calls > 1 else "")
 
 
-def _indented(name: str, calls: int) -> str:
-    *parents, last = name.split("/")
-    return "  " * len(parents) + last + (f" ({calls} calls)" if calls > 1 else "")
+def _made(owner: Owner) -> str:
+    parts = [owner.operator]
+    if owner.line is not None:
+        path, _, function = owner.line.rpartition(" ")
+        parts.append(f"{Path(path).name} {function}")
+    return ", ".join(parts if owner.module is None else [*parts, owner.module])
 
 
-def _where(owner: Owner) -> str:
-    made = owner.line or "-"
-    path, _, function = made.rpartition(" ")
-    short = f"{Path(path).name} {function}" if path else made
-    return ", ".join(part for part in (owner.operator, short, owner.module) if part)
-
-
-def _aligned(rows: list[list[str]], left: int = 1) -> list[str]:
-    """Columns of equal width: the first of a stage table and the words of a list to the left, numbers to the right."""
+def _aligned(rows: list[list[str]], sides: str) -> list[str]:
+    """Columns of equal width, each to its side ("<" or ">")."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if left == 1:
-        return ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
-    return ["  ".join(cell.ljust(w) if i >= left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=False)).rstrip() for row in rows]

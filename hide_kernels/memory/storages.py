@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,21 @@ class Window:
         self.fallen: list[Block] = []
 
 
+class Alive(NamedTuple):
+    """Storages by source. Of the memory that existed before, the first `found` entries of the tracker's list are in."""
+
+    bytes: Counter[Source]
+    count: Counter[Source]
+    found: int
+
+    def add(self, source: Source, size: int) -> None:
+        """One storage. Modules that differ by a number only are one."""
+        if source.module is not None:
+            source = source._replace(module=re.sub(r"\b\d+\b", "*", source.module))
+        self.bytes[source] += size
+        self.count[source] += 1
+
+
 class StorageTracker(TorchDispatchMode):
     """Bytes of the storages alive on `device` (`None`: on any), each rounded up to a multiple of `rounding`.
 
@@ -74,13 +90,14 @@ class StorageTracker(TorchDispatchMode):
         self, device: torch.device | None, rounding: int, owners: bool, groups: Callable[[Owner], str] | None
     ) -> None:
         super().__init__()
-        self.device, self.rounding, self.owners, self.groups = device, rounding, owners, groups
+        self.device, self.rounding, self._owners, self.groups = device, rounding, owners, groups
         self.live = self.existing = self.step = 0
         self.stage = ""
         self.windows: list[Window] = []
         self.elsewhere: set[str] = set()
         self._blocks: dict[int, Block] = {}
         self._by_group: dict[str, int] = {}
+        self._existing: list[tuple[Source, int]] = []
         self._existing_by_group: dict[str, int] = {}
         self._samples: list[tuple[int, int, str, dict[str, int]]] = []
         self._stride = 1
@@ -92,6 +109,8 @@ class StorageTracker(TorchDispatchMode):
     # -- what operators do --
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         if any(_wraps(kind) for kind in types):
             # A wrapper subclass: its own handler runs the operators on the tensors inside, and those come back here.
             return NotImplemented
@@ -139,6 +158,8 @@ class StorageTracker(TorchDispatchMode):
         self._blocks[storage._cdata] = block
         if source is not None:
             totals = self._existing_by_group if existed else self._by_group
+            if existed:
+                self._existing.append((source, size))
             totals[source.group] = totals.get(source.group, 0) + size
         for window in self.windows:
             if self.live > window.peak:
@@ -169,32 +190,40 @@ class StorageTracker(TorchDispatchMode):
         self.windows.append(window)
         return window
 
-    def owners_at_peak(self, window: Window) -> tuple[Owner, ...]:
-        """The largest kinds of storages that were alive at the window's peak."""
-        found: dict[Source, list[int]] = {}
+    def alive_at_peak(self, window: Window) -> Alive:
+        """Everything of the window's peak, as far as it is known by now."""
+        alive = Alive(Counter(), Counter(), len(self._existing))
         for block in [*self._blocks.values(), *window.fallen]:
-            if block.born <= window.step and block.bytes and (source := block.source) is not None:
-                module = re.sub(r"\b\d+\b", "*", source.module) if source.module else None
-                total = found.setdefault(source._replace(module=module), [0, 0])
-                total[0] += block.bytes
-                total[1] += 1
-        ranked = sorted(found.items(), key=lambda item: -item[1][0])[:MAX_OWNERS]
-        return tuple(Owner(size, count, *source) for source, (size, count) in ranked)
+            if block.born <= window.step and block.bytes and block.source is not None:
+                alive.add(block.source, block.bytes)
+        return alive
+
+    def owners(self, alive: Alive) -> tuple[Owner, ...]:
+        """The largest kinds of storages, with the memory that existed and was found later."""
+        whole = Alive(alive.bytes.copy(), alive.count.copy(), 0)
+        for source, size in self._existing[alive.found :]:
+            whole.add(source, size)
+        return tuple(Owner(size, whole.count[source], *source) for source, size in whole.bytes.most_common(MAX_OWNERS))
 
     def timeline(self) -> tuple[Sample, ...]:
         """What was alive over time, at most `MAX_SAMPLES` points."""
         names = {**self._existing_by_group, **self._by_group}
         return tuple(
-            Sample(step, live + self.existing, stage, {n: groups.get(n, 0) + self._existing_by_group.get(n, 0) for n in names})
+            Sample(
+                step,
+                live + self.existing,
+                stage,
+                {n: groups.get(n, 0) + self._existing_by_group.get(n, 0) for n in names},
+            )
             for step, live, stage, groups in self._samples
         )
 
     def hooks(self) -> contextlib.AbstractContextManager[None]:
         """While it lasts, it is known which module runs; needed for owners only."""
-        return self.modules.hooked() if self.owners else contextlib.nullcontext()
+        return self.modules.hooked() if self._owners else contextlib.nullcontext()
 
     def _sample(self) -> None:
-        point = (self.step, self.live, self.stage, self._by_group.copy() if self.owners else self._by_group)
+        point = (self.step, self.live, self.stage, self._by_group.copy() if self._owners else self._by_group)
         samples = self._samples
         if samples and samples[-1][0] // self._stride == self.step // self._stride and samples[-1][2] == self.stage:
             if self.live >= samples[-1][1]:
@@ -206,7 +235,7 @@ class StorageTracker(TorchDispatchMode):
             self._samples = [max(samples[i : i + 2], key=lambda sample: sample[1]) for i in range(0, len(samples), 2)]
 
     def _source(self, tensor: Tensor, func: Any, name: str, kind: str) -> Source | None:
-        if not self.owners:
+        if not self._owners:
             return None
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if func is None:
@@ -214,7 +243,9 @@ class StorageTracker(TorchDispatchMode):
         else:
             node = torch._C._current_autograd_node()
             operator = f"{func} in {node.name()}" if node is not None else str(func)
-            source = Source(shape, dtype, operator, line_of_caller(), self.modules.current, self.stage or "outside stages")
+            source = Source(
+                shape, dtype, operator, line_of_caller(), self.modules.current, self.stage or "outside stages"
+            )
         if self.groups is None:
             return source
         return source._replace(group=self.groups(Owner(tensor.untyped_storage().nbytes(), 1, *source)))
@@ -250,7 +281,10 @@ class ModulePath:
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         self._thread = threading.get_ident()
-        hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave, always_call=True)]
+        hooks = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
         try:
             yield
         finally:
