@@ -225,15 +225,16 @@ def test_stages_nest_and_repeat():
 
     part(1)  # nothing records
     with profile() as recording, stage("all"):
-        small = part(KIB)
         large = part(3 * KIB)
+        large = large[:KIB].clone()
+        small = part(KIB)
         with recording.stage("end"):
             del small
-            torch.ones(KIB)
+            torch.ones(2 * KIB)
     outer, parts, end = recording.report.stages
     assert [s.name for s in (outer, parts, end)] == ["all", "all/part", "all/end"]
-    assert (parts.calls, parts.peak, parts.live) == (2, 16 * KIB, 16 * KIB)
-    assert (outer.calls, outer.peak) == (1, 16 * KIB) and end.peak == large.nbytes + 4 * KIB
+    assert (parts.calls, parts.peak, parts.live) == (2, 12 * KIB, 8 * KIB)
+    assert (outer.calls, outer.peak) == (1, 16 * KIB) and end.peak == large.nbytes + 8 * KIB
 
 
 class Doubling(nn.Module):
@@ -261,8 +262,9 @@ def test_owners_name_shape_line_and_module_and_add_up_to_the_peak():
     assert sum(owner.bytes for owner in report.owners) == report.peak
 
 
-def test_owners_are_those_of_the_peak_and_not_of_later():
+def test_owners_are_those_of_the_peak_and_not_of_earlier_or_later():
     with profile(owners=True) as recording:
+        torch.ones(4, KIB)
         a = torch.ones(5, KIB)
         b = torch.ones(3, KIB)
         del a
@@ -379,6 +381,17 @@ def test_what_depends_on_unknown_values_is_refused_with_operator_and_line(unknow
             view.item()
         else:
             getattr(x[0], unknown)()
+
+
+def test_modules_on_the_meta_device_stand_for_their_weights():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(KIB, KIB, bias=False), nn.Linear(KIB, KIB, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight[:, 1:])
+    with predict(model, rounding=1, owners=True) as recording:
+        model[1](model[0](torch.randn(2, KIB, device="cuda"))[:, 1:])
+    report = recording.report
+    assert (report.start, report.live) == (4 * KIB * KIB, 4 * KIB * KIB)
+    assert report.peak == report.start + 3 * 8 * KIB
 
 
 def test_an_operator_without_a_fake_is_refused_by_name():

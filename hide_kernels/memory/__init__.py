@@ -1,4 +1,4 @@
-"""Peak memory of any PyTorch code, stage by stage: measured by `profile`, or predicted by `predict` without weights or GPU."""
+"""Peak memory of any PyTorch code, stage by stage: measured by `profile`, predicted by `predict` without running it."""
 
 from hide_kernels.memory.prediction import predict
 from hide_kernels.memory.recorder import Recorder, profile, stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hide_kernels.memory.storages import tensors_in
+from hide_kernels.memory.storages import LIFT, tensors_in
 
 # Elements of a tensor whose values are kept: position ids of a long prompt, not activations.
 LIMIT = 2**20
@@ -44,18 +45,19 @@ class Constants:
         if known is not None and _SHAPED_BY_VALUES & set(func.tags):
             return tree_map_only(Tensor, self._fake_like, self._real(func, *known))
         out = func(*self._index(func, args), **kwargs)
-        if func is aten.lift_fresh.default:
+        if func is LIFT:
             self.remember(out, args[0])
-        elif known is not None:
-            fakes = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor)]
-            if fakes and all(fake.numel() <= LIMIT for fake in fakes):
+            return out
+        fakes = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor)]
+        if known is not None and fakes and all(fake.numel() <= LIMIT for fake in fakes):
+            # Not every operator of every dtype has a CPU kernel.
+            with contextlib.suppress(NotImplementedError):
                 for fake, real in zip(fakes, tensors_in(self._real(func, *known)), strict=True):
                     self._set(fake, real)
-        else:
-            for position, name in _written(func):
-                target = kwargs.get(name, args[position] if position < len(args) else None)
-                for tensor in tensors_in(target):
-                    self._forget(tensor)
+                return out
+        for position, name in _written(func):
+            for tensor in tensors_in(kwargs.get(name, args[position] if position < len(args) else None)):
+                self._forget(tensor)
         return out
 
     def _values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,9 +70,7 @@ class Constants:
                 return None
             with unset_fake_temporarily():
                 args = (torch.empty(tensors[0].shape, dtype=tensors[0].dtype), *args[1:])
-        elif any(self.values(tensor) is None for tensor in tensors):
-            return None
-        elif not tensors and not _makes_tensors(func):
+        elif any(self.values(tensor) is None for tensor in tensors) or not (tensors or _makes_tensors(func)):
             return None
         return tree_map_only(FakeTensor, self.values, (args, kwargs))
 

@@ -23,9 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hide_kernels.memory.constants import Constants
 from hide_kernels.memory.recorder import Recorder, adopt, named_tensors
 from hide_kernels.memory.report import Owner
-from hide_kernels.memory.storages import StorageTracker, line_of_caller, tensors_in
-
-_LIFT = torch.ops.aten.lift_fresh.default
+from hide_kernels.memory.storages import LIFT, StorageTracker, line_of_caller, tensors_in
 
 
 @contextlib.contextmanager
@@ -37,9 +35,9 @@ def predict(
 ) -> Iterator[Recorder]:
     """Predict the memory of the block without running it: `with predict() as recording: ...`, then `recording.report`.
 
-    The block runs as it is, but on fake tensors (`torch._subclasses.FakeTensorMode`): models built inside take no memory
-    and operators no time, so a 72B model runs on a laptop in seconds. Real tensors and modules from outside can be used;
-    they are read for their shapes, and never written.
+    The block runs as it is, but on fake tensors (`torch._subclasses.FakeTensorMode`): models built inside take no
+    memory and operators no time, so a 72B model runs on a laptop in seconds. Real tensors and modules from outside can
+    be used, on any device, "meta" included; they are read for their shapes, and never written.
 
     All tensors count as one device's memory, whichever the code names; a move between devices is no copy. Operators are
     those of PyTorch's CPU dispatch, whose scaled_dot_product_attention allocates, as fused CUDA kernels do, its output
@@ -89,17 +87,28 @@ class FakeStorages(StorageTracker):
         super().__init__(None, rounding, owners, groups)
         self._mode = mode
         self._fakes = WeakIdKeyDictionary()
+        self._flat = WeakIdKeyDictionary()
         self._constants = Constants(mode)
 
     def fake(self, tensor: Tensor) -> Tensor:
         """The fake that stands for a real tensor: always the same one, sharing storage where the real ones do."""
         if isinstance(tensor, FakeTensor):
             return tensor
-        fake = self._fakes.get(tensor)
+        fake: Tensor | None = self._fakes.get(tensor)
         if fake is None:
-            fake = self._fakes[tensor] = self._mode.from_tensor(tensor)
+            fake = self._mode.from_tensor(tensor) if tensor.device.type == "cpu" else self._on_cpu(tensor)
+            self._fakes[tensor] = fake
             self._constants.remember(fake, tensor)
         return fake
+
+    def _on_cpu(self, tensor: Tensor) -> Tensor:
+        """A fake CPU tensor for one of another device: a view of the storage's fake."""
+        storage = tensor.untyped_storage()
+        with self._mode:
+            if storage not in self._flat:
+                self._flat[storage] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+            whole = self._flat[storage][: storage.nbytes() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
+            return whole.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
     @property
     def tolist(self) -> Callable[[FakeTensor], Any]:
@@ -115,7 +124,7 @@ class FakeStorages(StorageTracker):
     def prepare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _cpu(kwargs["device"])}
-        if func is _LIFT or all(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
+        if func is LIFT or all(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
             return args, kwargs
         return tree_map_only(Tensor, self.fake, (args, kwargs))
 

@@ -65,7 +65,7 @@ class _Ended(NamedTuple):
 
 
 class Recorder:
-    """What `profile` and `predict` yield: `report` says what was recorded, during the block so far, after it in full."""
+    """What `profile` and `predict` yield: `report` says what was recorded; in the block, what is known so far."""
 
     def __init__(
         self, kind: str, device: torch.device | None, tracker: StorageTracker | None, allocator: CudaAllocator | None
@@ -241,8 +241,8 @@ def profile(
         device: which device's memory; default: that of the first root's tensor, without roots the current CUDA
             device, without CUDA the CPU.
         owners: find out what was alive at each peak and which line made it.
-        groups: with `owners`, the group of a new storage in the timeline; by default "weights" for roots' parameters and
-            buffers, else the stage that made it.
+        groups: with `owners`, the group of a new storage in the timeline; by default "weights" for roots' parameters
+            and buffers, "input" for tensors among them, "before" for other memory that existed, else the stage.
         snapshot: on CUDA, file for torch's own memory history of the block (pytorch.org/memory_viz reads it).
 
     Raises:

@@ -14,8 +14,8 @@ class Owner:
     """Tensors alive at a peak that one line made with one shape and dtype: `count` storages of `bytes` together.
 
     `operator` is the dispatcher's name, or "parameter", "buffer", "input" for roots and "before" for other memory that
-    existed. `line` is "file:line function", the innermost frame outside torch; `module` the path of the `nn.Module` that
-    ran, with "*" where several differ by a number.
+    existed. `line` is "file:line function", the innermost frame outside torch; `module` is the path of the `nn.Module`
+    that ran, or of the parameter, with "*" for numbers.
     """
 
     bytes: int
@@ -32,8 +32,8 @@ class Owner:
 class Stage:
     """All calls of one stage; `name` has the enclosing stages in front ("prefill/attention"). Bytes.
 
-    `peak` is the most while it ran, `live` what was allocated when its last call ended. `reserved` and `requested` are the
-    CUDA allocator's peaks, `None` elsewhere: with its cache, and before it rounds up. `owners` go with this stage's peak.
+    `peak` is the most while it ran, `live` what was allocated when its last call ended. `reserved` and `requested` are
+    the CUDA allocator's peaks, `None` elsewhere: with its cache, and before it rounds up. `owners` go with the peak.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Sample:
 class MemoryReport:
     """Memory of one device over one block of code, in bytes.
 
-    `start` was allocated before, `live` when the block ended. `peak_stage` is the innermost stage of the peak, "" outside
-    all. `tracked` is the peak of the tensors' storages alone, `None` where they were not followed: a GPU without
-    `owners`; what the allocator's `peak` has above it are kernels' workspaces and rounding. `error` is the exception that
-    ended the block, if any; everything up to it counts. A prediction has no device: `device` is "".
+    `start` was allocated before, `live` when the block ended. `peak_stage` is the innermost stage of the peak, ""
+    outside all. `tracked` is the peak of the tensors' storages alone, `None` where they were not followed (a GPU
+    without `owners`); above it the allocator's `peak` has kernels' workspaces and blocks larger than asked for. `error`
+    is the exception that ended the block, if any; everything up to it counts. A prediction has no device: "".
     """
 
     kind: str
@@ -135,12 +135,15 @@ class MemoryReport:
             axes.legend(loc="upper left", fontsize="small")
         else:
             axes.fill_between(steps, [sample.live / 1e9 for sample in self.timeline], step="post")
-        named = ""
+        marked = {""}
         for sample in self.timeline:
-            if sample.stage != named:
-                named = sample.stage
+            # A stage of many calls has its name once.
+            if sample.stage not in marked:
+                marked.add(sample.stage)
                 axes.axvline(sample.step, color="0.6", linewidth=0.5)
-                axes.text(sample.step, 1.0, named, transform=axes.get_xaxis_transform(), fontsize="small", rotation=30)
+                axes.text(
+                    sample.step, 1.0, sample.stage, transform=axes.get_xaxis_transform(), fontsize="small", rotation=30
+                )
         axes.set(xlabel="allocations and releases", ylabel="GB", ylim=(0, None), xlim=(steps[0], max(steps[-1], 1)))
         figure.savefig(path, dpi=120)
 

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ _WEIGHTS = ("parameter", "buffer")
 MAX_OWNERS = 20
 # Frames of these are not where a tensor was made.
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__, "<frozen")
-_LIFT = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
+# Turns the data of torch.tensor(...) into a tensor: what it is given is new.
+LIFT = torch.ops.aten.lift_fresh.default
 
 
 class Source(NamedTuple):
@@ -66,24 +68,24 @@ class Window:
 class Alive(NamedTuple):
     """Storages by source. Of the memory that existed before, the first `found` entries of the tracker's list are in."""
 
-    bytes: Counter[Source]
-    count: Counter[Source]
+    sizes: Counter[Source]
+    counts: Counter[Source]
     found: int
 
     def add(self, source: Source, size: int) -> None:
         """One storage. Modules that differ by a number only are one."""
         if source.module is not None:
             source = source._replace(module=re.sub(r"\b\d+\b", "*", source.module))
-        self.bytes[source] += size
-        self.count[source] += 1
+        self.sizes[source] += size
+        self.counts[source] += 1
 
 
 class StorageTracker(TorchDispatchMode):
     """Bytes of the storages alive on `device` (`None`: on any), each rounded up to a multiple of `rounding`.
 
-    A storage is new when an operator returns it and existed before when an operator is given one that was never seen: it
-    is then counted from the beginning. So `live` and the peaks are relative to `existing`, which grows as such storages
-    are found; a report adds it.
+    A storage is new when an operator returns it, and existed before when an operator is given one that was never seen:
+    it is then counted from the beginning. So `live` and the peaks are relative to `existing`, which grows as such
+    storages are found; a report adds it.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class StorageTracker(TorchDispatchMode):
             # A wrapper subclass: its own handler runs the operators on the tensors inside, and those come back here.
             return NotImplemented
         args, kwargs = self.prepare(func, args, kwargs or {})
-        if func not in _LIFT:
+        if func is not LIFT:
             for tensor in tensors_in((args, kwargs)):
                 self.see(tensor, None)
         out = self.run(func, args, kwargs)
@@ -130,7 +132,7 @@ class StorageTracker(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def see(self, tensor: Tensor, func: Any, name: str = "", kind: str = "before") -> None:
-        """Count the storage of a tensor that `func` returned or, with `None`, that existed; note a change of its size."""
+        """Count the storage of a tensor that `func` returned or, with `None`, that existed; note a new size."""
         device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         if device.type == "meta" or (self.device is not None and device != self.device):
             self.elsewhere.add(str(device))
@@ -200,10 +202,10 @@ class StorageTracker(TorchDispatchMode):
 
     def owners(self, alive: Alive) -> tuple[Owner, ...]:
         """The largest kinds of storages, with the memory that existed and was found later."""
-        whole = Alive(alive.bytes.copy(), alive.count.copy(), 0)
+        whole = Alive(alive.sizes.copy(), alive.counts.copy(), 0)
         for source, size in self._existing[alive.found :]:
             whole.add(source, size)
-        return tuple(Owner(size, whole.count[source], *source) for source, size in whole.bytes.most_common(MAX_OWNERS))
+        return tuple(Owner(size, whole.counts[source], *source) for source, size in whole.sizes.most_common(MAX_OWNERS))
 
     def timeline(self) -> tuple[Sample, ...]:
         """What was alive over time, at most `MAX_SAMPLES` points."""
@@ -312,7 +314,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def line_of_caller() -> str | None:
     """ "file:line function" of the innermost frame that is neither torch's nor ours; `None` in a thread of C++."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and _internal(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
