@@ -479,6 +479,12 @@ def test_other_devices_are_not_counted_and_a_note_says_so():
     assert report.notes[0] in report.table()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_measuring_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device: cuda cannot be measured.*predict"), profile(device="cuda"):
+        pass
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="modules and tensors, got str in place 1"), profile(nn.ReLU(), "model"):
         pass
@@ -493,6 +499,45 @@ def test_wrong_arguments_are_refused():
             pass
         torch.ones(KIB)
     assert recording.report.peak == 4 * KIB
+
+
+def test_the_allocators_peaks_reach_every_stage_that_runs(monkeypatch):
+    now = peak = 0
+
+    def allocate(count):
+        nonlocal now, peak
+        now += count
+        peak = max(peak, now)
+
+    def statistics(device):
+        peaks = {"allocated_bytes": peak, "reserved_bytes": 2 * peak, "requested_bytes": peak - 1}
+        return {"allocated_bytes.all.current": now} | {f"{name}.all.peak": size for name, size in peaks.items()}
+
+    def reset(device):
+        nonlocal peak
+        peak = now
+
+    stubs = {"memory_stats": statistics, "reset_peak_memory_stats": reset, "is_available": lambda: True}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    allocate(1000)
+    allocate(-900)
+    with profile(device="cuda:0") as recording:
+        with stage("a"):
+            allocate(50)
+            allocate(-50)
+            with stage("b"):
+                allocate(500)
+                allocate(-400)
+        with stage("c"):
+            allocate(10)
+            allocate(-110)
+    report = recording.report
+    assert [(s.name, s.peak, s.live) for s in report.stages] == [("a", 600, 200), ("a/b", 600, 200), ("c", 210, 100)]
+    assert (report.start, report.peak, report.live, report.peak_stage) == (100, 600, 100, "a/b")
+    assert (report.reserved, report.requested, report.tracked) == (1200, 599, None)
+    with pytest.raises(ValueError, match="no timeline"):
+        report.plot("unused.png")
 
 
 @pytest.mark.gpu

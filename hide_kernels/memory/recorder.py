@@ -247,7 +247,7 @@ def profile(
 
     Raises:
         TypeError: a root is neither a module nor a tensor.
-        ValueError: a recording is running, or `snapshot` without CUDA.
+        ValueError: a recording is running; a CUDA device or `snapshot` without CUDA.
     """
     tensors = named_tensors(roots, "profile")
     chosen = _device(device, tensors)
@@ -308,6 +308,8 @@ def _device(device: str | torch.device | None, tensors: list[tuple[Tensor, str, 
         chosen = tensors[0][0].device
     else:
         chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {chosen} cannot be measured, torch sees no CUDA device; predict() needs none")
     if chosen.type == "cuda" and chosen.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return chosen

@@ -111,7 +111,8 @@ class StorageTracker(TorchDispatchMode):
     # -- what operators do --
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            # Asked several times for each attention call, and slow to answer the long way.
             return args[0].fake_device
         if any(_wraps(kind) for kind in types):
             # A wrapper subclass: its own handler runs the operators on the tensors inside, and those come back here.
