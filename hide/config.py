@@ -25,6 +25,7 @@ class HiDeConfig:
     include_end_token: whether the row of the token that ends the user's turn counts as an entity's; published: yes.
     include_punctuation: whether tokens without a letter or digit, such as the commas between entities, have maps;
         published: yes.
+    decoder: "nvimgcodec" decodes JPEG files on the GPU where it is installed, a few levels off Pillow's (published).
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large picture, the same result.
     max_new_tokens: bound on a generated answer.
@@ -43,6 +44,7 @@ class HiDeConfig:
     causal: bool = False
     include_end_token: bool = True
     include_punctuation: bool = True
+    decoder: Literal["pillow", "nvimgcodec"] = "pillow"
     alpha_threshold: int = 10
     prefill_chunk: int = 4096
     max_new_tokens: int = 1024
@@ -61,6 +63,8 @@ class HiDeConfig:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
         if self.entities_from not in ("model", "rules"):
             raise ValueError(f"entities_from: got {self.entities_from!r}, want 'model' or 'rules'")
+        if self.decoder not in ("pillow", "nvimgcodec"):
+            raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
         if not 0 <= self.alpha_threshold <= 255:
             raise ValueError(f"alpha_threshold: got {self.alpha_threshold}, want 0 to 255")
         for name in ("prefill_chunk", "max_new_tokens", "max_entity_tokens"):

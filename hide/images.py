@@ -119,6 +119,12 @@ def on_colour(image: Image.Image, fill: tuple[int, int, int] = (255, 255, 255)) 
     return canvas
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """(H, W, 3 or 4) uint8 on the CPU."""
-    return torch.from_numpy(np.array(image))
+def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> Tensor:
+    """(H, W, 3 or 4) uint8; a GPU copies it from pinned memory while the host goes on."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if torch.device(device).type == "cpu" else pixels.pin_memory().to(device, non_blocking=True)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A Pillow image of (H, W, 3 or 4) uint8."""
+    return Image.fromarray(pixels.cpu().numpy())

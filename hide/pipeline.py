@@ -6,13 +6,13 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from hide.config import PRESETS, HiDeConfig
@@ -26,14 +26,17 @@ from hide.entities import (
     entity_request,
     parse_entities,
 )
-from hide.images import ImageLike, load_image, to_tensor
+from hide.images import ImageLike, load_image, to_image, to_tensor
 from hide.models import load
 from hide.models.base import Adapter, Pictures, Reply, SearchPrompt
 from hide.models.qwen2_5_vl import MAX_ASPECT
 from hide.questions import Question
 from hide.session import ImageSession, Prefix
 from hide_kernels import collage, regions, token_maps
-from hide_kernels.collage import boxes_to_pixels
+from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps
+from hide_kernels.host_read import host_read
+from hide_kernels.patches import decode
+from hide_kernels.token_maps import TokenMaps
 
 WHITE = (255, 255, 255)
 
@@ -135,18 +138,37 @@ class HiDeResult:
 class _Clock:
     device: torch.device
     progress: Callable[[str], None] | None
-    seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    _marks: list[tuple[str, Any, Any]] = field(default_factory=list)
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
+        """Time a step, and mark it for profilers; a GPU's own events tell when it was done, so that nobody waits."""
         if self.progress is not None:
             self.progress(step)
-        start = time.perf_counter()
-        yield
+        on_gpu = self.device.type == "cuda"
+        marked = torch.cuda.nvtx.range(f"hide: {step}") if on_gpu else nullcontext()
+        start = self._mark()
+        with torch.profiler.record_function(f"hide: {step}"), marked:
+            yield
+        self._marks.append((step, start, self._mark()))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """Of each step; waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+        found: dict[str, float] = {}
+        for step, start, end in self._marks:
+            spent = end - start if isinstance(start, float) else 1e-3 * start.elapsed_time(end)
+            found[step] = found.get(step, 0.0) + spent
+        return found
 
 
 class HiDe:
@@ -212,8 +234,7 @@ class HiDe:
 
         Close it, or use it in a `with` block, to free its keys and values.
         """
-        pictures = _images(images)
-        return self._open(pictures, self._preprocess(pictures))
+        return self._open(*self._loaded(images))
 
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
@@ -238,13 +259,8 @@ class HiDe:
     def maps(self, rows: EntityRows) -> EntityMaps:
         """Step 2b: Token-wise Attention Decoupling, rows -> one purified map per token that has one."""
         found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=self.config.sigma)
-        maps, labels = [], []
-        for index, all_maps in enumerate(found.maps):
-            own = (found.image_index == index) & found.valid
-            maps.append(all_maps[own])
-            labels.append(tuple(label for label, mine in zip(rows.labels, own.tolist(), strict=True) if mine))
-        order = dict.fromkeys(found.image_index[found.valid].tolist())
-        return EntityMaps(tuple(maps), tuple(labels), tuple(order))
+        image_index, valid = host_read([found.image_index, found.valid])
+        return _entity_maps(found, image_index, valid, rows.labels)
 
     def boxes(self, maps: EntityMaps, images: ImageLike | Sequence[ImageLike]) -> tuple[Tensor, ...]:
         """Step 3a: per image (K, 4) int64 pixel boxes of all regions of all its maps, not merged yet."""
@@ -303,10 +319,9 @@ class HiDe:
         if isinstance(image, ImageSession):
             return self._ask(self._own(image), question, plain, clock)
         with clock("read and resize"):
-            images = _images(image)
-            pictures = self._preprocess(images)
+            loaded = self._loaded(image)
         with clock("prefix"):
-            session = self._open(images, pictures)
+            session = self._open(*loaded)
             clock.tokens["prefix"] = session.length
         with session:
             return self._ask(session, question, plain, clock)
@@ -322,14 +337,12 @@ class HiDe:
         notes = [*self._notes, *entities.notes]
         with clock("attention rows"):
             rows, clock.tokens["attention rows"] = self._attention_rows(session, entities)
-            if not all(bool(torch.isfinite(row).all()) for row in rows.rows):
-                notes.append("attention: some rows hold NaN or inf and were left out; a larger dtype may mend it")
         with clock("maps"):
-            maps = self.maps(rows)
+            found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=self.config.sigma)
         with clock("boxes and collage"):
-            collages, boxes = self._collage(images, self._boxes(maps, images))
-        notes += self._doubts(maps)
-        shown = [collages[index] for index in maps.order if collages[index] is not None]
+            maps, collages, doubts = self._look_closer(session, rows, found)
+        notes += doubts
+        shown = [collages[index].image for index in maps.order if collages[index].image is not None]
         grids = session.pictures.grids
         if shown:
             with clock("answer"):
@@ -349,21 +362,43 @@ class HiDe:
             answer=answer,
             images=images,
             maps=maps,
-            boxes=boxes,
-            collages=collages,
+            boxes=tuple(one.boxes for one in collages),
+            collages=tuple(None if one.image is None else to_image(one.image) for one in collages),
             notes=tuple(notes),
-            seconds=clock.seconds,
+            seconds=clock.seconds(),
             tokens=clock.tokens,
             image_tokens=tuple(rows * columns for rows, columns in grids),
         )
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
-    def _preprocess(self, images: Sequence[Image.Image]) -> Pictures:
+    def _loaded(
+        self, images: ImageLike | Sequence[ImageLike]
+    ) -> tuple[tuple[Image.Image, ...], tuple[Tensor, ...], Pictures]:
+        """The pictures, their pixels where the model is, and what the vision encoder eats."""
+        device = self.model.model.device
+        read, sources = [], []
+        for image in _listed(images):
+            source = self._decoded(image, device)
+            read.append(load_image(image) if source is None else to_image(source))
+            sources.append(to_tensor(read[-1], device) if source is None else source)
+        return tuple(read), tuple(sources), self._preprocess(sources)
+
+    def _decoded(self, image: ImageLike, device: torch.device) -> Tensor | None:
+        """The pixels of a file that is decoded on the device; `None` where the config or the file wants Pillow."""
+        if self.config.decoder == "pillow" or not isinstance(image, (str, Path)):
+            return None
+        try:
+            return decode(image, device=device, decoder=self.config.decoder)
+        except ValueError:
+            return None
+
+    def _preprocess(self, images: Sequence[Image.Image | Tensor]) -> Pictures:
         return self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=self.config.max_tokens)
 
-    def _open(self, images: Sequence[Image.Image], pictures: Pictures) -> ImageSession:
-        return ImageSession(self.model, pictures, images=images, prefill_chunk=self.config.prefill_chunk)
+    def _open(self, images: Sequence[Image.Image], sources: Sequence[Tensor], pictures: Pictures) -> ImageSession:
+        chunk = self.config.prefill_chunk
+        return ImageSession(self.model, pictures, images=images, sources=sources, prefill_chunk=chunk)
 
     @contextmanager
     def _opened(self, images: Shown) -> Iterator[ImageSession]:
@@ -379,9 +414,42 @@ class HiDe:
             raise ValueError("image: got a session of another model; open one here")
         return session
 
-    def _collage_pictures(self, collages: Sequence[Image.Image | None]) -> Pictures | None:
-        shown = [_in_aspect(picture) for picture in collages if picture is not None]
-        return self._preprocess(shown) if shown else None
+    def _collage_pictures(self, collages: Sequence[Image.Image | Tensor | None]) -> Pictures | None:
+        given = [
+            picture if isinstance(picture, Tensor) else to_tensor(picture)
+            for picture in collages
+            if picture is not None
+        ]
+        return self._preprocess([_in_aspect(pixels) for pixels in given]) if given else None
+
+    def _look_closer(
+        self, session: ImageSession, rows: EntityRows, found: TokenMaps
+    ) -> tuple[EntityMaps, list[Collage], list[str]]:
+        """Collages of the maps' regions, and doubts; on a GPU the host reads once, between plan and pixels."""
+        threshold, error = self.config.threshold, MAP_ERROR[self.model.dtype]
+        taken = [(found.image_index == index) & found.valid for index in range(len(found.maps))]
+        near = [
+            (((of - threshold).abs() <= error).sum((1, 2)) * own).sum()
+            for of, own in zip(found.maps, taken, strict=True)
+        ]
+        finite = [torch.isfinite(of_image).all() for of_image in rows.rows]
+        collages, (image_index, valid, cells, whole) = collages_of_maps(
+            session.sources,
+            found.maps,
+            threshold,
+            valid=taken,
+            fill=WHITE,
+            alpha_threshold=self.config.alpha_threshold,
+            read_too=[found.image_index, found.valid, torch.stack(near), torch.stack(finite)],
+        )
+        notes = []
+        if not bool(whole.all()):
+            notes.append("attention: some rows hold NaN or inf and were left out; a larger dtype may mend it")
+        if doubtful := int(cells.sum()):
+            notes.append(
+                f"maps: {doubtful} cells lie within {error:g} of the threshold, the error of {self.model.dtype}"
+            )
+        return _entity_maps(found, image_index, valid, rows.labels), collages, notes
 
     def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
         return session.ask(question.prompt, more, max_new_tokens=self.config.max_new_tokens)
@@ -491,14 +559,6 @@ class HiDe:
         used = torch.arange(found.boxes.shape[1], device=maps.device) < found.counts[:, None]
         return boxes_to_pixels(found.boxes[used].cpu(), grid=(rows, columns), size=(size[1], size[0]))
 
-    def _doubts(self, maps: EntityMaps) -> list[str]:
-        """Cells that rounding in the model's dtype could move over the threshold."""
-        error = MAP_ERROR[self.model.dtype]
-        near = sum(int(((of_image - self.config.threshold).abs() <= error).sum()) for of_image in maps.maps)
-        if not near:
-            return []
-        return [f"maps: {near} cells lie within {error:g} of the threshold, the error of {self.model.dtype}"]
-
 
 def preset_for(model: Adapter, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
     """The config for a model, and notes about where it comes from.
@@ -526,17 +586,37 @@ def _question(question: str | Question, options: Sequence[str] | None = None) ->
     )
 
 
-def _images(images: ImageLike | Sequence[ImageLike]) -> tuple[Image.Image, ...]:
+def _listed(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError("image: got an empty list, want at least one picture")
-        return tuple(load_image(image) for image in images)
-    return (load_image(images),)  # type: ignore[arg-type]
+        return images
+    return [images]  # type: ignore[list-item]
 
 
-def _in_aspect(picture: Image.Image) -> Image.Image:
+def _images(images: ImageLike | Sequence[ImageLike]) -> tuple[Image.Image, ...]:
+    return tuple(load_image(image) for image in _listed(images))
+
+
+def _entity_maps(found: TokenMaps, image_index: Tensor, valid: Tensor, labels: Sequence[str]) -> EntityMaps:
+    """The maps of the tokens that have one; `image_index` and `valid` as the host has read them."""
+    maps, own_labels = [], []
+    for index, of_image in enumerate(found.maps):
+        own = ((image_index == index) & valid).nonzero()[:, 0]
+        maps.append(of_image[_on_device(own, of_image.device)])
+        own_labels.append(tuple(labels[place] for place in own.tolist()))
+    order = dict.fromkeys(image_index[valid].tolist())
+    return EntityMaps(tuple(maps), tuple(own_labels), tuple(order))
+
+
+def _on_device(index: Tensor, device: torch.device) -> Tensor:
+    """A small tensor where it is needed; the host does not wait for the copy."""
+    return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
+
+
+def _in_aspect(pixels: Tensor) -> Tensor:
     """A collage so thin that the model refuses it gets a white margin."""
-    least = -(-max(picture.size) // MAX_ASPECT)
-    if min(picture.size) >= least:
-        return picture
-    return ImageOps.pad(picture, (max(picture.width, least), max(picture.height, least)), color=WHITE, centering=(0, 0))
+    height, width = pixels.shape[:2]
+    least = -(-max(height, width) // MAX_ASPECT)
+    below, right = max(0, least - height), max(0, least - width)
+    return torch.nn.functional.pad(pixels, (0, 0, 0, right, 0, below), value=255) if below or right else pixels

@@ -314,15 +314,27 @@ class ImageSession(Prefix):
         pictures: Pictures,
         *,
         images: Sequence[Image.Image] = (),
+        sources: Sequence[Tensor] = (),
         prefill_chunk: int = 4096,
         room: int = 1024,
     ) -> None:
         """Encode and prefill; as `Prefix`.
 
-        images: what the pictures were made from, kept for the collages that are cut out of them.
+        images: what the pictures were made from. sources: their pixels, (H, W, 3 or 4) uint8, which collages are cut
+            out of, where the model is.
         """
         super().__init__(model, model.image_prefix(pictures), pictures, prefill_chunk=prefill_chunk, room=room)
-        self.images = tuple(images)
+        self.images, self.sources = tuple(images), tuple(sources)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held: keys, values, the vision encoder's features and the sources."""
+        return super().nbytes + sum(source.nbytes for source in self.sources)
+
+    def close(self) -> None:
+        """Free the memory; the session cannot be used any more."""
+        super().close()
+        self.sources = ()
 
     def search_rows(
         self, prompt: SearchPrompt, *, layers: Sequence[int] | None, causal: bool, keep_layers: bool = False

@@ -11,12 +11,15 @@ from PIL import Image
 
 from hide import PRESETS, HiDe, HiDeConfig
 from hide.entities import Entities
-from hide.images import on_colour
+from hide.images import on_colour, to_tensor
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityMaps, EntityRows, preset_for
 from hide.session import ImageSession, Prefix
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
+from hide_kernels import collage_of_maps, token_maps
+from hide_kernels.collage import collages_of_maps, from_maps
+from hide_kernels.host_read import host_read
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("case_*.npz"))
 QUESTION = "What is the color of the star?"
@@ -156,7 +159,7 @@ def test_collages_are_shown_in_the_order_in_which_tokens_came_to_their_images(hi
     monkeypatch.setattr(hide, "_collage_pictures", shown.append)
     result = hide.ask(images, "Is the star left of the ring?", plain=False)
     assert result.maps.order == (1, 0)
-    assert [picture.size for picture in shown[0]] == [result.collages[1].size, result.collages[0].size]
+    assert [pixels.shape[1::-1] for pixels in shown[0]] == [result.collages[1].size, result.collages[0].size]
     assert result.collages[0].size != result.collages[1].size
 
 
@@ -269,10 +272,13 @@ def test_more_regions_than_slots_are_all_kept(hide):
 
 
 def test_cells_within_rounding_of_the_threshold_are_reported(hide):
-    maps = torch.tensor([[[0.7, 0.7 + 1e-5, 0.7 - 1e-5, 0.71, 1.0]]])
-    assert hide._doubts(EntityMaps((maps,), (("star",),), (0,))) == [
-        "maps: 3 cells lie within 2e-05 of the threshold, the error of torch.float32"
-    ]
+    row = torch.tensor([[[0.0, 0.7, 0.7 + 1e-5, 0.7 - 1e-5, 0.71, 1.0]]])
+    exact = HiDe(hide.model, dataclasses.replace(hide.config, sigma=0.0))
+    found = token_maps([row], prior_rows=0, sigma=0.0)
+    with hide.open(Image.new("RGB", (60, 60))) as session:
+        maps, _, notes = exact._look_closer(session, EntityRows((row,), 0, ("star",)), found)
+    assert torch.equal(maps.maps[0], row)
+    assert notes == ["maps: 3 cells lie within 2e-05 of the threshold, the error of torch.float32"]
 
 
 def test_a_collage_too_thin_for_the_model_gets_a_margin(hide, images):
@@ -350,3 +356,68 @@ def test_commas_have_maps_as_published_unless_they_are_left_out(adapter, config,
     prior = published.prior_rows
     assert torch.equal(worded.rows[0][:prior], published.rows[0][:prior])
     assert torch.equal(worded.rows[0][prior:], published.rows[0][[prior + place for place in kept]])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_many_small_tensors_are_read_as_they_are(rows):
+    tensors = [
+        torch.arange(5.0, dtype=torch.float64)[::2], torch.tensor(True), torch.zeros(0, 3), torch.tensor([[7]])[:, :rows].T,
+        torch.arange(12).reshape(3, 4).T, torch.tensor([3, -1], dtype=torch.int32), torch.zeros(1).expand(1),
+    ]  # fmt: skip
+    for got, want in zip(host_read(tensors), tensors, strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    assert host_read([]) == []
+
+
+def test_collages_of_several_images_are_those_of_each(images):
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.rand(3, 9, 13, generator=generator), torch.rand(2, 11, 7, generator=generator)]
+    valid = [torch.tensor([True, False, True]), torch.tensor([True, True])]
+    sources = [to_tensor(image) for image in images]
+    extra = torch.arange(4)
+    made, (read,) = collages_of_maps(
+        sources, maps, 0.97, valid=valid, max_regions=2, fill=(255, 255, 255), read_too=[extra]
+    )
+    assert torch.equal(read, extra)
+    for one, source, own, flags in zip(made, sources, maps, valid, strict=True):
+        alone = collage_of_maps(source, own, 0.97, valid=flags, fill=(255, 255, 255))
+        assert torch.equal(one.image, alone.image) and torch.equal(one.boxes, alone.boxes) and len(one.boxes) > 1
+    with pytest.raises(ValueError, match="maps: got 1, want 2"):
+        collages_of_maps(sources, maps[:1], 0.5)
+
+
+@pytest.mark.gpu
+def test_from_rows_to_the_encoders_input_a_gpu_is_waited_for_once(images, config, monkeypatch):
+    hide = HiDe(Qwen25VL(build()[0].cuda(), *build()[1:]), dataclasses.replace(config, threshold=0.5))
+    reads = []
+
+    def read(tensors):
+        reads.append(len(tensors))
+        torch.cuda.set_sync_debug_mode("default")
+        found = host_read(tensors)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    with hide.open(images) as session:
+        rows, _ = hide._attention_rows(session, "star, ring")
+        for checked in (False, True):  # The first time kernels are compiled.
+            if checked:
+                monkeypatch.setattr(from_maps, "host_read", read)
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=hide.config.sigma)
+                _, collages, _ = hide._look_closer(session, rows, found)
+                pictures = hide._collage_pictures([one.image for one in collages])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == 1 and all(picture.pixels.is_cuda for picture in pictures.items)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(images, config):
+    model, tokenizer, processor = build()
+    on_cpu = HiDe(Qwen25VL(model, tokenizer, processor), config).ask(images, QUESTION).to_dict()
+    on_gpu = HiDe(Qwen25VL(build()[0].cuda(), tokenizer, processor), config).ask(images, QUESTION).to_dict()
+    for result in (on_cpu, on_gpu):
+        result.pop("seconds")
+    assert on_gpu == on_cpu

@@ -301,8 +301,10 @@ class Adapter(ABC):
     # -- what a family gives --------------------------------------------------------------------------------------
 
     @abstractmethod
-    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
         """Resize and cut each image into what the vision encoder takes, at most `max_tokens` tokens each.
+
+        images: RGB or RGBA; as tensors (H, W, 3 or 4) uint8, where they are.
 
         Raises `ValueError` for images that the family refuses.
         """

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from hide.config import SEARCH_PROMPT
-from hide.images import on_colour
+from hide.images import to_tensor
 from hide.models.base import Adapter, Features, Picture, Pictures, SearchPrompt
-from hide_kernels import ImageTokens
+from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
 
 # The loader that the published code uses resizes to at least this many tokens before the processor does it again.
@@ -34,28 +34,32 @@ class Qwen25VL(Adapter):
     image_text, image_end = "<|image_pad|>", "<|vision_end|>"
     cell = 28
 
-    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
         """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and where
         that gives fewer than `min_tokens` tokens once more to at least as many; transparency becomes white.
 
         Raises `ValueError` for images more than 200 times as long as wide.
         """
-        resized = []
+        processor, cell = self.image_processor, self.cell
+        found = []
         for image in images:
-            height, width = token_grid(image.height, image.width, self.cell, LOADER_MIN_TOKENS, max_tokens)
-            resized.append(on_colour(image).resize((width * self.cell, height * self.cell), Image.Resampling.BICUBIC))
-        size = {"shortest_edge": min_tokens * self.cell**2, "longest_edge": max_tokens * self.cell**2}
-        batch = self.image_processor(images=resized, size=size, return_tensors="pt")
-        merge = self.image_processor.merge_size
-        layouts = [tuple(layout) for layout in batch["image_grid_thw"].tolist()]
-        pixels = batch["pixel_values"].split([math.prod(layout) for layout in layouts])
-        return Pictures(
-            tuple(
-                Picture(own, layout, (rows // merge, columns // merge), rows * columns // merge**2)
-                for own, layout in zip(pixels, layouts, strict=True)
-                for _, rows, columns in [layout]
+            pixels = image if isinstance(image, Tensor) else to_tensor(image)
+            rows, columns = token_grid(pixels.shape[0], pixels.shape[1], cell, LOADER_MIN_TOKENS, max_tokens)
+            loaded = (rows * cell, columns * cell)
+            rows, columns = token_grid(*loaded, cell, min_tokens, max_tokens)
+            values = pixel_values(
+                pixels,
+                [loaded, (rows * cell, columns * cell)],
+                mean=processor.image_mean,
+                std=processor.image_std,
+                patch=processor.patch_size,
+                merge=processor.merge_size,
+                temporal=processor.temporal_patch_size,
+                dtype=self.dtype if self.dtype.itemsize == 2 else torch.float32,
             )
-        )
+            merge = processor.merge_size
+            found.append(Picture(values, (1, rows * merge, columns * merge), (rows, columns), rows * columns))
+        return Pictures(tuple(found))
 
     def search_prompt(
         self, entities: str, pictures: Pictures, *, prompt: str = SEARCH_PROMPT, include_end_token: bool = True

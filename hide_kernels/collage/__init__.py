@@ -2,7 +2,7 @@
 
 from hide_kernels.collage.api import Collage, collage, final_boxes
 from hide_kernels.collage.boxes import boxes_to_pixels, merge_boxes, opaque_boxes
-from hide_kernels.collage.from_maps import collage_of_maps
+from hide_kernels.collage.from_maps import collage_of_maps, collages_of_maps
 from hide_kernels.collage.layout import Layout, plan_layout
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "boxes_to_pixels",
     "collage",
     "collage_of_maps",
+    "collages_of_maps",
     "final_boxes",
     "merge_boxes",
     "opaque_boxes",

@@ -34,6 +34,15 @@ class Plan(NamedTuple):
 def plan_compiled(boxes: Tensor, counts: Tensor | None, *, grid: tuple[int, int] | None, size: tuple[int, int]) -> Plan:
     """Pool, scale to pixels, merge and lay out, in one launch on the device of `boxes` and with one read by the host.
 
+    Arguments are as `launch_plan` documents.
+    """
+    packed = launch_plan(boxes, counts, grid=grid, size=size)
+    return read_plan(packed, packed.cpu())
+
+
+def launch_plan(boxes: Tensor, counts: Tensor | None, *, grid: tuple[int, int] | None, size: tuple[int, int]) -> Tensor:
+    """The plan as the kernel packs it, int32 on the device of `boxes`; the host waits for nothing.
+
     Args:
         boxes: (M, S, 4) int32 or int64, half-open x0, y0, x1, y1 in cells of `grid`, or in pixels without one.
         counts: (M,) int32, how many slots of each map are used; `None`: all.
@@ -50,7 +59,11 @@ def plan_compiled(boxes: Tensor, counts: Tensor | None, *, grid: tuple[int, int]
         (boxes.contiguous(), used, packed),
         (maps, slots, *(grid or (0, 0)), *size),
     )
-    host = packed.cpu()
+    return packed
+
+
+def read_plan(packed: Tensor, host: Tensor) -> Plan:
+    """The plan that `launch_plan` packed, and the copy of it that the host has read."""
     status, count, height, width, rows, columns, most, _ = host[: geometry.PLAN_HEADER].tolist()
     if status != DONE:
         count = 0
