@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import attention_rows as operator
 from benchmarks import cpu, gpu, measure, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps
+from hide.session import ImageSession
 from hide_kernels.attention_rows import reference
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
@@ -136,3 +137,24 @@ def test_new_memory_counts_what_is_alive_at_once():
 
 def test_quantiles_are_of_the_samples():
     assert measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "p20": pytest.approx(1.8), "p80": 4.2}
+
+
+def test_the_gate_of_the_shared_prefix_notices_other_rows_and_replies(monkeypatch):
+    assert shared_prefix.failures("cpu") == []
+    rows, reply = ImageSession.search_rows, ImageSession.reply
+    monkeypatch.setattr(ImageSession, "search_rows", lambda *a, **k: [of.roll(1, -1) for of in rows(*a, **k)])
+    monkeypatch.setattr(ImageSession, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
+    first, second = shared_prefix.failures("cpu")
+    assert first.startswith("rows differ by") and second.startswith("replies differ: ")
+
+
+def test_the_shared_prefix_is_judged_per_token_per_question_and_against_the_published_flow():
+    def rows(ours, five, published):
+        times = {"plain answer (a)": 1.0, "published flow (b)": published, "shared prefix (c)": ours, "five": five}
+        tokens = {"shared prefix (c)": 110}
+        return [shared_prefix.Row(name, "m", t, {}, tokens.get(name, 100))._asdict() for name, t in times.items()]
+
+    assert shared_prefix.within_limit(rows(1.15, 2.9, 2.4))
+    assert not shared_prefix.within_limit(rows(1.17, 2.9, 2.4))
+    assert not shared_prefix.within_limit(rows(1.15, 3.1, 2.4))
+    assert not shared_prefix.within_limit(rows(1.15, 2.9, 2.2))
