@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz sanitize lint format bench static-report clean
+.PHONY: help install demo test test-transformers-4 fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -26,6 +26,17 @@ demo: $(STAMP)  ## HiDe answers a question about the example picture; writes dem
 
 test: $(STAMP) lint  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2
+
+# Beside the installed one, for the tests that run models.
+OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
+MODEL_TESTS := capture capture_generate image_tokens qwen2_5_vl tiny_model session pipeline attend
+
+build/transformers-4: Makefile
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ $(OLDEST)
+
+test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models, on the oldest transformers
+	PYTHONPATH=build/transformers-4 $(BIN)/python -c "import transformers as t; assert t.__version__[0] == '4', t"
+	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest --numprocesses=2 $(MODEL_TESTS:%=tests/test_%.py)
 
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 tests/test_properties.py
