@@ -46,7 +46,7 @@ class HiDeConfig:
     include_punctuation: bool = True
     decoder: Literal["pillow", "nvimgcodec"] = "pillow"
     alpha_threshold: int = 10
-    prefill_chunk: int = 4096
+    prefill_chunk: int = 2048
     max_new_tokens: int = 1024
     max_entity_tokens: int = 256
     search_prompt: str = SEARCH_PROMPT

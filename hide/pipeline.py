@@ -323,6 +323,8 @@ class HiDe:
         with clock("prefix"):
             session = self._open(*loaded)
             clock.tokens["prefix"] = session.length
+        # What the encoder ate is as large as what it made of it.
+        del loaded
         with session:
             return self._ask(session, question, plain, clock)
 

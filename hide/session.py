@@ -38,8 +38,8 @@ class Prefix:
         ids: Tensor,
         pictures: Pictures | None = None,
         *,
-        prefill_chunk: int = 4096,
-        room: int = 1024,
+        prefill_chunk: int = 2048,
+        room: int = 256,
     ) -> None:
         """Encode the pictures and prefill.
 
@@ -49,7 +49,7 @@ class Prefix:
             pictures: those whose tokens stand in `ids`.
             prefill_chunk: tokens that go through the decoder at once, so that its activations do not grow with the
                 image; halved and tried again where memory is short.
-            room: tokens that branches may add before the cache has to be copied to grow.
+            room: tokens that branches may add before the cache is copied, once, to grow by what they need.
 
         Raises:
             ValueError: more than one sequence, or pictures without a token.
@@ -315,8 +315,8 @@ class ImageSession(Prefix):
         *,
         images: Sequence[Image.Image] = (),
         sources: Sequence[Tensor] = (),
-        prefill_chunk: int = 4096,
-        room: int = 1024,
+        prefill_chunk: int = 2048,
+        room: int = 256,
     ) -> None:
         """Encode and prefill; as `Prefix`.
 

@@ -7,9 +7,16 @@ import pytest
 import torch
 import transformers
 from random_models import FAMILIES, IMAGE, VOCABULARY, prompt, qwen2_5_vl, sliding_window_llm
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hide_kernels.integrations.transformers import IMPLEMENTATION, capture_attention_rows, decoder_attention
+from hide_kernels.integrations.transformers import (
+    CONTINUING,
+    IMPLEMENTATION,
+    capture_attention_rows,
+    continuing,
+    decoder_attention,
+)
 
 TOLERANCE = 1e-5
 
@@ -320,3 +327,42 @@ def test_models_without_the_attention_interface_are_refused():
     )
     with pytest.raises(ValueError, match="attention interface"):
         decoder_attention(model)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_continuing_a_cache_needs_no_mask_and_gives_the_same(monkeypatch, padded):
+    model = FAMILIES["qwen2_5_vl"]()
+    decoder, config = model.model.language_model, model.model.language_model.config
+    states = torch.randn(2, 21, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 21, dtype=torch.long)
+    if padded:
+        mask[1, :4] = 0
+    want = decoder(inputs_embeds=states, attention_mask=mask).last_hidden_state
+    masks = []
+    real = ALL_ATTENTION_FUNCTIONS[CONTINUING]
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return real(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, CONTINUING, spy)
+    cache, found = DynamicCache(), []
+    with continuing(decoder):
+        for start, stop in [(0, 6), (6, 13), (13, 20), (20, 21)]:
+            piece = decoder(
+                inputs_embeds=states[:, start:stop], past_key_values=cache, use_cache=True,
+                attention_mask=mask[:, :stop] if padded else None,
+            )  # fmt: skip
+            found.append(piece.last_hidden_state)
+    got = torch.cat(found, 1)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=0)
+    assert len(masks) == 16 and all((one is None) != padded for one in masks)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_decoder_with_another_attention_is_left_as_it_is():
+    model = FAMILIES["qwen2_5_vl"]()
+    model.set_attn_implementation("eager")
+    with continuing(model.model.language_model):
+        assert model.model.language_model.config._attn_implementation == "eager"

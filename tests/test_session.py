@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from random_models import randomise
 
 from hide import HiDe, HiDeConfig
 from hide.decoding import greedy_settings
@@ -13,7 +14,6 @@ from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import ImageSession, Prefix, SessionPool
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
-from tests.random_models import randomise
 
 QUESTION = "What is the color of the star?"
 # (width, height) of each picture.

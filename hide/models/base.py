@@ -25,7 +25,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
 from hide_kernels import ImageTokens, rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention_rows, continuing
 
 # Stands for a turn's text where only what the chat template puts around it matters.
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -361,7 +361,7 @@ class Adapter(ABC):
             if features.deepstack:
                 layers = [layer.to(device, embeddings.dtype) for layer in features.deepstack]
                 arguments = {"visual_pos_masks": image, "deepstack_visual_embeds": layers}
-        with first_layers(decoder, self.num_layers if depth is None else depth):
+        with first_layers(decoder, self.num_layers if depth is None else depth), continuing(decoder):
             return decoder(
                 inputs_embeds=embeddings,
                 position_ids=positions.to(device),

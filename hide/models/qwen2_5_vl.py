@@ -13,6 +13,7 @@ from torch import Tensor
 from hide.config import SEARCH_PROMPT
 from hide.images import to_tensor
 from hide.models.base import Adapter, Features, Picture, Pictures, SearchPrompt
+from hide.models.vision_slices import in_slices
 from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
 
@@ -79,9 +80,10 @@ class Qwen25VL(Adapter):
         device = self.model.model.visual.device
         found = []
         for picture in pictures.items:
-            features = self.model.model.get_image_features(
-                picture.pixels.to(device, self.dtype), _patches([picture]).to(device)
-            )
+            with in_slices(self.model.model.visual):
+                features = self.model.model.get_image_features(
+                    picture.pixels.to(device, self.dtype), _patches([picture]).to(device)
+                )
             # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
             found += list(getattr(features, "pooler_output", features))
         return Features(torch.cat(found))

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,8 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.attention_rows.api import KeySpans
 
-# Neither "flash" nor "sdpa" may stand in the name: transformers reads meaning into both.
+# Neither "flash" nor "sdpa" may stand in the names: transformers reads meaning into both.
 IMPLEMENTATION = "hide_rows"
+CONTINUING = "hide_continuing"
 
 
 @contextmanager
@@ -174,10 +176,15 @@ class _Capture:
         return self.base_config._attn_implementation or "eager"
 
     @property
-    def flash(self) -> bool:
-        """Whether the layer runs a FlashAttention, under all captures."""
+    def innermost(self) -> str:
+        """What the layer runs under all captures."""
         outer: _Capture | None = getattr(self.base_config, "hide_capture", None)
-        return outer.flash if outer is not None else "flash" in self.implementation
+        return outer.innermost if outer is not None else self.implementation
+
+    @property
+    def flash(self) -> bool:
+        """Whether that is a FlashAttention."""
+        return "flash" in self.innermost
 
     def record(self, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         for name in ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
@@ -187,7 +194,7 @@ class _Capture:
         if restarts is not None and restarts.dim() == 2 and bool((restarts.diff(dim=-1) < 1).any()):
             raise ValueError(f"layer {self.layer}: positions restart: several sequences in one row; unpack them")
         visible = None if mask is None else _visible(mask, key.shape[2])
-        if visible is None and 1 < query.shape[2] < key.shape[2] and not self.flash:
+        if visible is None and 1 < query.shape[2] < key.shape[2] and not (self.flash or self.innermost == CONTINUING):
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
         first = _first_position(visible, query.shape[2], key.shape[2])
@@ -320,6 +327,61 @@ def _limits(
     return {"q_positions": positions, "kv_starts": starts, "kv_lens": lens}
 
 
+@contextmanager
+def continuing(decoder: Any) -> Iterator[None]:
+    """Inside, a decoder that runs SDPA goes on behind a cache without a mask, and without repeated keys and values.
+
+    For several queries behind a cache transformers makes a mask of queries times keys, and with one it repeats keys
+    and values for every head of a group: for 4,096 queries behind 12,288 tokens of a 7B model 64 MB and 0.23 GB. Here
+    the end of the queries is taken for the end of the keys, as FlashAttention takes it. Padding still gets a mask. A
+    decoder that runs something else is left as it is.
+    """
+    config = decoder.config
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation_internal = CONTINUING
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = "sdpa"
+
+
+def _continuing_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function registered as `hide_continuing`."""
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is not None or queries in (1, keys) or kwargs.get("sliding_window") is not None:
+        found: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return found
+    bias: Any
+    if query.is_cuda:
+        # No tensor of that size is made where FlashAttention can run.
+        bias = causal_lower_right(queries, keys)
+    else:
+        bias = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _continuing_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    if kwargs.get("attention_mask") is None:
+        return None
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    return mask
+
+
 class _ModuleView:
     """An attention module with its own config again, for implementations that read `module.config`."""
 
@@ -355,3 +417,5 @@ def _model_class(module: Any) -> type:
 AttentionInterface.register(IMPLEMENTATION, _attention)
 # Without a mask function of the same name transformers passes no mask at all, and padding is silently attended to.
 AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register(CONTINUING, _continuing_attention)
+AttentionMaskInterface.register(CONTINUING, _continuing_mask)
