@@ -16,7 +16,9 @@ from hide.models.base import Adapter, Features, Picture, Pictures, SearchPrompt
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
 
-# The loader that the published code uses resizes to at least this many tokens before the processor does it again.
+# The loader that the published code uses, for every Qwen, resizes to multiples of so many pixels and to at least so
+# many tokens of that size, before the processor does it again.
+LOADER_CELL = 28
 LOADER_MIN_TOKENS = 4
 MAX_ASPECT = 200
 # Ids of Qwen's own vocabulary; smaller ones are other tokenizers.
@@ -32,27 +34,36 @@ class Qwen25VL(Adapter):
     # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
     processors = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
     image_text, image_end = "<|image_pad|>", "<|vision_end|>"
-    cell = 28
+    checkpoints = (
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Qwen/Qwen2.5-VL-32B-Instruct",
+        "Qwen/Qwen2.5-VL-72B-Instruct",
+    )
+    presets, preset_depth = ("qwen2.5-vl-7b",), 28
+    tested = f"{Adapter.tested}; the embedded model"
 
     def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
-        """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and where
-        that gives fewer than `min_tokens` tokens once more to at least as many; transparency becomes white.
+        """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and once
+        more where the model's cells are of another size or fewer than `min_tokens`; transparency becomes white.
 
         Raises `ValueError` for images more than 200 times as long as wide.
         """
         resized = []
         for image in images:
-            height, width = token_grid(image.height, image.width, self.cell, LOADER_MIN_TOKENS, max_tokens)
-            resized.append(on_colour(image).resize((width * self.cell, height * self.cell), Image.Resampling.BICUBIC))
-        size = {"shortest_edge": min_tokens * self.cell**2, "longest_edge": max_tokens * self.cell**2}
-        batch = self.image_processor(images=resized, size=size, return_tensors="pt")
+            rows, columns = token_grid(image.height, image.width, LOADER_CELL, LOADER_MIN_TOKENS, max_tokens)
+            pixels = (columns * LOADER_CELL, rows * LOADER_CELL)
+            resized.append(on_colour(image).resize(pixels, Image.Resampling.BICUBIC))
         merge = self.image_processor.merge_size
+        cell = self.image_processor.patch_size * merge
+        size = {"shortest_edge": min_tokens * cell**2, "longest_edge": max_tokens * cell**2}
+        batch = self.image_processor(images=resized, size=size, return_tensors="pt")
         layouts = [tuple(layout) for layout in batch["image_grid_thw"].tolist()]
-        pixels = batch["pixel_values"].split([math.prod(layout) for layout in layouts])
+        patches = batch["pixel_values"].split([math.prod(layout) for layout in layouts])
         return Pictures(
             tuple(
                 Picture(own, layout, (rows // merge, columns // merge), rows * columns // merge**2)
-                for own, layout in zip(pixels, layouts, strict=True)
+                for own, layout in zip(patches, layouts, strict=True)
                 for _, rows, columns in [layout]
             )
         )
@@ -73,14 +84,22 @@ class Qwen25VL(Adapter):
     def encode(self, pictures: Pictures) -> Features:
         """See `Adapter`."""
         device = self.model.model.visual.device
-        found = []
-        for picture in pictures.items:
-            features = self.model.model.get_image_features(
-                picture.pixels.to(device, self.dtype), _patches([picture]).to(device)
+        found = [
+            self._features(
+                self.model.model.get_image_features(
+                    picture.pixels.to(device, self.dtype), _patches([picture]).to(device)
+                )
             )
-            # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
-            found += list(getattr(features, "pooler_output", features))
-        return Features(torch.cat(found))
+            for picture in pictures.items
+        ]
+        deepstack = zip(*(features.deepstack for features in found), strict=True)
+        return Features(torch.cat([features.embeddings for features in found]), tuple(map(torch.cat, deepstack)))
+
+    def _features(self, encoded: Any) -> Features:
+        """One picture's features from what `get_image_features` returns."""
+        # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
+        (embeddings,) = getattr(encoded, "pooler_output", encoded)
+        return Features(embeddings)
 
     def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor]:
         """(4, 1, L): the place in the text, then mRoPE's three."""
