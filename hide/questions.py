@@ -89,7 +89,7 @@ class Question:
 
         Where there are tags (`hide.tags`), only what stands between them counts. It is read in this order: it is a
         letter or starts with one (`B`, `(B)`, `B. blue`, `B` and a line break); it says `answer: B`, `option is (B)` or
-        the like (the last such place counts; an `A` before a word is an article); it contains exactly one option's text.
+        the like (the last such place counts; an `A` before a word is an article); it has exactly one option's text.
         """
         letters = LETTERS[: len(self.options)]
         if not letters:

@@ -3,12 +3,16 @@
 A family's tests are its entry in `FAMILIES`; `test_families.py` runs on every one.
 """
 
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import random_models
 import transformers
-from random_models import randomise
+from random_models import V5, randomise
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hide.models.base import Adapter
@@ -16,25 +20,16 @@ from hide.models.qwen2_5_vl import Qwen25VL
 from hide.models.qwen3_vl import Qwen3VL
 from hide.tiny.model import build_tokenizer
 
-# As the checkpoint has it: unlike Qwen2.5-VL's, without a system turn of its own.
-QWEN3_TEMPLATE = """\
+VIP_LLAVA_TEMPLATE = """\
 {%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
+{{- '###' + message['role'].capitalize() + ': ' -}}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- endif -%}
+{{- '<image>' if part['type'] == 'image' else part['text'] -}}
 {%- endfor -%}
-{%- endif -%}
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
+{{- '###Assistant: ' -}}
 {%- endif -%}
 """
 
@@ -64,13 +59,7 @@ def model(like: PreTrainedModel, tokens: PreTrainedTokenizerFast, **ids: str) ->
     return made
 
 
-def processor(adapter: type[Adapter], **settings: Any) -> Any:
-    """The family's image processor, as `Adapter.from_pretrained` chooses it."""
-    return next(found for name in adapter.processors if (found := getattr(transformers, name, None)))(**settings)
-
-
-def qwen(adapter: type[Qwen25VL], like: PreTrainedModel, template: str | None = None, **settings: Any) -> Qwen25VL:
-    tokens = tokenizer(template)
+def qwen(adapter: type[Qwen25VL], tokens: PreTrainedTokenizerFast, like: PreTrainedModel, **settings: Any) -> Qwen25VL:
     made = model(
         like,
         tokens,
@@ -79,18 +68,36 @@ def qwen(adapter: type[Qwen25VL], like: PreTrainedModel, template: str | None = 
         vision_start_token_id="<|vision_start|>",
         vision_end_token_id="<|vision_end|>",
     )
-    return adapter(made, tokens, processor(adapter, merge_size=2, temporal_patch_size=2, **settings))
+    return adapter(made, tokens, adapter.processor_class()(merge_size=2, temporal_patch_size=2, **settings))
 
 
 def qwen2_5_vl() -> Qwen25VL:
-    return qwen(Qwen25VL, random_models.qwen2_5_vl(), patch_size=14)
+    return qwen(Qwen25VL, tokenizer(), random_models.qwen2_5_vl(), patch_size=14)
 
 
 def qwen3_vl() -> Qwen25VL:
-    half = [0.5, 0.5, 0.5]
-    return qwen(
-        Qwen3VL, random_models.qwen3_vl(), QWEN3_TEMPLATE, patch_size=16, image_mean=half, image_std=half
-    )
+    tokens, half = tokenizer(), [0.5, 0.5, 0.5]
+    # As the checkpoint has it, without the system turn that Qwen2.5-VL's begins with.
+    tokens.chat_template = tokens.chat_template.partition("{%- endif -%}\n")[2]
+    return qwen(Qwen3VL, tokens, random_models.qwen3_vl(), patch_size=16, image_mean=half, image_std=half)
 
 
 FAMILIES: dict[str, Callable[[], Adapter]] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+
+
+def worked_example() -> Adapter:
+    """VipLLaVA by the first piece of code in docs/model_families.md."""
+    page = (Path(__file__).parents[1] / "docs" / "model_families.md").read_text()
+    module: Any = ModuleType("hide.models.vip_llava")
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], module.__dict__)
+    sys.modules[module.__name__] = module
+    layers = {"vision_feature_layer" if V5 else "vision_feature_layers": [-2, -1]}
+    config = transformers.VipLlavaConfig(
+        text_config=random_models.text_config(model_type="llama", **random_models.rope()),
+        vision_config=random_models.llava().config.vision_config.to_dict(),
+        tie_word_embeddings=False,
+        **layers,
+    )
+    tokens = tokenizer(VIP_LLAVA_TEMPLATE, "<image>")
+    made = model(transformers.VipLlavaForConditionalGeneration(config), tokens, image_token_index="<image>")
+    return module.VipLlava(made, tokens, module.VipLlava.processor_class()(size=56, crop_size=56))

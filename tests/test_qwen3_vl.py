@@ -40,7 +40,10 @@ def test_published_image_token_counts(adapter, monkeypatch, size, grid):
             (image,) = images
             sides = smart_resize(image.height, image.width, 32, size["shortest_edge"], size["longest_edge"])
             rows, columns = (side // 16 for side in sides)
-            return {"image_grid_thw": torch.tensor([[1, rows, columns]]), "pixel_values": torch.zeros(rows * columns, 0)}
+            return {
+                "image_grid_thw": torch.tensor([[1, rows, columns]]),
+                "pixel_values": torch.zeros(rows * columns, 0),
+            }
 
     monkeypatch.setattr(adapter, "image_processor", Processor())
     pictures = adapter.preprocess([Image.new("RGB", size)], min_tokens=256, max_tokens=16384)
@@ -90,6 +93,15 @@ def test_a_picture_without_its_deepstack_features_would_be_another_one(adapter):
             assert (branch.logits() - want).abs().max() > 0.1
     finally:
         del adapter.encode
+
+
+def test_positions_begin_with_the_place_in_the_text(adapter):
+    """Without it, transformers 4.57 takes a picture's positions for those of packed sequences under FlashAttention."""
+    pictures = adapter.preprocess([noise(200, 120), noise(90, 260)], min_tokens=4, max_tokens=60)
+    ids = adapter.input_ids("What is it?", pictures)
+    positions, delta = adapter.positions(ids, pictures)
+    assert positions[0, 0].tolist() == list(range(ids.shape[1]))
+    assert (positions[1:, 0, -1] == ids.shape[1] - 1 + delta).all() and int(delta) < 0
 
 
 def test_presets_hold_the_published_values():

@@ -26,8 +26,8 @@ def strict(question: Question, answer: str, reply: str) -> bool | None:
 
 def compat(question: Question, answer: str, reply: str) -> bool | None:
     """The published V*Bench metric: the last character of the reply, upper-cased, is the letter. It takes "B." and
-    "(B)" for wrong and cannot say that a reply is unreadable; an empty reply, on which it crashes, is wrong. Of a reply
-    with tags (`hide.tags`), for which none is published, it reads what stands between them. Free answers as `strict`."""
+    "(B)" for wrong and cannot say that a reply is unreadable; an empty reply, on which it crashes, is wrong. None is
+    published for replies with tags (`hide.tags`): of them it reads what stands between. Free answers as `strict`."""
     if not question.options:
         return strict(question, answer, reply)
     between = tagged(reply)

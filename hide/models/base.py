@@ -182,8 +182,12 @@ class Adapter(ABC):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _legacy_chat_template(path)
-        processor = next(found for name in cls.processors if (found := getattr(transformers, name, None)))
-        return cls(model.to(target), tokenizer, processor.from_pretrained(path))
+        return cls(model.to(target), tokenizer, cls.processor_class().from_pretrained(path))
+
+    @classmethod
+    def processor_class(cls) -> Any:
+        """Its image processor's class in this version of transformers."""
+        return next(found for name in cls.processors if (found := getattr(transformers, name, None)))
 
     @property
     def num_layers(self) -> int:

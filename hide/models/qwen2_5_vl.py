@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -40,7 +40,8 @@ class Qwen25VL(Adapter):
         "Qwen/Qwen2.5-VL-32B-Instruct",
         "Qwen/Qwen2.5-VL-72B-Instruct",
     )
-    presets, preset_depth = ("qwen2.5-vl-7b",), 28
+    presets: ClassVar[tuple[str, ...]] = ("qwen2.5-vl-7b",)
+    preset_depth = 28
     tested = f"{Adapter.tested}; the embedded model"
 
     def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:

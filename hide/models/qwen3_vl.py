@@ -26,7 +26,8 @@ class Qwen3VL(Qwen25VL):
         "Qwen/Qwen3-VL-8B-Instruct",
         "Qwen/Qwen3-VL-32B-Instruct",
     )
-    presets, preset_depth = ("qwen3-vl-8b", "qwen3-vl-8b-layer-18"), 36
+    presets = ("qwen3-vl-8b", "qwen3-vl-8b-layer-18")
+    preset_depth = 36
     tested = Adapter.tested
 
     def _features(self, encoded: Any) -> Features:
