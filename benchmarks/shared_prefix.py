@@ -85,8 +85,13 @@ def model(scale: Scale, device: str) -> Qwen25VL:
     head = scale.text["hidden_size"] // scale.text["num_attention_heads"]
     sections = [head // 8, head * 3 // 16, head // 2 - head // 8 - head * 3 // 16]
     rope = {"rope_type": "default", "mrope_section": sections}
-    text = {**config["text_config"], **scale.text, "max_position_embeddings": 65_536, "layer_types": None,
-            "tie_word_embeddings": False}
+    text = {
+        **config["text_config"],
+        **scale.text,
+        "max_position_embeddings": 65_536,
+        "layer_types": None,
+        "tie_word_embeddings": False,
+    }
     text.update({"rope_parameters": {**rope, "rope_theta": 1e6}, "rope_scaling": rope, "rope_theta": 1e6})
     vision = {
         **config["vision_config"],

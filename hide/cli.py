@@ -177,6 +177,31 @@ app.command()(entities)
 
 
 @app.command()
+def models() -> None:
+    """List the model families that HiDe knows: checkpoints, presets, and what they are tested with."""
+    console = Console(stderr=True)
+    with console.status("loading transformers"):
+        from hide.models import FAMILIES, adapter_class
+
+        families = {model_type: adapter_class(model_type) for model_type in FAMILIES}
+    table = Table("model_type", "", "")
+    for model_type, family in families.items():
+        default, *others = family.presets
+        table.add_row(f"[bold]{model_type}[/bold]", "class", family.model_class)
+        table.add_row("", "checkpoints", "\n".join(family.checkpoints))
+        table.add_row("", "presets", "\n".join([f"{default} (default)", *others]))
+        table.add_row("", "tested with", family.tested, end_section=True)
+    console = Console()
+    console.print(table)
+    console.print(
+        "Loaded by the model_type of config.json, with transformers' own classes and no remote code. Each is held to "
+        "transformers' own forward and generate, in small models with random weights: tests/test_families.py. "
+        "Attention rows of any other decoder: hide_kernels.integrations.transformers.capture_attention_rows.",
+        highlight=False,
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, what each operator runs on and why, and what to install for more."""
     from hide.doctor import main as examine

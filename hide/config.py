@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST
 from hide_kernels.token_maps.api import MAX_SIGMA
 
 # Seven words and a colon: with Qwen's tokenizer the eight tokens whose rows are the noise prior. The blank at the end
@@ -28,6 +29,7 @@ class HiDeConfig:
     decoder: "nvimgcodec" decodes JPEG files on the GPU where it is installed, a few levels off Pillow's (published).
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large picture, the same result.
+    letter_request: what a question with lettered options ends with; its reply may stand between tags (`hide.tags`).
     max_new_tokens: bound on a generated answer.
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
     search_prompt: fixed words before the entities; their rows are the noise prior.
@@ -47,6 +49,7 @@ class HiDeConfig:
     decoder: Literal["pillow", "nvimgcodec"] = "pillow"
     alpha_threshold: int = 10
     prefill_chunk: int = 2048
+    letter_request: str = LETTER_REQUEST
     max_new_tokens: int = 1024
     max_entity_tokens: int = 256
     search_prompt: str = SEARCH_PROMPT
@@ -76,10 +79,14 @@ class HiDeConfig:
             raise ValueError("entity_prompt: got a text without {question}, the place where the question goes")
 
 
-# The published values for Qwen2.5-VL-7B; layer 14 is the released code's SELECT_LAYER 15, which counts from 1. Those of
-# the embedded model are from `hide calibrate` and docs/embedded_model.md.
+# The published values; layer 14 is the released code's SELECT_LAYER 15, which counts from 1. For Qwen3-VL-8B that code
+# selects a layer, which averaging all of them then overrides: both are here. Those of the embedded model are from
+# `hide calibrate` and docs/embedded_model.md. Which a family takes by itself, its adapter says.
+_QWEN3_VL = HiDeConfig(layers=None, sigma=3.0, threshold=0.5, letter_request=TAGGED_LETTER_REQUEST)
 PRESETS: dict[str, HiDeConfig] = {
     "qwen2.5-vl-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7),
+    "qwen3-vl-8b": _QWEN3_VL,
+    "qwen3-vl-8b-layer-18": replace(_QWEN3_VL, layers=(18,)),
     "tiny": HiDeConfig(
         layers=(0,),
         sigma=1.0,

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="A Qwen2.5-VL checkpoint: folder or hub name. Without it, the embedded model."),
+    typer.Option(
+        "--model", help="A checkpoint: folder or hub name; see `hide models`. Without it, the embedded model."
+    ),
 ]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="Name of a preset; default: the one for the model.")]
 LayerOption = Annotated[

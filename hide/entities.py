@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from hide.questions import Question
+from hide.tags import CLOSE_TAG, OPEN_TAG, tagged, without_tags
 
 Extractor = Callable[[str], str]
 """A user's own extractor: the question with its options -> entities, separated by commas; empty for none."""
 
-OPEN_TAG, CLOSE_TAG = "<FINAL_OUTPUT>", "</FINAL_OUTPUT>"
 MAX_ENTITIES = 24
 MAX_LENGTH = 200
 """Characters of one entity: what is longer names no thing."""
@@ -68,7 +68,6 @@ def entity_request(question: Question, prompt: str | None = None) -> str:
     return (prompt or ENTITY_PROMPT).replace("{question}", question.text)
 
 
-_TAG = re.compile(f"<(/?){re.escape(OPEN_TAG[1:])}", re.IGNORECASE)
 # A line of a list in Markdown or JSON.
 _BULLET = re.compile(r"\s*(?:[-*•\"]|\d+[.)]\s)")
 # What may stand before an item: the name of the list or a key of JSON, a number, articles.
@@ -94,12 +93,9 @@ def parse_entities(reply: str, request: str = ENTITY_PROMPT) -> Entities:
     own = _without_echo(lines, request)
     if len(own) < len(lines):
         notes.append("entities: the model's reply repeated the request; that part was left out")
-    pieces = _TAG.split("\n".join(own))
-    # Text before the first tag, then "" or "/" of each tag and the text behind it.
-    tagged = [body for slash, body in zip(pieces[1::2], pieces[2::2], strict=True) if not slash]
-    body = next((body for body in reversed(tagged) if re.search(r"\w", body)), "")
-    if not body and not tagged:
-        body = _last_list("".join(pieces[::2]).splitlines())
+    body = tagged("\n".join(own))
+    if body is None:
+        body = _last_list(without_tags("\n".join(own)).splitlines())
         if body:
             notes.append("entities: the model's reply had no tags; its last line was read as the list")
     items: dict[str, None] = {}

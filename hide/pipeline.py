@@ -16,22 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from hide.config import PRESETS, HiDeConfig
-from hide.entities import (
-    CLOSE_TAG,
-    MAX_LENGTH,
-    OPEN_TAG,
-    Entities,
-    Extractor,
-    entities_by_rules,
-    entity_request,
-    parse_entities,
-)
+from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, entity_request, parse_entities
 from hide.images import ImageLike, load_image, to_image, to_tensor
 from hide.models import load
 from hide.models.base import Adapter, Pictures, Reply, SearchPrompt
 from hide.models.qwen2_5_vl import MAX_ASPECT
 from hide.questions import Question
 from hide.session import ImageSession, Prefix
+from hide.tags import CLOSE_TAG, OPEN_TAG
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps
 from hide_kernels.host_read import host_read
@@ -454,7 +446,8 @@ class HiDe:
         return _entity_maps(found, image_index, valid, rows.labels), collages, notes
 
     def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
-        return session.ask(question.prompt, more, max_new_tokens=self.config.max_new_tokens)
+        text = question.asked(self.config.letter_request)
+        return session.ask(text, more, max_new_tokens=self.config.max_new_tokens)
 
     def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
         """The entities, and how many tokens went through the model for them."""
@@ -565,19 +558,23 @@ class HiDe:
 def preset_for(model: Adapter, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
     """The config for a model, and notes about where it comes from.
 
-    `preset` is a name in `PRESETS`; `None` takes the published values for the model's depth, and for depths that none
-    were published for, the layer at the same relative depth, with a note. Raises `ValueError` for an unknown name.
+    `preset` is a name in `PRESETS`; `None` takes the first of the model's family, and for depths that it was not
+    published for, the layers at the same relative depth, with a note. Raises `ValueError` for an unknown name.
     """
     if preset is not None:
         if preset not in PRESETS:
             raise ValueError(f"preset: got {preset!r}, want one of {', '.join(PRESETS)}")
         return PRESETS[preset], ()
-    published = PRESETS["qwen2.5-vl-7b"]
-    if model.num_layers == 28:
+    name = model.presets[0]
+    published = PRESETS[name]
+    if model.num_layers == model.preset_depth:
         return published, ()
-    layer = model.num_layers // 2
-    note = f"preset: nothing was published for {model.num_layers} layers; layer {layer} is at the 7B's relative depth"
-    return dataclasses.replace(published, layers=(layer,)), (note,)
+    note = f"preset: nothing was published for {model.num_layers} layers; {name}'s values are taken"
+    if published.layers is None:
+        return published, (note,)
+    layers = tuple(layer * model.num_layers // model.preset_depth for layer in published.layers)
+    note += f", and layer {', '.join(map(str, layers))} at the same relative depth"
+    return dataclasses.replace(published, layers=layers), (note,)
 
 
 def _question(question: str | Question, options: Sequence[str] | None = None) -> Question:

@@ -6,8 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hide.tags import CLOSE_TAG, OPEN_TAG, tagged
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
+TAGGED_LETTER_REQUEST = f"{LETTER_REQUEST.rstrip('.')}, between {OPEN_TAG} and {CLOSE_TAG}."
 
 # A sentence that only asks for a letter, as benchmarks append it in several wordings: it has one of these words, then
 # "letter", and is no question. Each pattern takes time linear in the text, which may have any length.
@@ -74,20 +77,25 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the model is asked: `text`, and for options the request to answer with a letter."""
-        return f"{self.text}\n{LETTER_REQUEST}" if self.options else self.text
+        """What the model is asked: `asked` with the usual request."""
+        return self.asked(LETTER_REQUEST)
+
+    def asked(self, letter_request: str) -> str:
+        """`text`, and for options the request to answer with a letter."""
+        return f"{self.text}\n{letter_request}" if self.options else self.text
 
     def letter(self, reply: str) -> str | None:
         """The option that `reply` chooses: a letter, or `None` where it names none or cannot be understood.
 
-        Read in this order: the reply is a letter or starts with one (`B`, `(B)`, `B. blue`, `B` and a line break); it
-        says `answer: B`, `option is (B)` or the like (the last such place counts; an `A` before a word is an article);
-        it contains exactly one option's text.
+        Where there are tags (`hide.tags`), only what stands between them counts. It is read in this order: it is a
+        letter or starts with one (`B`, `(B)`, `B. blue`, `B` and a line break); it says `answer: B`, `option is (B)` or
+        the like (the last such place counts; an `A` before a word is an article); it has exactly one option's text.
         """
         letters = LETTERS[: len(self.options)]
         if not letters:
             return None
-        text = reply.strip().strip("*").strip()
+        between = tagged(reply)
+        text = (reply if between is None else between).strip().strip("*").strip()
         start = re.match(rf"[(\[]?([{letters}])(?:[)\].:,]|[ \t]*(?:\n|$))", text)
         if start:
             return start[1]

@@ -7,6 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
+from hide.models import FAMILIES, adapter_class
 from hide.tiny.scenes import draw_scene
 
 QUESTION = "What is the color of the star?"
@@ -57,7 +58,7 @@ def test_json_output_is_json_and_settings_reach_the_method(picture, tmp_path):
         (["PICTURE", "?!"], "at least one word"),
         (["PICTURE", QUESTION, "--model", "."], "no config.json"),
         (["PICTURE", QUESTION, "--layer", "77"], "want 0 to 5"),
-        (["PICTURE", QUESTION, "--preset", "best"], "one of qwen2.5-vl-7b, tiny"),
+        (["PICTURE", QUESTION, "--preset", "best"], "one of qwen2.5-vl-7b, qwen3-vl-8b,"),
         (["PICTURE", QUESTION, "--dtype", "int4"], "dtype"),
     ],
 )
@@ -66,6 +67,15 @@ def test_errors_are_one_line_that_says_what_to_do(picture, tmp_path, monkeypatch
     result = run("ask", *[picture if argument == "PICTURE" else argument for argument in arguments])
     assert result.exit_code == 1
     assert text in " ".join(result.output.split()) and "Traceback" not in result.output
+
+
+def test_models_lists_each_family_with_its_class_checkpoints_and_presets():
+    result = run("models")
+    assert result.exit_code == 0, result.output
+    for model_type in FAMILIES:
+        family = adapter_class(model_type)
+        for text in (model_type, family.model_class, *family.checkpoints, *family.presets, family.tested):
+            assert text in result.output, text
 
 
 def test_help_teaches():

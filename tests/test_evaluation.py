@@ -152,6 +152,9 @@ def test_broken_data_is_named(tmp_path, reader, name, content, text):
         ("A", False, False),
         ("", None, False),
         ("I see b", None, True),
+        ("<FINAL_OUTPUT>B</FINAL_OUTPUT>", True, True),
+        ("I say A <FINAL_OUTPUT> B </FINAL_OUTPUT>", True, True),
+        ("B <FINAL_OUTPUT>A</FINAL_OUTPUT>", False, False),
     ],
 )
 def test_strict_and_published_scoring_of_letters(reply, strictly, published):

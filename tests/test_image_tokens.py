@@ -86,7 +86,7 @@ def test_an_adapters_spans_are_those_of_the_picture_it_made():
         [Image.fromarray(rng.integers(0, 256, (90, 150, 3), np.uint8))], min_tokens=4, max_tokens=99
     )
     tokens = adapter.input_ids("What?", pictures)
-    ((image,),) = image_spans(adapter.model, tokens, image_grid_thw=torch.tensor([pictures.items[0].layout]))
+    ((image,),) = image_spans(adapter.model, tokens, image_grid_thw=adapter.image_inputs(pictures)["image_grid_thw"])
     assert image.grid == pictures.grids[0]
     assert (tokens[0, image.start : image.stop] == adapter.model.config.image_token_id).all()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hide.questions import LETTER_REQUEST, Question
+from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST, Question
 
 LETTERED = f"Where is the cat?\n(A) left\n(B) right\n{LETTER_REQUEST}"
 
@@ -22,6 +22,14 @@ def test_lettered_questions_are_read_however_they_are_written(text):
     assert question.stem.splitlines()[0].startswith("Where is the cat?")
     assert "letter" not in question.text
     assert question.prompt.endswith(LETTER_REQUEST) and question.prompt.count(LETTER_REQUEST) == 1
+
+
+@pytest.mark.parametrize("request_", [LETTER_REQUEST, TAGGED_LETTER_REQUEST])
+def test_the_request_for_a_letter_can_be_chosen_and_is_read_back(request_):
+    question = Question.parse(LETTERED)
+    asked = question.asked(request_)
+    assert asked == f"{question.text}\n{request_}" and Question.parse(asked) == question
+    assert Question.parse("Where?").asked(request_) == "Where?"
 
 
 def test_options_can_be_given_apart_and_parsing_is_idempotent():
@@ -68,6 +76,10 @@ def test_a_single_lettered_line_is_no_list_of_options():
         ("Answer: a left one", "A"), ("The answer is a.", None),
         ("C", None), ("", None), ("A cat", None), ("Because", None), ("The answer is Because", None),
         ("the answer is about", None), ("I cannot tell", None),
+        ("<FINAL_OUTPUT>B</FINAL_OUTPUT>", "B"), ("First A.\n<FINAL_OUTPUT>\n(B)\n</FINAL_OUTPUT> A", "B"),
+        ("<FINAL_OUTPUT>A</FINAL_OUTPUT> no, <final_output>B", "B"), ("A <FINAL_OUTPUT>B</FINAL_OUTPUT>", "B"),
+        ("<FINAL_OUTPUT>The answer is B.</FINAL_OUTPUT>", "B"), ("<FINAL_OUTPUT>right</FINAL_OUTPUT>", "B"),
+        ("<FINAL_OUTPUT>A</FINAL_OUTPUT><FINAL_OUTPUT></FINAL_OUTPUT>", "A"), ("A <FINAL_OUTPUT>?</FINAL_OUTPUT>", None),
     ],
 )  # fmt: skip
 def test_replies_are_read_strictly(reply, letter):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hide.questions import Question
+from hide.tags import tagged
 
 Scorer = Callable[[Question, str, str], "bool | None"]
 """(question, its right answer, reply) -> right, wrong, or `None`: the reply cannot be read."""
@@ -25,9 +26,12 @@ def strict(question: Question, answer: str, reply: str) -> bool | None:
 
 def compat(question: Question, answer: str, reply: str) -> bool | None:
     """The published V*Bench metric: the last character of the reply, upper-cased, is the letter. It takes "B." and
-    "(B)" for wrong and cannot say that a reply is unreadable; an empty reply, on which it crashes, is wrong. Free
-    answers as `strict`."""
-    return reply[-1:].upper() == answer if question.options else strict(question, answer, reply)
+    "(B)" for wrong and cannot say that a reply is unreadable; an empty reply, on which it crashes, is wrong. None is
+    published for replies with tags (`hide.tags`): of them it reads what stands between. Free answers as `strict`."""
+    if not question.options:
+        return strict(question, answer, reply)
+    between = tagged(reply)
+    return (reply if between is None else between.strip())[-1:].upper() == answer
 
 
 SCORERS: dict[str, Scorer] = {"strict": strict, "compat": compat}

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hide.models.base import Adapter
 
-FAMILIES = {"qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL"}
+FAMILIES = {
+    "qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL",
+    "qwen3_vl": "hide.models.qwen3_vl:Qwen3VL",
+}
 """`model_type` of a checkpoint's config -> where its adapter is, which is loaded when it is needed."""
+
+
+def adapter_class(model_type: str) -> type[Adapter]:
+    """The adapter of a family in `FAMILIES`."""
+    module, name = FAMILIES[model_type].split(":")
+    return getattr(import_module(module), name)
 
 
 def load(
@@ -38,9 +47,8 @@ def load(
     model_type = type(AutoConfig.from_pretrained(path, trust_remote_code=False)).model_type
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)}. Attention rows of any "
-            "model: hide_kernels.integrations.transformers.capture_attention_rows"
+            f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)} (see hide models). "
+            "Attention rows of any model: hide_kernels.integrations.transformers.capture_attention_rows"
         )
-    module, name = FAMILIES[model_type].split(":")
-    adapter: type[Adapter] = getattr(import_module(module), name)
+    adapter = adapter_class(model_type)
     return adapter.from_pretrained(path, device=device, dtype=dtype, attn_implementation=attn_implementation)

@@ -134,6 +134,14 @@ class Adapter(ABC):
     """The special token that stands for each image token."""
     image_end: ClassVar[str | None] = None
     """The special token behind an image's tokens, if there is one."""
+    checkpoints: ClassVar[tuple[str, ...]]
+    """Public checkpoints of the class, by their names on the hub."""
+    presets: ClassVar[tuple[str, ...]]
+    """Names in `hide.PRESETS` of values for the family, the one that is taken by itself first."""
+    preset_depth: ClassVar[int]
+    """Decoder layers of the model that the presets are for."""
+    tested: ClassVar[str] = "random weights"
+    """What the tests run it with."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         """Wrap parts that are loaded already; raises `ValueError` for a tokenizer without a chat template."""
@@ -174,8 +182,12 @@ class Adapter(ABC):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _legacy_chat_template(path)
-        processor = next(found for name in cls.processors if (found := getattr(transformers, name, None)))
-        return cls(model.to(target), tokenizer, processor.from_pretrained(path))
+        return cls(model.to(target), tokenizer, cls.processor_class().from_pretrained(path))
+
+    @classmethod
+    def processor_class(cls) -> Any:
+        """Its image processor's class in this version of transformers."""
+        return next(found for name in cls.processors if (found := getattr(transformers, name, None)))
 
     @property
     def num_layers(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -17,7 +17,9 @@ from hide.models.vision_slices import in_slices
 from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
 
-# The loader that the published code uses resizes to at least this many tokens before the processor does it again.
+# The loader that the published code uses, for every Qwen, resizes to multiples of so many pixels and to at least so
+# many tokens of that size, before the processor does it again.
+LOADER_CELL = 28
 LOADER_MIN_TOKENS = 4
 MAX_ASPECT = 200
 # Ids of Qwen's own vocabulary; smaller ones are other tokenizers.
@@ -33,20 +35,30 @@ class Qwen25VL(Adapter):
     # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
     processors = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
     image_text, image_end = "<|image_pad|>", "<|vision_end|>"
-    cell = 28
+    checkpoints = (
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "Qwen/Qwen2.5-VL-32B-Instruct",
+        "Qwen/Qwen2.5-VL-72B-Instruct",
+    )
+    presets: ClassVar[tuple[str, ...]] = ("qwen2.5-vl-7b",)
+    preset_depth = 28
+    tested = f"{Adapter.tested}; the embedded model"
 
     def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
-        """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and where
-        that gives fewer than `min_tokens` tokens once more to at least as many; transparency becomes white.
+        """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and once
+        more where the model's cells are of another size or fewer than `min_tokens`; transparency becomes white.
 
         Raises `ValueError` for images more than 200 times as long as wide.
         """
-        processor, cell = self.image_processor, self.cell
+        processor = self.image_processor
+        merge = processor.merge_size
+        cell = processor.patch_size * merge
         found = []
         for image in images:
             pixels = image if isinstance(image, Tensor) else to_tensor(image)
-            rows, columns = token_grid(pixels.shape[0], pixels.shape[1], cell, LOADER_MIN_TOKENS, max_tokens)
-            loaded = (rows * cell, columns * cell)
+            rows, columns = token_grid(pixels.shape[0], pixels.shape[1], LOADER_CELL, LOADER_MIN_TOKENS, max_tokens)
+            loaded = (rows * LOADER_CELL, columns * LOADER_CELL)
             rows, columns = token_grid(*loaded, cell, min_tokens, max_tokens)
             values = pixel_values(
                 pixels,
@@ -54,11 +66,10 @@ class Qwen25VL(Adapter):
                 mean=processor.image_mean,
                 std=processor.image_std,
                 patch=processor.patch_size,
-                merge=processor.merge_size,
+                merge=merge,
                 temporal=processor.temporal_patch_size,
                 dtype=self.dtype if self.dtype.itemsize == 2 else torch.float32,
             )
-            merge = processor.merge_size
             found.append(Picture(values, (1, rows * merge, columns * merge), (rows, columns), rows * columns))
         return Pictures(tuple(found))
 
@@ -80,13 +91,18 @@ class Qwen25VL(Adapter):
         device = self.model.model.visual.device
         found = []
         for picture in pictures.items:
+            pixels = picture.pixels.to(device, self.dtype)
             with in_slices(self.model.model.visual):
-                features = self.model.model.get_image_features(
-                    picture.pixels.to(device, self.dtype), _patches([picture]).to(device)
-                )
-            # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
-            found += list(getattr(features, "pooler_output", features))
-        return Features(torch.cat(found))
+                encoded = self.model.model.get_image_features(pixels, _patches([picture]).to(device))
+            found.append(self._features(encoded))
+        deepstack = zip(*(features.deepstack for features in found), strict=True)
+        return Features(torch.cat([features.embeddings for features in found]), tuple(map(torch.cat, deepstack)))
+
+    def _features(self, encoded: Any) -> Features:
+        """One picture's features from what `get_image_features` returns."""
+        # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
+        (embeddings,) = getattr(encoded, "pooler_output", encoded)
+        return Features(embeddings)
 
     def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor]:
         """(4, 1, L): the place in the text, then mRoPE's three."""
