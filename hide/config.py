@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hide_kernels.collage.api import check_look
 from hide_kernels.token_maps.api import MAX_SIGMA
 
 # Seven words and a colon: with Qwen's tokenizer the eight tokens whose rows are the noise prior. The blank at the end
 # belongs to the first entity's token.
 SEARCH_PROMPT = "Please search the images for these objects: "
+
+
+WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class HiDeConfig:
     include_punctuation: whether tokens without a letter or digit, such as the commas between entities, have maps;
         published: yes.
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
+    fill: colour (r, g, b) of a collage's gaps; `None` leaves them transparent: the family's preprocessing then makes of
+        them what it makes of any transparency (Qwen and LLaVA white, InternVL black).
+    collage_in_span: whether collages join the pictures as one image of the prompt, instead of following them as images
+        of their own; only where the family can (InternVL).
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large picture, the same result.
     max_new_tokens: bound on a generated answer.
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
@@ -44,6 +52,8 @@ class HiDeConfig:
     include_end_token: bool = True
     include_punctuation: bool = True
     alpha_threshold: int = 10
+    fill: tuple[int, int, int] | None = WHITE
+    collage_in_span: bool = False
     prefill_chunk: int = 4096
     max_new_tokens: int = 1024
     max_entity_tokens: int = 256
@@ -61,8 +71,7 @@ class HiDeConfig:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
         if self.entities_from not in ("model", "rules"):
             raise ValueError(f"entities_from: got {self.entities_from!r}, want 'model' or 'rules'")
-        if not 0 <= self.alpha_threshold <= 255:
-            raise ValueError(f"alpha_threshold: got {self.alpha_threshold}, want 0 to 255")
+        check_look(self.fill, "blend", self.alpha_threshold)
         for name in ("prefill_chunk", "max_new_tokens", "max_entity_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
@@ -73,9 +82,26 @@ class HiDeConfig:
 
 
 # The published values for Qwen2.5-VL-7B; layer 14 is the released code's SELECT_LAYER 15, which counts from 1. Those of
-# the embedded model are from `hide calibrate` and docs/embedded_model.md.
+# the embedded model are from `hide calibrate` and docs/embedded_model.md. InternVL3-8B's are published too: 33,024
+# tokens are 128 tiles and a thumbnail, more than half of the positions that the model has; with two images, 62 tiles
+# each always fit. Nothing was published of HiDe on LLaVA: layer 14 is ViCrop's for LLaVA-1.5-7B and the middle of
+# LLaVA-OneVision-7B's 28; the rest is Qwen's, but a sigma of 3 cells would be an eighth of LLaVA-1.5's whole grid.
 PRESETS: dict[str, HiDeConfig] = {
     "qwen2.5-vl-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7),
+    "internvl3-8b": HiDeConfig(
+        layers=(14,),
+        sigma=1.0,
+        threshold=0.4,
+        max_tokens=33024,
+        include_end_token=False,
+        fill=None,
+        collage_in_span=True,
+    ),
+    "internvl3-8b-two-images": HiDeConfig(
+        layers=(14,), sigma=1.0, threshold=0.4, max_tokens=16128, include_end_token=False, fill=None
+    ),
+    "llava-1.5-7b": HiDeConfig(layers=(14,), sigma=1.0, threshold=0.7, include_end_token=False),
+    "llava-onevision-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7, include_end_token=False),
     "tiny": HiDeConfig(
         layers=(0,),
         sigma=1.0,

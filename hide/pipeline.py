@@ -35,8 +35,6 @@ from hide.session import ImageSession, Prefix
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import boxes_to_pixels
 
-WHITE = (255, 255, 255)
-
 # Questions whose entities are remembered.
 MEMO = 4096
 
@@ -169,11 +167,13 @@ class HiDe:
             notes: repeated in every result, e.g. where the config comes from.
 
         Raises:
-            ValueError: for layers that the model does not have.
+            ValueError: for layers that the model does not have, or a `collage_in_span` that its family cannot.
         """
         for layer in config.layers or ():
             if not -model.num_layers <= layer < model.num_layers:
                 raise ValueError(f"layers: got {layer}, want 0 to {model.num_layers - 1}, zero-based")
+        if config.collage_in_span and not model.joins_pictures:
+            raise ValueError(f"collage_in_span: got True, but {model.family} shows every picture as an image of its own")
         self.model = model
         self.config = config
         self.extractor = extractor
@@ -259,7 +259,7 @@ class HiDe:
         """Step 3b: Layout-Preserving Decoupling.
 
         Returns:
-            Per image the collage (RGB, gaps white) or `None` where no box has an area, and per image the merged boxes
+            Per image the collage (RGB, gaps of `config.fill`; RGBA where that is `None`) or `None` where no box has an area, and per image the merged boxes
             that it shows.
         """
         pictures = _images(images)
@@ -360,7 +360,8 @@ class HiDe:
     # -- pieces ---------------------------------------------------------------------------------------------------
 
     def _preprocess(self, images: Sequence[Image.Image]) -> Pictures:
-        return self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=self.config.max_tokens)
+        pictures = self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=self.config.max_tokens)
+        return dataclasses.replace(pictures, joined=self.config.collage_in_span)
 
     def _open(self, images: Sequence[Image.Image], pictures: Pictures) -> ImageSession:
         return ImageSession(self.model, pictures, images=images, prefill_chunk=self.config.prefill_chunk)
@@ -380,7 +381,7 @@ class HiDe:
         return session
 
     def _collage_pictures(self, collages: Sequence[Image.Image | None]) -> Pictures | None:
-        shown = [_in_aspect(picture) for picture in collages if picture is not None]
+        shown = [_in_aspect(picture, self.config.fill) for picture in collages if picture is not None]
         return self._preprocess(shown) if shown else None
 
     def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
@@ -475,7 +476,7 @@ class HiDe:
         self, pictures: Sequence[Image.Image], boxes: Sequence[Tensor]
     ) -> tuple[tuple[Image.Image | None, ...], tuple[Tensor, ...]]:
         made = [
-            collage(to_tensor(picture), own, fill=WHITE, alpha_threshold=self.config.alpha_threshold)
+            collage(to_tensor(picture), own, fill=self.config.fill, alpha_threshold=self.config.alpha_threshold)
             for picture, own in zip(pictures, boxes, strict=True)
         ]
         shown = tuple(None if one.image is None else Image.fromarray(one.image.numpy()) for one in made)
@@ -534,9 +535,10 @@ def _images(images: ImageLike | Sequence[ImageLike]) -> tuple[Image.Image, ...]:
     return (load_image(images),)  # type: ignore[arg-type]
 
 
-def _in_aspect(picture: Image.Image) -> Image.Image:
-    """A collage so thin that the model refuses it gets a white margin."""
+def _in_aspect(picture: Image.Image, fill: tuple[int, int, int] | None) -> Image.Image:
+    """A collage so thin that the model refuses it gets a margin like its gaps."""
     least = -(-max(picture.size) // MAX_ASPECT)
     if min(picture.size) >= least:
         return picture
-    return ImageOps.pad(picture, (max(picture.width, least), max(picture.height, least)), color=WHITE, centering=(0, 0))
+    size = (max(picture.width, least), max(picture.height, least))
+    return ImageOps.pad(picture, size, color=fill or (0, 0, 0, 0), centering=(0, 0))

@@ -59,26 +59,41 @@ def qwen3_vl() -> PreTrainedModel:
     return randomise(transformers.Qwen3VLForConditionalGeneration(config))
 
 
-def internvl() -> PreTrainedModel:
+def internvl(image: int = IMAGE, tile: int = 56, **text: object) -> PreTrainedModel:
+    """Square tiles of `tile` pixels, a token for 28 x 28 of them."""
     config = transformers.InternVLConfig(
-        text_config=text_config(model_type="qwen2", use_sliding_window=False, **rope()),
+        text_config=text_config(model_type="qwen2", use_sliding_window=False, **rope(), **text),
         vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-                       "image_size": [56, 56], "patch_size": [14, 14]},
-        image_token_id=IMAGE, image_seq_length=4, tie_word_embeddings=False,
+                       "image_size": [tile, tile], "patch_size": [14, 14]},
+        image_token_id=image, image_seq_length=(tile // 28) ** 2, tie_word_embeddings=False,
     )  # fmt: skip
     return randomise(transformers.InternVLForConditionalGeneration(config))
 
 
-def llava() -> PreTrainedModel:
+def llava(image: int = IMAGE, **text: object) -> PreTrainedModel:
     config = transformers.LlavaConfig(
-        text_config=text_config(model_type="llama", **rope()),
+        text_config=text_config(model_type="llama", **rope(), **text),
         vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 3,
                        "num_attention_heads": 2, "intermediate_size": 64, "image_size": 56, "patch_size": 14,
                        "projection_dim": 32},
-        image_token_id=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_token_id=image, vision_feature_layer=-2, vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )  # fmt: skip
     return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+def llava_onevision(image: int = IMAGE, video: int = VIDEO, **text: object) -> PreTrainedModel:
+    """Up to 3 x 3 tiles of 4 x 4 tokens; pictures of more than 1.1^2 times four tiles' tokens shrink."""
+    config = transformers.LlavaOnevisionConfig(
+        text_config=text_config(model_type="qwen2", use_sliding_window=False, **rope(), **text),
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
+                       "num_attention_heads": 2, "intermediate_size": 64, "image_size": 56, "patch_size": 14,
+                       "vision_use_head": False},
+        image_token_index=image, video_token_index=video, vision_feature_layer=-1,
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4",
+        image_grid_pinpoints=[[56 * h, 56 * w] for h in (1, 2, 3) for w in (1, 2, 3)], tie_word_embeddings=False,
+    )  # fmt: skip
+    return randomise(transformers.LlavaOnevisionForConditionalGeneration(config))
 
 
 def sliding_window_llm() -> PreTrainedModel:

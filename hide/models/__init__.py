@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hide.models.base import Adapter
 
-FAMILIES = {"qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL"}
+FAMILIES = {
+    "qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL",
+    "internvl": "hide.models.internvl:InternVL",
+    "llava": "hide.models.llava:Llava",
+    "llava_onevision": "hide.models.llava_onevision:LlavaOnevision",
+}
 """`model_type` of a checkpoint's config -> where its adapter is, which is loaded when it is needed."""
 
 
