@@ -110,6 +110,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
+def as_image(image: Image.Image | Tensor) -> Image.Image:
+    """A Pillow image as it is; (H, W, 3 or 4) uint8 as one."""
+    return Image.fromarray(image.cpu().numpy()) if isinstance(image, Tensor) else image
+
+
 def on_colour(image: Image.Image, fill: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
     """RGB: a transparent picture laid over a colour (white is what Qwen's own loader does); others as they are."""
     if image.mode != "RGBA":

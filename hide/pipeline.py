@@ -173,7 +173,9 @@ class HiDe:
             if not -model.num_layers <= layer < model.num_layers:
                 raise ValueError(f"layers: got {layer}, want 0 to {model.num_layers - 1}, zero-based")
         if config.collage_in_span and not model.joins_pictures:
-            raise ValueError(f"collage_in_span: got True, but {model.family} shows every picture as an image of its own")
+            raise ValueError(
+                f"collage_in_span: got True, but {model.family} shows every picture as an image of its own"
+            )
         self.model = model
         self.config = config
         self.extractor = extractor
@@ -259,8 +261,8 @@ class HiDe:
         """Step 3b: Layout-Preserving Decoupling.
 
         Returns:
-            Per image the collage (RGB, gaps of `config.fill`; RGBA where that is `None`) or `None` where no box has an area, and per image the merged boxes
-            that it shows.
+            Per image the collage (RGB, gaps of `config.fill`; RGBA where that is `None`) or `None` where no box has an
+            area, and per image the merged boxes that it shows.
         """
         pictures = _images(images)
         if len(pictures) != len(boxes):

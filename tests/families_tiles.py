@@ -5,9 +5,11 @@ model's; LLaVA-1.5's begins every text with a token of its own and every word wi
 turn. All put a line break between the images and the text.
 """
 
+import json
+
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers import __version__ as version
 
 from hide.models.internvl import InternVL
 from hide.models.llava import Llava
@@ -49,6 +51,10 @@ def _sentence_piece() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=900, min_frequency=1, special_tokens=special, show_progress=False)
     bpe.train_from_iterator([tiny._WORDS, tiny._WORDS.lower(), "USER: ASSISTANT: star, ring"], trainer)
+    # Bytes are no special tokens; the trainer made them so.
+    state = json.loads(bpe.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    bpe = Tokenizer.from_str(json.dumps(state))
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>", "<image>")])
     return PreTrainedTokenizerFast(
@@ -62,10 +68,7 @@ def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _processor(adapter: type, **settings: object) -> object:
-    names = adapter.processors if int(version.split(".")[0]) >= 5 else adapter.processors[1:]
-    import transformers
-
-    return getattr(transformers, names[0])(**settings)
+    return getattr(transformers, adapter.processors[0 if random_models.V5 else 1])(**settings)
 
 
 def _penalised(model):

@@ -107,11 +107,12 @@ def llm() -> PreTrainedModel:
     return randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**text_config(**rope()))))
 
 
-FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "llava": llava}
+FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "llava": llava,
+            "llava_onevision": llava_onevision}  # fmt: skip
 
 
 def prompt(family: str, text_tokens: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Model inputs of one image (12, 12, 8 or 16 tokens) between random text: 6 tokens before, `text_tokens` after."""
+    """Model inputs of one image (12, 12, 8, 16 or 52 tokens) between random text: 6 tokens before, `text_tokens` after."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, torch.Tensor] = {}
     if family.startswith("qwen"):
@@ -120,7 +121,9 @@ def prompt(family: str, text_tokens: int = 12, seed: int = 0) -> dict[str, torch
         inputs["pixel_values"] = torch.randn(48, 3 * 2 * patch * patch, generator=generator)
         image_tokens = 12
     else:
-        tiles, image_tokens = (2, 8) if family == "internvl" else (1, 16)
+        tiles, image_tokens = {"internvl": (2, 8), "llava": (1, 16), "llava_onevision": (3, 52)}[family]
+        if family == "llava_onevision":
+            inputs["image_sizes"] = torch.tensor([[56, 112]])
         inputs["pixel_values"] = torch.randn(tiles, 3, 56, 56, generator=generator)
     text = torch.randint(20, VOCABULARY, (5 + text_tokens,), generator=generator).tolist()
     ids = [*text[:5], VISION_START, *[IMAGE] * image_tokens, VISION_END, *text[5:]]

@@ -215,8 +215,8 @@ def test_text_after_an_image_call_is_not_disturbed_by_its_positions(adapter, pic
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(ValueError, match="'llava'; HiDe knows qwen2_5_vl"):
+    (tmp_path / "config.json").write_text('{"model_type": "idefics3"}')
+    with pytest.raises(ValueError, match="'idefics3'; HiDe knows qwen2_5_vl"):
         load(tmp_path)
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
         Qwen25VL.from_pretrained(tmp_path, dtype="int8")

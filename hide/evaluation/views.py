@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.images import on_colour, to_tensor
 from hide.config import WHITE
+from hide.images import on_colour, to_tensor
 from hide_kernels import collage
 
 BLACK = (0, 0, 0)
@@ -56,7 +56,9 @@ def masked(picture: Image.Image, boxes: Tensor, fill: Fill = WHITE) -> Image.Ima
     for x0, y0, x1, y1 in boxes.tolist():
         inside[y0:y1, x0:x1] = True
     return Image.composite(
-        on_colour(picture), Image.new("RGB", picture.size, fill or BLACK), Image.fromarray(inside.astype(np.uint8) * 255)
+        on_colour(picture),
+        Image.new("RGB", picture.size, fill or BLACK),
+        Image.fromarray(inside.astype(np.uint8) * 255),
     )
 
 

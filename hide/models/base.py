@@ -137,8 +137,8 @@ class _Places(NamedTuple):
 class Adapter(ABC):
     """A model with its tokenizer and image processor.
 
-    What a family gives: the class attributes, `preprocess`, `encode` and `image_tokens`; `positions`, `image_inputs` and
-    `placeholders` where they differ.
+    What a family gives: the class attributes, `preprocess`, `encode` and `image_tokens`; `positions`, `image_inputs`
+    and `placeholders` where they differ.
     """
 
     family: ClassVar[str]
@@ -272,12 +272,14 @@ class Adapter(ABC):
             )
         if prompt == SEARCH_PROMPT and self.published_prior is not None:
             own, want = self.published_prior
-            if self._id(self.image_end) == own and stop - start != want:
+            if ids[start - 1] == own and stop - start != want:
                 raise ValueError(
                     f"tokenizer: the search prompt has {stop - start} tokens, want {want} with the family's own"
                 )
         last = turn.rows.stop
-        ended = include_end_token and self.tokenizer.convert_ids_to_tokens(ids[last]) in self.tokenizer.get_added_vocab()
+        ended = (
+            include_end_token and self.tokenizer.convert_ids_to_tokens(ids[last]) in self.tokenizer.get_added_vocab()
+        )
         rows = range(start, last + ended)
         labels = tuple(self.tokenizer.decode([token]).strip() for token in ids[stop : rows.stop])
         return SearchPrompt(turn.input_ids, turn.images, rows, stop - start, labels)
@@ -301,7 +303,7 @@ class Adapter(ABC):
         """One past the last image's last special token, which no text can melt into."""
         return len(tokens) - tokens[::-1].index(self._id(self.image_end or self.image_text))
 
-    def _id(self, token: str | None) -> int | None:
+    def _id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
 
     def _prompt(self, text: str, pictures: Pictures | None) -> Tensor:

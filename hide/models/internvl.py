@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hide.images import as_image
 from hide.models.base import Adapter, Features, Picture, Pictures
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
@@ -28,9 +29,11 @@ class InternVL(Adapter):
     image_start = "<img>"
     # The line break that the chat template puts behind an image, and the eight tokens of the prompt.
     published_prior = (151666, 9)
+    checkpoints = tuple(f"OpenGVLab/InternVL3-{size}-hf" for size in ("1B", "2B", "8B", "14B", "38B", "78B"))
+    presets, preset_depth = ("internvl3-8b", "internvl3-8b-two-images"), 28
     joins_pictures = True
 
-    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
         """Stretch each image to whole tiles with Pillow's bicubic filter and cut it, as the published code does.
 
         A tile is `image_seq_length` tokens (256); the thumbnail counts, so 33,024 tokens are 128 tiles beside it. The
@@ -46,7 +49,7 @@ class InternVL(Adapter):
         least = 1 if min_tokens <= of_tile else min(most, max(2, math.ceil(min_tokens / of_tile) - 1))
         cells = math.isqrt(of_tile)
         items = []
-        for image in images:
+        for image in map(as_image, images):
             rows, columns = tile_grid(image.height, image.width, side, least, most)
             tiles = _tiles(image, rows, columns, side)
             pixels = self.image_processor(images=tiles, crop_to_patches=False, do_resize=False, return_tensors="pt")
@@ -72,7 +75,8 @@ class InternVL(Adapter):
 
     def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
         """See `Adapter`."""
-        return tuple(image_spans(self.model, ids, tile_grids=[picture.layout for picture in pictures.items])[0])
+        grids = [(rows, columns) for rows, columns in (picture.layout for picture in pictures.items)]
+        return tuple(image_spans(self.model, ids, tile_grids=grids)[0])
 
 
 def tile_grid(height: int, width: int, side: int, least: int, most: int) -> tuple[int, int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.images import on_colour
+from hide.images import as_image, on_colour
 from hide.models.base import Adapter, Features, Picture, Pictures
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
@@ -23,8 +22,10 @@ class Llava(Adapter):
     # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
     processors = ("CLIPImageProcessorPil", "CLIPImageProcessor")
     image_text = "<image>"
+    checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
+    presets, preset_depth = ("llava-1.5-7b",), 32
 
-    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
         """Fit each image into the square, on the processor's mean colour, as LLaVA itself does; transparency is white.
 
         The checkpoints' own processor would cut off what is not square, and no box could ever lie there. The shorter
@@ -40,7 +41,7 @@ class Llava(Adapter):
             raise ValueError(f"max_tokens: got {max_tokens}, want at least {tokens}, the tokens of every image")
         colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
         items = []
-        for image in images:
+        for image in map(as_image, images):
             longest = max(image.size)
             rows, columns = (max(1, round(cells * length / longest)) for length in (image.height, image.width))
             left, top = (cells - columns) // 2 * cell, (cells - rows) // 2 * cell

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.images import on_colour
+from hide.images import as_image, on_colour
 from hide.models.base import Adapter, Features, Picture, Pictures
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans, onevision_grid
@@ -23,8 +23,10 @@ class LlavaOnevision(Adapter):
     # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
     processors = ("LlavaOnevisionImageProcessorPil", "LlavaOnevisionImageProcessor")
     image_text = "<image>"
+    checkpoints = tuple(f"llava-hf/llava-onevision-qwen2-{size}-ov-hf" for size in ("0.5b", "7b", "72b"))
+    presets, preset_depth = ("llava-onevision-7b",), 28
 
-    def preprocess(self, images: Sequence[Image.Image], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
         """Cut each image into tiles with the checkpoint's processor, as it does with one image; transparency is white.
 
         The processor cuts several images of one prompt into no tiles; here each has its own, which the model takes as
@@ -36,7 +38,7 @@ class LlavaOnevision(Adapter):
         config = self.model.config
         items = []
         for image in images:
-            fitted = on_colour(image)
+            fitted = on_colour(as_image(image))
             while (tokens := _tokens(config, fitted)) > max_tokens:
                 if max(fitted.size) <= config.vision_config.image_size:
                     raise ValueError(f"max_tokens: got {max_tokens}, want at least {tokens}, those of one tile")
