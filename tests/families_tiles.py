@@ -7,6 +7,7 @@ turn. All put a line break between the images and the text.
 
 import json
 
+import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -71,9 +72,11 @@ def _processor(adapter: type, **settings: object) -> object:
     return getattr(transformers, adapter.processors[0 if random_models.V5 else 1])(**settings)
 
 
-def _penalised(model):
-    """The kind of repetition penalty that checkpoints have: replies then depend on every token of the prompt."""
+def _talkative(model):
+    """The kind of repetition penalty that checkpoints have, so that replies depend on every token; and no early end."""
     model.generation_config.repetition_penalty = 1.05
+    with torch.no_grad():
+        model.lm_head.weight[model.config.get_text_config().eos_token_id] = 0
     return model
 
 
@@ -83,7 +86,7 @@ def internvl(tile: int = 56) -> InternVL:
     model = random_models.internvl(tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), tile, **_text(tokenizer))
     normal = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     size = {"height": tile, "width": tile}
-    return InternVL(_penalised(model), tokenizer, _processor(InternVL, size=size, **normal))
+    return InternVL(_talkative(model), tokenizer, _processor(InternVL, size=size, **normal))
 
 
 def llava() -> Llava:
@@ -91,7 +94,7 @@ def llava() -> Llava:
     tokenizer = _sentence_piece()
     model = random_models.llava(tokenizer.convert_tokens_to_ids("<image>"), **_text(tokenizer))
     processor = _processor(Llava, size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    return Llava(_penalised(model), tokenizer, processor)
+    return Llava(_talkative(model), tokenizer, processor)
 
 
 def llava_onevision() -> LlavaOnevision:
@@ -101,4 +104,4 @@ def llava_onevision() -> LlavaOnevision:
     model = random_models.llava_onevision(image, video, **_text(tokenizer))
     pinpoints = model.config.image_grid_pinpoints
     processor = _processor(LlavaOnevision, size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints)
-    return LlavaOnevision(_penalised(model), tokenizer, processor)
+    return LlavaOnevision(_talkative(model), tokenizer, processor)
