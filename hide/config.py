@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST
+from hide_kernels.collage.api import check_look
 from hide_kernels.token_maps.api import MAX_SIGMA
 
 # Seven words and a colon: with Qwen's tokenizer the eight tokens whose rows are the noise prior. The blank at the end
 # belongs to the first entity's token.
 SEARCH_PROMPT = "Please search the images for these objects: "
+
+
+WHITE = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class HiDeConfig:
         published: yes.
     decoder: "nvimgcodec" decodes JPEG files on the GPU where it is installed, a few levels off Pillow's (published).
     alpha_threshold: alpha above it is opaque when boxes over transparency are cut down.
+    fill: colour (r, g, b) of a collage's gaps; `None` leaves them transparent: the family's preprocessing then makes of
+        them what it makes of any transparency (Qwen and LLaVA white, InternVL black).
+    collage_in_span: whether collages join the pictures as one image of the prompt, instead of following them as images
+        of their own; only where the family can (InternVL).
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large picture, the same result.
     letter_request: what a question with lettered options ends with; its reply may stand between tags (`hide.tags`).
     max_new_tokens: bound on a generated answer.
@@ -48,6 +56,8 @@ class HiDeConfig:
     include_punctuation: bool = True
     decoder: Literal["pillow", "nvimgcodec"] = "pillow"
     alpha_threshold: int = 10
+    fill: tuple[int, int, int] | None = WHITE
+    collage_in_span: bool = False
     prefill_chunk: int = 2048
     letter_request: str = LETTER_REQUEST
     max_new_tokens: int = 1024
@@ -68,8 +78,7 @@ class HiDeConfig:
             raise ValueError(f"entities_from: got {self.entities_from!r}, want 'model' or 'rules'")
         if self.decoder not in ("pillow", "nvimgcodec"):
             raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
-        if not 0 <= self.alpha_threshold <= 255:
-            raise ValueError(f"alpha_threshold: got {self.alpha_threshold}, want 0 to 255")
+        check_look(self.fill, "blend", self.alpha_threshold)
         for name in ("prefill_chunk", "max_new_tokens", "max_entity_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
@@ -80,13 +89,30 @@ class HiDeConfig:
 
 
 # The published values; layer 14 is the released code's SELECT_LAYER 15, which counts from 1. For Qwen3-VL-8B that code
-# selects a layer, which averaging all of them then overrides: both are here. Those of the embedded model are from
-# `hide calibrate` and docs/embedded_model.md. Which a family takes by itself, its adapter says.
+# selects a layer, which averaging all of them then overrides: both are here. InternVL3-8B: 33,024 tokens are 128 tiles
+# and a thumbnail, more than half of the positions that the model has; with two images, 62 tiles each always fit.
+# Nothing was published of HiDe on LLaVA: layer 14 is ViCrop's for LLaVA-1.5-7B and the middle of LLaVA-OneVision-7B's
+# 28; the rest is Qwen's, but a sigma of 3 cells would be an eighth of LLaVA-1.5's whole grid. Those of the embedded
+# model are from `hide calibrate` and docs/embedded_model.md. Which a family takes by itself, its adapter says.
 _QWEN3_VL = HiDeConfig(layers=None, sigma=3.0, threshold=0.5, letter_request=TAGGED_LETTER_REQUEST)
 PRESETS: dict[str, HiDeConfig] = {
     "qwen2.5-vl-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7),
     "qwen3-vl-8b": _QWEN3_VL,
     "qwen3-vl-8b-layer-18": replace(_QWEN3_VL, layers=(18,)),
+    "internvl3-8b": HiDeConfig(
+        layers=(14,),
+        sigma=1.0,
+        threshold=0.4,
+        max_tokens=33024,
+        include_end_token=False,
+        fill=None,
+        collage_in_span=True,
+    ),
+    "internvl3-8b-two-images": HiDeConfig(
+        layers=(14,), sigma=1.0, threshold=0.4, max_tokens=16128, include_end_token=False, fill=None
+    ),
+    "llava-1.5-7b": HiDeConfig(layers=(14,), sigma=1.0, threshold=0.7, include_end_token=False),
+    "llava-onevision-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7, include_end_token=False),
     "tiny": HiDeConfig(
         layers=(0,),
         sigma=1.0,

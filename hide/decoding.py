@@ -63,7 +63,7 @@ class GreedyDecoder:
             cache: of B sequences, padded on the left to one length.
             prompts: the tokens of each, without padding, for the repetition penalty.
             last: (B,) int64, the last token of each, which is not in the cache yet.
-            positions: (P, B, 1) int64 of that token, as the decoder takes them.
+            positions: (P, B, 1) or (B, 1) int64 of that token, as the decoder takes them.
             visible: (B, length) bool, the tokens in the cache that are no padding.
         """
         self._adapter, self._cache = adapter, cache

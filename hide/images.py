@@ -125,6 +125,6 @@ def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> Tensor:
     return pixels if torch.device(device).type == "cpu" else pixels.pin_memory().to(device, non_blocking=True)
 
 
-def to_image(pixels: Tensor) -> Image.Image:
-    """A Pillow image of (H, W, 3 or 4) uint8."""
-    return Image.fromarray(pixels.cpu().numpy())
+def to_image(image: Tensor | Image.Image) -> Image.Image:
+    """A Pillow image of (H, W, 3 or 4) uint8; one that is one already as it is."""
+    return Image.fromarray(image.cpu().numpy()) if isinstance(image, Tensor) else image

@@ -30,8 +30,8 @@ from hide_kernels.host_read import host_read
 from hide_kernels.patches import decode
 from hide_kernels.token_maps import TokenMaps
 
-WHITE = (255, 255, 255)
-
+# Positions that are left for a question and its reply where pictures and collages would fill them all.
+QUESTION_ROOM = 1024
 # Questions whose entities are remembered.
 MEMO = 4096
 
@@ -183,11 +183,15 @@ class HiDe:
             notes: repeated in every result, e.g. where the config comes from.
 
         Raises:
-            ValueError: for layers that the model does not have.
+            ValueError: for layers that the model does not have, or a `collage_in_span` that its family cannot.
         """
         for layer in config.layers or ():
             if not -model.num_layers <= layer < model.num_layers:
                 raise ValueError(f"layers: got {layer}, want 0 to {model.num_layers - 1}, zero-based")
+        if config.collage_in_span and not model.joins_pictures:
+            raise ValueError(
+                f"collage_in_span: got True, but {model.family} shows every picture as an image of its own"
+            )
         self.model = model
         self.config = config
         self.extractor = extractor
@@ -267,8 +271,8 @@ class HiDe:
         """Step 3b: Layout-Preserving Decoupling.
 
         Returns:
-            Per image the collage (RGB, gaps white) or `None` where no box has an area, and per image the merged boxes
-            that it shows.
+            Per image the collage (RGB, gaps of `config.fill`; RGBA where that is `None`) or `None` where no box has an
+            area, and per image the merged boxes that it shows.
         """
         pictures = _images(images)
         if len(pictures) != len(boxes):
@@ -286,7 +290,7 @@ class HiDe:
         `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
         """
         with self._opened(images) as session:
-            return self._answer(session, _question(question), self._collage_pictures(collages))
+            return self._answer(session, _question(question), self._collage_pictures(collages, session))
 
     def ask(
         self,
@@ -340,7 +344,7 @@ class HiDe:
         grids = session.pictures.grids
         if shown:
             with clock("answer"):
-                more = self._collage_pictures(shown)
+                more = self._collage_pictures(shown, session)
                 answer, clock.tokens["answer"] = self._answer(session, question, more)
             grids += more.grids if more is not None else ()
         else:
@@ -387,8 +391,10 @@ class HiDe:
         except ValueError:
             return None
 
-    def _preprocess(self, images: Sequence[Image.Image | Tensor]) -> Pictures:
-        return self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=self.config.max_tokens)
+    def _preprocess(self, images: Sequence[Image.Image | Tensor], max_tokens: int | None = None) -> Pictures:
+        most = self.config.max_tokens if max_tokens is None else max_tokens
+        pictures = self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=most)
+        return dataclasses.replace(pictures, joined=self.config.collage_in_span)
 
     def _open(self, images: Sequence[Image.Image], sources: Sequence[Tensor], pictures: Pictures) -> ImageSession:
         chunk = self.config.prefill_chunk
@@ -408,13 +414,20 @@ class HiDe:
             raise ValueError("image: got a session of another model; open one here")
         return session
 
-    def _collage_pictures(self, collages: Sequence[Image.Image | Tensor | None]) -> Pictures | None:
+    def _collage_pictures(
+        self, collages: Sequence[Image.Image | Tensor | None], session: ImageSession
+    ) -> Pictures | None:
+        """What the encoder eats of the collages, in no more tokens than the model has positions for."""
         given = [
             picture if isinstance(picture, Tensor) else to_tensor(picture)
             for picture in collages
             if picture is not None
         ]
-        return self._preprocess([_in_aspect(pixels) for pixels in given]) if given else None
+        if not given:
+            return None
+        free = (self.model.max_positions - session.length - QUESTION_ROOM) // len(given)
+        most = max(self.config.min_tokens, min(self.config.max_tokens, free))
+        return self._preprocess([_in_aspect(pixels, self.config.fill) for pixels in given], most)
 
     def _look_closer(
         self, session: ImageSession, rows: EntityRows, found: TokenMaps
@@ -432,7 +445,7 @@ class HiDe:
             found.maps,
             threshold,
             valid=taken,
-            fill=WHITE,
+            fill=self.config.fill,
             alpha_threshold=self.config.alpha_threshold,
             read_too=[found.image_index, found.valid, torch.stack(near), torch.stack(finite)],
         )
@@ -538,7 +551,7 @@ class HiDe:
         self, pictures: Sequence[Image.Image], boxes: Sequence[Tensor]
     ) -> tuple[tuple[Image.Image | None, ...], tuple[Tensor, ...]]:
         made = [
-            collage(to_tensor(picture), own, fill=WHITE, alpha_threshold=self.config.alpha_threshold)
+            collage(to_tensor(picture), own, fill=self.config.fill, alpha_threshold=self.config.alpha_threshold)
             for picture, own in zip(pictures, boxes, strict=True)
         ]
         shown = tuple(None if one.image is None else Image.fromarray(one.image.numpy()) for one in made)
@@ -613,9 +626,14 @@ def _on_device(index: Tensor, device: torch.device) -> Tensor:
     return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
 
 
-def _in_aspect(pixels: Tensor) -> Tensor:
-    """A collage so thin that the model refuses it gets a white margin."""
-    height, width = pixels.shape[:2]
+def _in_aspect(pixels: Tensor, fill: tuple[int, int, int] | None) -> Tensor:
+    """A collage so thin that the model refuses it gets a margin like its gaps."""
+    height, width, channels = pixels.shape
     least = -(-max(height, width) // MAX_ASPECT)
-    below, right = max(0, least - height), max(0, least - width)
-    return torch.nn.functional.pad(pixels, (0, 0, 0, right, 0, below), value=255) if below or right else pixels
+    if min(height, width) >= least:
+        return pixels
+    colour = (0, 0, 0, 0) if fill is None else (*fill, 255)
+    canvas = torch.tensor(colour[:channels], dtype=torch.uint8).repeat(max(height, least), max(width, least), 1)
+    canvas = canvas.to(pixels.device)
+    canvas[:height, :width] = pixels
+    return canvas

@@ -161,7 +161,7 @@ class Prefix:
             own = model.positions(ids, self.pictures)[0][..., start:]
             # A padding token's position does not matter: nobody sees it.
             positions.append(torch.nn.functional.pad(own, (longest - len(suffix), 0)))
-        place = torch.cat(positions, dim=1)
+        place = torch.cat(positions, dim=-2)
         if longest > 1:
             model.extend(cache, tokens[:, :-1], place[..., :-1], attention_mask=visible[:, :end].long())
         decoder = GreedyDecoder(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import families_tiles
 import random_models
 import transformers
 from random_models import V5, randomise
@@ -82,7 +83,13 @@ def qwen3_vl() -> Qwen25VL:
     return qwen(Qwen3VL, tokens, random_models.qwen3_vl(), patch_size=16, image_mean=half, image_std=half)
 
 
-FAMILIES: dict[str, Callable[[], Adapter]] = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+FAMILIES: dict[str, Callable[[], Adapter]] = {
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "internvl": families_tiles.internvl,
+    "llava": families_tiles.llava,
+    "llava_onevision": families_tiles.llava_onevision,
+}
 
 
 def worked_example() -> Adapter:

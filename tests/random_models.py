@@ -59,26 +59,41 @@ def qwen3_vl() -> PreTrainedModel:
     return randomise(transformers.Qwen3VLForConditionalGeneration(config))
 
 
-def internvl() -> PreTrainedModel:
+def internvl(image: int = IMAGE, tile: int = 56, **text: object) -> PreTrainedModel:
+    """Square tiles of `tile` pixels, a token for 28 x 28 of them."""
     config = transformers.InternVLConfig(
-        text_config=text_config(model_type="qwen2", use_sliding_window=False, **rope()),
+        text_config=text_config(model_type="qwen2", use_sliding_window=False, **rope(), **text),
         vision_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-                       "image_size": [56, 56], "patch_size": [14, 14]},
-        image_token_id=IMAGE, image_seq_length=4, tie_word_embeddings=False,
+                       "image_size": [tile, tile], "patch_size": [14, 14]},
+        image_token_id=image, image_seq_length=(tile // 28) ** 2, tie_word_embeddings=False,
     )  # fmt: skip
     return randomise(transformers.InternVLForConditionalGeneration(config))
 
 
-def llava() -> PreTrainedModel:
+def llava(image: int = IMAGE, **text: object) -> PreTrainedModel:
     config = transformers.LlavaConfig(
-        text_config=text_config(model_type="llama", **rope()),
+        text_config=text_config(model_type="llama", **rope(), **text),
         vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 3,
                        "num_attention_heads": 2, "intermediate_size": 64, "image_size": 56, "patch_size": 14,
                        "projection_dim": 32},
-        image_token_id=IMAGE, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_token_id=image, vision_feature_layer=-2, vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )  # fmt: skip
     return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+def llava_onevision(image: int = IMAGE, video: int = VIDEO, **text: object) -> PreTrainedModel:
+    """Up to 3 x 3 tiles of 4 x 4 tokens; pictures of more than 1.1^2 times four tiles' tokens shrink."""
+    config = transformers.LlavaOnevisionConfig(
+        text_config=text_config(model_type="qwen2", use_sliding_window=False, **rope(), **text),
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 2,
+                       "num_attention_heads": 2, "intermediate_size": 64, "image_size": 56, "patch_size": 14,
+                       "vision_use_head": False},
+        image_token_index=image, video_token_index=video, vision_feature_layer=-1,
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4",
+        image_grid_pinpoints=[[56 * h, 56 * w] for h in (1, 2, 3) for w in (1, 2, 3)], tie_word_embeddings=False,
+    )  # fmt: skip
+    return randomise(transformers.LlavaOnevisionForConditionalGeneration(config))
 
 
 def sliding_window_llm() -> PreTrainedModel:
@@ -92,11 +107,12 @@ def llm() -> PreTrainedModel:
     return randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**text_config(**rope()))))
 
 
-FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "llava": llava}
+FAMILIES = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl, "llava": llava,
+            "llava_onevision": llava_onevision}  # fmt: skip
 
 
 def prompt(family: str, text_tokens: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Model inputs of one image (12, 12, 8 or 16 tokens) between random text: 6 tokens before, `text_tokens` after."""
+    """Model inputs of one image (12, 12, 8, 16 or 52 tokens) between random text: 6 tokens before, `text_tokens` after."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, torch.Tensor] = {}
     if family.startswith("qwen"):
@@ -105,7 +121,9 @@ def prompt(family: str, text_tokens: int = 12, seed: int = 0) -> dict[str, torch
         inputs["pixel_values"] = torch.randn(48, 3 * 2 * patch * patch, generator=generator)
         image_tokens = 12
     else:
-        tiles, image_tokens = (2, 8) if family == "internvl" else (1, 16)
+        tiles, image_tokens = {"internvl": (2, 8), "llava": (1, 16), "llava_onevision": (3, 52)}[family]
+        if family == "llava_onevision":
+            inputs["image_sizes"] = torch.tensor([[56, 112]])
         inputs["pixel_values"] = torch.randn(tiles, 3, 56, 56, generator=generator)
     text = torch.randint(20, VOCABULARY, (5 + text_tokens,), generator=generator).tolist()
     ids = [*text[:5], VISION_START, *[IMAGE] * image_tokens, VISION_END, *text[5:]]

@@ -23,10 +23,13 @@ def ids(*runs):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "internvl"])
 def test_the_span_holds_exactly_the_placeholders(family):
     inputs = prompt(family)
-    ((image,),) = image_spans(FAMILIES[family](), inputs["input_ids"], image_grid_thw=inputs.get("image_grid_thw"))
+    ((image,),) = image_spans(
+        FAMILIES[family](), inputs["input_ids"],
+        image_grid_thw=inputs.get("image_grid_thw"), image_sizes=inputs.get("image_sizes"),
+    )  # fmt: skip
     positions = torch.nonzero(inputs["input_ids"][0] == IMAGE).flatten().tolist()
     assert list(range(*image.span)) == positions
-    assert image.grid == ((4, 4) if family == "llava" else (3, 4))
+    assert image.grid == {"llava": (4, 4), "llava_onevision": (4, 8)}.get(family, (3, 4))
 
 
 @pytest.mark.parametrize("model", [qwen2_5_vl, qwen3_vl])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hide import PRESETS, HiDe, HiDeConfig
+from hide import PRESETS, HiDe, HiDeConfig, pipeline
 from hide.entities import Entities
 from hide.images import on_colour, to_tensor
 from hide.models.qwen2_5_vl import Qwen25VL
@@ -156,7 +156,7 @@ def test_collages_are_shown_in_the_order_in_which_tokens_came_to_their_images(hi
 
     monkeypatch.setattr(ImageSession, "search_rows", planted)
     shown = []
-    monkeypatch.setattr(hide, "_collage_pictures", shown.append)
+    monkeypatch.setattr(hide, "_collage_pictures", lambda collages, session: shown.append(collages))
     result = hide.ask(images, "Is the star left of the ring?", plain=False)
     assert result.maps.order == (1, 0)
     assert [pixels.shape[1::-1] for pixels in shown[0]] == [result.collages[1].size, result.collages[0].size]
@@ -407,7 +407,7 @@ def test_from_rows_to_the_encoders_input_a_gpu_is_waited_for_once(images, config
             try:
                 found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=hide.config.sigma)
                 _, collages, _ = hide._look_closer(session, rows, found)
-                pictures = hide._collage_pictures([one.image for one in collages])
+                pictures = hide._collage_pictures([one.image for one in collages], session)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert len(reads) == 1 and all(picture.pixels.is_cuda for picture in pictures.items)
@@ -421,3 +421,15 @@ def test_a_gpu_gives_what_the_cpu_gives(images, config):
     for result in (on_cpu, on_gpu):
         result.pop("seconds")
     assert on_gpu == on_cpu
+
+
+def test_a_collage_takes_no_more_tokens_than_the_model_has_positions_for(adapter, config, images, monkeypatch):
+    hide = HiDe(adapter, dataclasses.replace(config, min_tokens=4, max_tokens=120))
+    large = Image.new("RGB", (560, 560))
+    with hide.open(images[0]) as session:
+        (free,) = hide._collage_pictures([large], session).tokens
+        monkeypatch.setattr(pipeline, "QUESTION_ROOM", adapter.max_positions - session.length - 60)
+        (tight,) = hide._collage_pictures([large], session).tokens
+        assert len(hide._collage_pictures([large, large], session).tokens) == 2
+        assert sum(hide._collage_pictures([large, large], session).tokens) <= 60
+    assert free > 100 and 40 < tight <= 60

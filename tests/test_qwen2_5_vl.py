@@ -118,11 +118,10 @@ def test_a_prompt_whose_words_melt_into_the_entities_is_refused(adapter, picture
 
 
 def test_qwens_own_tokenizer_must_give_eight_prior_rows(adapter, pictures, monkeypatch):
-    monkeypatch.setattr(
-        "hide.models.qwen2_5_vl.QWEN_VISION_END", adapter.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    )
+    end = adapter.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    monkeypatch.setattr(Qwen25VL, "published_prior", (end, 8))
     assert adapter.search_prompt("star", pictures).prior_rows == 8
-    monkeypatch.setattr("hide.models.qwen2_5_vl.QWEN_PRIOR_ROWS", 9)
+    monkeypatch.setattr(Qwen25VL, "published_prior", (end, 9))
     with pytest.raises(ValueError, match="has 8 tokens, want 9"):
         adapter.search_prompt("star", pictures)
 
@@ -216,8 +215,8 @@ def test_text_after_an_image_call_is_not_disturbed_by_its_positions(adapter, pic
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    with pytest.raises(ValueError, match="'mistral'; HiDe knows qwen2_5_vl"):
+    (tmp_path / "config.json").write_text('{"model_type": "idefics3"}')
+    with pytest.raises(ValueError, match="'idefics3'; HiDe knows qwen2_5_vl"):
         load(tmp_path)
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
         Qwen25VL.from_pretrained(tmp_path, dtype="int8")

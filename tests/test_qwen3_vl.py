@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from hide import PRESETS, HiDe
+from hide.models import qwen2_5_vl as module
 from hide.models.qwen3_vl import Qwen3VL
 from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST
 from hide.session import ImageSession
@@ -26,11 +27,6 @@ def noise(width, height):
 @pytest.mark.parametrize("size, grid", [((7680, 4320), (84, 149)), ((3840, 2160), (67, 120)), ((2250, 1500), (47, 70))])
 def test_published_image_token_counts(adapter, monkeypatch, size, grid):
     """16,384 tokens of the loader's 28 pixels are fewer of 32: 7680 x 4320 pixels come to 12,516."""
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-    except ImportError:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
     # The pixels do not matter, and there are many.
     monkeypatch.setattr(module, "pixel_values", lambda *args, **kwargs: torch.zeros(1))
     pictures = adapter.preprocess([Image.new("RGB", size)], min_tokens=256, max_tokens=16384)

@@ -190,7 +190,7 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
                 if own and not len(boxes):
                     continue
                 start = time.perf_counter()
-                view = VIEWS[method](result.images[0], boxes) if len(boxes) else None
+                view = VIEWS[method](result.images[0], boxes, hide.config.fill) if len(boxes) else None
                 reply = hide.answer(session, sample.question, [view])
                 spent = time.perf_counter() - start
                 record["replies"][method] = reply.text

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 FAMILIES = {
     "qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL",
     "qwen3_vl": "hide.models.qwen3_vl:Qwen3VL",
+    "internvl": "hide.models.internvl:InternVL",
+    "llava": "hide.models.llava:Llava",
+    "llava_onevision": "hide.models.llava_onevision:LlavaOnevision",
 }
 """`model_type` of a checkpoint's config -> where its adapter is, which is loaded when it is needed."""
 

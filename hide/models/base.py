@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -47,9 +47,13 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Preprocessed images, in the order of the prompt."""
+    """Preprocessed images, in the order of the prompt.
+
+    joined: all of them stand in the prompt as one image, their tokens one after another.
+    """
 
     items: tuple[Picture, ...]
+    joined: bool = False
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -61,12 +65,17 @@ class Pictures:
         """Tokens of each image."""
         return tuple(picture.tokens for picture in self.items)
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Tokens of each image that the prompt has a place for."""
+        return (sum(self.tokens),) if self.joined else self.tokens
+
     def __add__(self, other: Pictures) -> Pictures:
-        return Pictures(self.items + other.items)
+        return replace(self, items=self.items + other.items)
 
     def without_pixels(self) -> Pictures:
         """What prompts and positions need; the pixels of many tokens are larger than their keys and values."""
-        return Pictures(tuple(picture._replace(pixels=picture.pixels[:0]) for picture in self.items))
+        return replace(self, items=tuple(picture._replace(pixels=picture.pixels[:0]) for picture in self.items))
 
 
 class Features(NamedTuple):
@@ -118,10 +127,18 @@ class SearchPrompt(Turn):
     labels: tuple[str, ...]
 
 
+class _Places(NamedTuple):
+    """Where a rendered prompt's text begins, in characters, and the characters of each of its tokens."""
+
+    text_start: int
+    offsets: list[tuple[int, int]]
+
+
 class Adapter(ABC):
     """A model with its tokenizer and image processor.
 
-    What a family gives: the class attributes, `preprocess`, `encode`, `positions`, `image_tokens`, `model_inputs`.
+    What a family gives: the class attributes, `preprocess`, `encode` and `image_tokens`; `positions`, `image_inputs`
+    and `placeholders` where they differ.
     """
 
     family: ClassVar[str]
@@ -142,6 +159,10 @@ class Adapter(ABC):
     """Decoder layers of the model that the presets are for."""
     tested: ClassVar[str] = "random weights"
     """What the tests run it with."""
+    published_prior: ClassVar[tuple[int, int] | None] = None
+    """The id of `image_end` in the family's own tokenizer, and how many prior rows the published code has there."""
+    joins_pictures: ClassVar[bool] = False
+    """Whether several pictures may stand as one image (`Pictures.joined`)."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         """Wrap parts that are loaded already; raises `ValueError` for a tokenizer without a chat template."""
@@ -195,6 +216,11 @@ class Adapter(ABC):
         return self.model.config.get_text_config().num_hidden_layers
 
     @property
+    def max_positions(self) -> int:
+        """Tokens that a prompt and its reply may have."""
+        return self.model.config.get_text_config().max_position_embeddings
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.model.dtype
@@ -246,68 +272,94 @@ class Adapter(ABC):
     ) -> SearchPrompt:
         """Images, then `prompt` + `entities`, and where its tokens lie.
 
-        Raises `ValueError` if the prompt's fixed words are not tokens of their own before these entities.
+        What the chat template puts between the images and the prompt, such as a line break, belongs to the prior.
+
+        Raises `ValueError` if the prompt's fixed words are not tokens of their own before these entities, or if the
+        family's own tokenizer does not make as many of them as the published code has.
         """
-        text = prompt + self.escape(entities)
-        turn = self._turn(text, pictures)
+        turn, places = self._turn(prompt + self.escape(entities), pictures)
         ids = turn.input_ids[0].tolist()
-        prior = self._tokens(prompt.rstrip())[0].tolist()
-        if ids[turn.rows.start : turn.rows.start + len(prior)] != prior:
+        start = self._images_end(ids)
+        fixed = places.text_start + len(prompt.rstrip())
+        stop = next((place for place in turn.rows if places.offsets[place][1] > fixed), turn.rows.stop)
+        if stop < turn.rows.stop and places.offsets[stop][0] < fixed:
             raise ValueError(
                 f"search_prompt: {prompt!r} followed by {entities[:40]!r} does not keep its words as tokens of their "
                 "own; end it with punctuation and a blank"
             )
-        rows = range(turn.rows.start, turn.rows.stop + 1) if include_end_token else turn.rows
-        labels = tuple(self.tokenizer.decode([token]).strip() for token in ids[rows.start + len(prior) : rows.stop])
-        return SearchPrompt(turn.input_ids, turn.images, rows, len(prior), labels)
+        if prompt == SEARCH_PROMPT and self.published_prior is not None:
+            own, want = self.published_prior
+            if ids[start - 1] == own and stop - start != want:
+                raise ValueError(
+                    f"tokenizer: the search prompt has {stop - start} tokens, want {want} with the family's own"
+                )
+        last = turn.rows.stop
+        ended = (
+            include_end_token and self.tokenizer.convert_ids_to_tokens(ids[last]) in self.tokenizer.get_added_vocab()
+        )
+        rows = range(start, last + ended)
+        labels = tuple(self.tokenizer.decode([token]).strip() for token in ids[stop : rows.stop])
+        return SearchPrompt(turn.input_ids, turn.images, rows, stop - start, labels)
 
     def turn(self, text: str, pictures: Pictures) -> Turn:
         """One user turn, images first, and where its images and its text lie."""
-        return self._turn(self.escape(text), pictures)
+        return self._turn(self.escape(text), pictures)[0]
 
-    def _turn(self, text: str, pictures: Pictures) -> Turn:
-        ids = self._prompt(text, pictures)
-        tokens = ids[0].tolist()
-        tail = self._tokens(self._render(PLACEHOLDER, pictures).rpartition(PLACEHOLDER)[2])[0].tolist()
-        if tokens[-len(tail) :] != tail:
+    def _turn(self, text: str, pictures: Pictures) -> tuple[Turn, _Places]:
+        rendered = self._render(text, pictures)
+        before, _, behind = self._render(PLACEHOLDER, pictures).rpartition(PLACEHOLDER)
+        start, stop = len(before), len(rendered) - len(behind)
+        ids, offsets = self._tokenise(rendered)
+        inside = [place for place, (first, end) in enumerate(offsets) if end > start and first < stop]
+        if not inside or offsets[inside[-1]][1] > stop:
             raise ValueError(f"text: {text[-40:]!r} melts into the chat template behind it; end it with punctuation")
-        return Turn(ids, self.image_tokens(ids, pictures), range(self._images_end(tokens), len(tokens) - len(tail)))
+        rows = range(inside[0], inside[-1] + 1)
+        return Turn(ids, self.image_tokens(ids, pictures), rows), _Places(start, offsets)
 
     def _images_end(self, tokens: list[int]) -> int:
         """One past the last image's last special token, which no text can melt into."""
-        last = self.image_end or self.image_text
-        return len(tokens) - tokens[::-1].index(self.tokenizer.convert_tokens_to_ids(last))
+        return len(tokens) - tokens[::-1].index(self._id(self.image_end or self.image_text))
+
+    def _id(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
 
     def _prompt(self, text: str, pictures: Pictures | None) -> Tensor:
-        ids = self._tokens(self._render(text, pictures))
-        most = self.model.config.get_text_config().max_position_embeddings
-        if ids.shape[1] > most:
+        return self._tokenise(self._render(text, pictures))[0]
+
+    def _tokenise(self, rendered: str) -> tuple[Tensor, list[tuple[int, int]]]:
+        """(1, L) ids of a rendered prompt, and which of its characters each token stands for."""
+        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        most = self.max_positions
+        if len(encoded["input_ids"]) > most:
             raise ValueError(
-                f"question: with its images it has {ids.shape[1]} tokens, and the model takes {most}; shorten it, or "
-                "lower max_tokens"
+                f"question: with its images it has {len(encoded['input_ids'])} tokens, and the model takes {most}; "
+                "shorten it, or lower max_tokens"
             )
-        return ids
+        return torch.tensor([encoded["input_ids"]]), encoded["offset_mapping"]
 
     def _render(self, text: str, pictures: Pictures | None) -> str:
-        counts = pictures.tokens if pictures else ()
-        content = [*({"type": "image"} for _ in counts), {"type": "text", "text": text}]
+        places = pictures.places if pictures else ()
+        content = [*({"type": "image"} for _ in places), {"type": "text", "text": text}]
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         pieces = rendered.split(self.image_text)
-        if len(pieces) != len(counts) + 1:
+        if len(pieces) != len(places) + 1:
             raise ValueError(
-                f"tokenizer: its chat template made {len(pieces) - 1} image places for {len(counts)} images"
+                f"tokenizer: its chat template made {len(pieces) - 1} image places for {len(places)} images"
             )
-        placed = (self.image_text * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+        placed = (self.placeholders(count) + piece for count, piece in zip(places, pieces[1:], strict=True))
         return pieces[0] + "".join(placed)
 
-    def _tokens(self, text: str) -> Tensor:
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    def placeholders(self, count: int) -> str:
+        """What takes the place that the chat template gives an image of so many tokens."""
+        return self.image_text * count
 
     def image_prefix(self, pictures: Pictures) -> Tensor:
-        """(1, P) ids that every user turn about these pictures begins with: up to the last image's end."""
+        """(1, P) ids that every user turn begins with that is about these pictures and, behind them, perhaps others."""
         ids = self._prompt(PLACEHOLDER, pictures)
+        if pictures.joined:
+            return ids[:, : int((ids[0] == self.image_token).nonzero()[-1]) + 1]
         return ids[:, : self._images_end(ids[0].tolist())]
 
     # -- what a family gives --------------------------------------------------------------------------------------
@@ -326,17 +378,18 @@ class Adapter(ABC):
         """The vision encoder's features, picture by picture, so that its peak is that of the largest."""
 
     @abstractmethod
-    def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor | None]:
-        """Positions of (1, L) ids as the decoder takes them, (P, 1, L) or (1, L), and what tokens behind them add to
-        their place, where that is not 0."""
-
-    @abstractmethod
     def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
         """Where each picture lies in (1, L) ids, and which token shows which cell of its map."""
 
-    @abstractmethod
+    def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor | None]:
+        """Positions of (1, L) ids as the decoder takes them, (P, 1, L) or (1, L), and what tokens behind them add to
+        their place, where that is not 0."""
+        return torch.arange(ids.shape[1])[None], None
+
     def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
         """The pictures as arguments of the model's own forward, on its device."""
+        pixels = torch.cat([picture.pixels for picture in pictures.items])
+        return {"pixel_values": pixels.to(self.model.device, self.dtype)}
 
     # -- pieces of a forward, for `hide.session` ------------------------------------------------------------------
 
@@ -354,7 +407,7 @@ class Adapter(ABC):
         """Send tokens through the decoder behind those in `cache`, which keeps theirs too.
 
         Args:
-            ids: (B, n) int64; features: of the image tokens among them. positions: (4, B, n).
+            ids: (B, n) int64; features: of the image tokens among them. positions: (P, B, n) or (B, n).
             attention_mask: (B, length with the new tokens), 0 for padding; `None`: there is none.
             depth: only the first so many layers.
 

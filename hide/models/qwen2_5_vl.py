@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.config import SEARCH_PROMPT
 from hide.images import to_tensor
-from hide.models.base import Adapter, Features, Picture, Pictures, SearchPrompt
+from hide.models.base import Adapter, Features, Picture, Pictures
 from hide.models.vision_slices import in_slices
 from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
@@ -22,9 +21,6 @@ from hide_kernels.integrations.image_spans import image_spans
 LOADER_CELL = 28
 LOADER_MIN_TOKENS = 4
 MAX_ASPECT = 200
-# Ids of Qwen's own vocabulary; smaller ones are other tokenizers.
-QWEN_VISION_END = 151653
-QWEN_PRIOR_ROWS = 8
 
 
 class Qwen25VL(Adapter):
@@ -35,6 +31,7 @@ class Qwen25VL(Adapter):
     # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
     processors = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
     image_text, image_end = "<|image_pad|>", "<|vision_end|>"
+    published_prior = (151653, 8)
     checkpoints = (
         "Qwen/Qwen2.5-VL-3B-Instruct",
         "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -73,18 +70,6 @@ class Qwen25VL(Adapter):
             found.append(Picture(values, (1, rows * merge, columns * merge), (rows, columns), rows * columns))
         return Pictures(tuple(found))
 
-    def search_prompt(
-        self, entities: str, pictures: Pictures, *, prompt: str = SEARCH_PROMPT, include_end_token: bool = True
-    ) -> SearchPrompt:
-        """As `Adapter.search_prompt`; Qwen's own tokenizer must give the published number of prior rows."""
-        found = super().search_prompt(entities, pictures, prompt=prompt, include_end_token=include_end_token)
-        qwen = self.tokenizer.convert_tokens_to_ids(self.image_end) == QWEN_VISION_END
-        if prompt == SEARCH_PROMPT and qwen and found.prior_rows != QWEN_PRIOR_ROWS:
-            raise ValueError(
-                f"tokenizer: the search prompt has {found.prior_rows} tokens, want {QWEN_PRIOR_ROWS} with Qwen's"
-            )
-        return found
-
     @torch.no_grad()
     def encode(self, pictures: Pictures) -> Features:
         """See `Adapter`."""
@@ -120,11 +105,7 @@ class Qwen25VL(Adapter):
 
     def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
         """See `Adapter`."""
-        pixels = torch.cat([picture.pixels for picture in pictures.items])
-        return {
-            "pixel_values": pixels.to(self.model.device, self.dtype),
-            "image_grid_thw": _patches(pictures.items).to(self.model.device),
-        }
+        return {**super().image_inputs(pictures), "image_grid_thw": _patches(pictures.items).to(self.model.device)}
 
 
 def _patches(pictures: Sequence[Picture]) -> Tensor:

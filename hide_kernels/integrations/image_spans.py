@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,17 +18,20 @@ def image_spans(
     *,
     image_grid_thw: Tensor | None = None,
     tile_grids: Sequence[tuple[int, int]] | None = None,
+    image_sizes: Tensor | None = None,
 ) -> list[list[ImageTokens]]:
     """Find each image's keys and token grid in tokenised prompts.
 
     Args:
         model_or_config: a model of a supported family, or its config: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL (the
-            `-hf` checkpoints), LLaVA-1.5.
+            `-hf` checkpoints), LLaVA-1.5, LLaVA-OneVision.
         input_ids: (B, L) or (L,), with one placeholder per image token, as the processor makes them; padding on any
             side.
         image_grid_thw: (images, 3), needed for the Qwen families: the processor's output of that name.
         tile_grids: (rows, columns) of tiles of each image, for InternVL pictures of more than one tile; one tile and
             no thumbnail where it is not given.
+        image_sizes: (images, 2) heights and widths, needed for LLaVA-OneVision: the processor's output of that name,
+            each image cut into tiles.
 
     Returns:
         Per sample, per image, its `ImageTokens`.
@@ -43,7 +47,8 @@ def image_spans(
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
         raise TypeError(f"input_ids: got {input_ids!r:.60}, want an integer tensor (B, L) or (L,)")
     token = next(getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name))
-    sizes = _LAYOUTS[family](config, image_grid_thw, tile_grids)
+    given = {"image_grid_thw": image_grid_thw, "tile_grids": tile_grids, "image_sizes": image_sizes}
+    sizes = _LAYOUTS[family](config, **given)
     samples: list[list[ImageTokens]] = []
     used = 0
     for ids in input_ids.reshape(-1, input_ids.shape[-1]).cpu():
@@ -61,9 +66,9 @@ def image_spans(
             positions = positions[length:]
             used += 1
         samples.append(images)
-    given = image_grid_thw if image_grid_thw is not None else tile_grids
-    if given is not None and len(given) != used:
-        raise ValueError(f"input_ids: {used} images were found, but grids of {len(given)} were given")
+    for name, of_images in given.items():
+        if of_images is not None and len(of_images) != used:
+            raise ValueError(f"input_ids: {used} images were found, but {name} of {len(of_images)} were given")
     return samples
 
 
@@ -76,7 +81,7 @@ Sizes = Callable[[int, int], tuple[int, Tensor]]
 """(number of the image, placeholders in a row at its start) -> (its tokens, its cells)."""
 
 
-def _qwen(config: Any, image_grid_thw: Tensor | None, tile_grids: Any) -> Sizes:
+def _qwen(config: Any, *, image_grid_thw: Tensor | None, **_: Any) -> Sizes:
     """Rows of 2 x 2 merged patches."""
     if image_grid_thw is None:
         raise ValueError("image_grid_thw: got None, want the processor's tensor of that name (images, 3)")
@@ -95,7 +100,7 @@ def _qwen(config: Any, image_grid_thw: Tensor | None, tile_grids: Any) -> Sizes:
     return sizes
 
 
-def _internvl(config: Any, image_grid_thw: Any, tile_grids: Sequence[tuple[int, int]] | None) -> Sizes:
+def _internvl(config: Any, *, tile_grids: Sequence[tuple[int, int]] | None, **_: Any) -> Sizes:
     """Square tiles in reading order, each in reading order, then a thumbnail where there is more than one tile."""
     per_tile = config.image_seq_length
     side = _square(per_tile, "image_seq_length")
@@ -116,13 +121,44 @@ def _internvl(config: Any, image_grid_thw: Any, tile_grids: Sequence[tuple[int, 
     return sizes
 
 
-def _llava(config: Any, image_grid_thw: Any, tile_grids: Any) -> Sizes:
+def _llava(config: Any, **_: Any) -> Sizes:
     """One square grid per image, behind the class token where the model keeps it."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     extra = int(config.vision_feature_select_strategy == "full")
 
     def sizes(image: int, run: int) -> tuple[int, Tensor]:
         return side * side + extra, torch.arange(extra, side * side + extra).view(side, side)
+
+    return sizes
+
+
+def onevision_grid(config: Any, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of tokens that LLaVA-OneVision has of an image's tiles, without the padding around it."""
+    from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
+
+    tile = config.vision_config.image_size
+    side = tile // config.vision_config.patch_size
+    tiles = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, tile)
+    padded = torch.empty(1, tiles[0] * side, tiles[1] * side, device="meta")
+    _, rows, columns = unpad_image(padded, (height, width)).shape
+    # As in the model: pictures of many more tokens than that many tiles have are made smaller.
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * side**2))
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def _llava_onevision(config: Any, *, image_sizes: Tensor | None, **_: Any) -> Sizes:
+    """The whole picture as one tile, then its rows without padding, a line break behind each."""
+    if image_sizes is None:
+        raise ValueError("image_sizes: got None, want the processor's tensor of that name (images, 2)")
+    whole = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+    def sizes(image: int, run: int) -> tuple[int, Tensor]:
+        if image >= len(image_sizes):
+            raise ValueError(f"image_sizes: got {len(image_sizes)} rows, but input_ids has more images")
+        rows, columns = onevision_grid(config, *map(int, image_sizes[image]))
+        length = whole + rows * (columns + 1)
+        return length, torch.arange(whole, length).view(rows, columns + 1)[:, :columns]
 
     return sizes
 
@@ -134,10 +170,11 @@ def _square(count: int, name: str) -> int:
     return side
 
 
-_LAYOUTS: dict[str, Callable[[Any, Any, Any], Sizes]] = {
+_LAYOUTS: dict[str, Callable[..., Sizes]] = {
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
     "internvl": _internvl,
     "llava": _llava,
+    "llava_onevision": _llava_onevision,
 }

@@ -1,0 +1,78 @@
+"""LLaVA-1.5: one square of 336 pixels, 24 x 24 tokens, whatever the picture's size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hide.images import on_colour, to_image
+from hide.models.base import Adapter, Features, Picture, Pictures
+from hide_kernels import ImageTokens
+from hide_kernels.integrations.image_spans import image_spans
+
+
+class Llava(Adapter):
+    """A LLaVA-1.5 model with its tokenizer and image processor."""
+
+    family = "llava"
+    model_class = "LlavaForConditionalGeneration"
+    # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
+    processors = ("CLIPImageProcessorPil", "CLIPImageProcessor")
+    image_text = "<image>"
+    checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
+    presets, preset_depth = ("llava-1.5-7b",), 32
+
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
+        """Fit each image into the square, on the processor's mean colour, as LLaVA itself does; transparency is white.
+
+        The checkpoints' own processor would cut off what is not square, and no box could ever lie there. The shorter
+        side is rounded to whole cells, so that the image's cells, and nothing else, are its map.
+
+        Raises `ValueError` where `max_tokens` is less than what every image has (576); `min_tokens` changes nothing.
+        """
+        config = self.model.config
+        side, cell = config.vision_config.image_size, config.vision_config.patch_size
+        cells = side // cell
+        tokens = cells**2 + (config.vision_feature_select_strategy == "full")
+        if max_tokens < tokens:
+            raise ValueError(f"max_tokens: got {max_tokens}, want at least {tokens}, the tokens of every image")
+        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
+        items = []
+        for image in map(to_image, images):
+            longest = max(image.size)
+            rows, columns = (max(1, round(cells * length / longest)) for length in (image.height, image.width))
+            left, top = (cells - columns) // 2 * cell, (cells - rows) // 2 * cell
+            fitted = on_colour(image).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+            square = Image.new("RGB", (side, side), colour)
+            square.paste(fitted, (left, top))
+            batch = self.image_processor(images=[square], do_resize=False, do_center_crop=False, return_tensors="pt")
+            items.append(Picture(batch["pixel_values"], (cells, cells), (rows, columns), tokens))
+        return Pictures(tuple(items))
+
+    @torch.no_grad()
+    def encode(self, pictures: Pictures) -> Features:
+        """See `Adapter`."""
+        tower = self.model.model
+        found = []
+        for picture in pictures.items:
+            features = tower.get_image_features(picture.pixels.to(tower.vision_tower.device, self.dtype))
+            # Transformers 4 returns a list, 5 an output object that holds it.
+            found += list(getattr(features, "pooler_output", features))
+        return Features(torch.cat(found))
+
+    def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
+        """See `Adapter`."""
+        found = []
+        for square, picture in zip(image_spans(self.model, ids)[0], pictures.items, strict=True):
+            (cells, _), (rows, columns) = picture.layout, picture.grid
+            top, left = (cells - rows) // 2, (cells - columns) // 2
+            found.append(square._replace(cells=square.cells[top : top + rows, left : left + columns]))
+        return tuple(found)
+
+    def _render(self, text: str, pictures: Pictures | None) -> str:
+        """As `Adapter._render`; the tokenizer would put the token that begins a text there, not the chat template."""
+        rendered, begin = super()._render(text, pictures), self.tokenizer.bos_token or ""
+        return rendered if rendered.startswith(begin) else begin + rendered
