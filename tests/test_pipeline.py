@@ -432,4 +432,4 @@ def test_a_collage_takes_no_more_tokens_than_the_model_has_positions_for(adapter
         (tight,) = hide._collage_pictures([large], session).tokens
         assert len(hide._collage_pictures([large, large], session).tokens) == 2
         assert sum(hide._collage_pictures([large, large], session).tokens) <= 60
-    assert free > 100 and 40 < tight <= 60
+    assert free == 100 and 40 < tight <= 60
