@@ -6,13 +6,25 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import attention_rows as operator
-from benchmarks import cpu, gpu, measure, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps
+from benchmarks import (
+    cpu,
+    gpu,
+    measure,
+    regions_to_collage,
+    render,
+    rows_to_pixel_values,
+    shared_prefix,
+    token_maps,
+)
 from hide.session import ImageSession
 from hide_kernels.attention_rows import reference
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
+ENVIRONMENT = {"gpu": {"name": "Test Card"}, "cpu": "", "threads": 1, "dirty": False, "torch": "2", "triton": "3",
+                   "python": "3.11", "git": "0123456789", "time": "2026-01-02T03:04:05"}  # fmt: skip
 
 
 @pytest.mark.parametrize("baseline", [operator.published_loop, operator.repeated_keys, operator.grouped])
@@ -43,7 +55,7 @@ def test_the_gate_names_the_calls_that_a_broken_implementation_gets_wrong(monkey
 def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda: {"gpu": {"name": "Test Card"}, "git": "0123456789", "cpu": ""})
+    monkeypatch.setattr(gpu, "environment", lambda: ENVIRONMENT)
     monkeypatch.setattr(operator, "failures", lambda device: ["plain: 3.00 times the budget"])
     monkeypatch.setattr(operator, "gpu_table", lambda seconds: pytest.fail("measured"))
     monkeypatch.setattr(regions_to_collage, "failures", lambda device: [])
@@ -60,7 +72,7 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(shared_prefix, "gpu_table", lambda seconds: [shared])
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.json")
     assert file.name == "gpu-test-card-01234567.json"
     operators = json.loads(file.read_text())["operators"]
     assert operators["attention_rows"] == {"failures": ["plain: 3.00 times the budget"]}
@@ -158,3 +170,32 @@ def test_the_shared_prefix_is_judged_per_token_per_question_and_against_the_publ
     assert not shared_prefix.within_limit(rows(1.17, 2.9, 2.4))
     assert not shared_prefix.within_limit(rows(1.15, 3.1, 2.4))
     assert not shared_prefix.within_limit(rows(1.15, 2.9, 2.2))
+
+
+def test_a_result_file_becomes_markdown_and_pictures(tmp_path):
+    shape = {"model": "m", "heads": 4, "kv_heads": 2, "depth": 64, "rows": 8}
+    times = {"median": 9.0, "p20": 8.0, "p80": 10.0}
+    table = [
+        {**shape, "keys": keys, "variant": name, "microseconds": times, "graph": True, "error": 1e-7, "new_bytes": 10}
+        for keys in (512, 1024)
+        for name in ("attention_rows", "other")
+    ]
+    operators = {"attention_rows": {"failures": [], "table": table}, "token_maps": {"failures": ["wrong map"]}}
+    path = tmp_path / "gpu-test.json"
+    path.write_text(json.dumps({"environment": ENVIRONMENT, "operators": operators}))
+    page, *drawn = render.render(path)
+    text = page.read_text()
+    assert "Test Card" in text and "commit 01234567" in text and "9.0 us (8.0 to 10.0)" in text
+    assert "- wrong map" in text and text.count("attention_rows  ") == 2
+    for picture in drawn:
+        assert picture.name in text
+        with Image.open(picture) as image:
+            assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 8
+    assert len(drawn) == 2
+
+
+def test_the_readmes_tables_are_those_of_the_newest_results():
+    text = render.README.read_text()
+    assert render.readme(text) == text, "run python -m benchmarks.render"
+    with pytest.raises(ValueError, match="0 places for cpu results"):
+        render.readme("no markers")

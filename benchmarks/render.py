@@ -1,0 +1,166 @@
+"""Result files as Markdown and pictures, and the README's tables: `python -m benchmarks.render`.
+
+`python -m benchmarks.render FILE...` writes FILE.md and its pictures beside each JSON file; without files it rewrites
+the tables between the README's markers from the newest results, `--check` only says whether they are up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+NONE_YET = "No result exists yet: `python -m benchmarks.{kind}` makes one."
+
+
+def newest(kind: str) -> dict[str, Any] | None:
+    """The result of "cpu" or "gpu" that was made last."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob(f"{kind}-*.json")]
+    return max(found, key=lambda result: result["environment"]["time"], default=None)
+
+
+def provenance(found: dict[str, Any]) -> str:
+    """Where figures are from, in one sentence."""
+    machine = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, threads: {found['threads']}"
+    dirty = ", with changes" if found["dirty"] else ""
+    versions = f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}"
+    return f"{machine}; {versions}; commit {(found['git'] or 'unknown')[:8]}{dirty}; {found['time'][:10]}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Everything in a result file, a part for each operator."""
+    lines = ["# Measured", "", provenance(result["environment"]) + "."]
+    for name, entry in result["operators"].items():
+        lines += ["", f"## {name}", ""]
+        if entry.get("failures"):
+            lines += ["Not measured, because checks failed:", "", *(f"- {failure}" for failure in entry["failures"])]
+            continue
+        module = importlib.import_module(f"benchmarks.{name}")
+        lines += ["```text", *(module.line(row).rstrip() for row in entry["table"]), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def pictures(result: dict[str, Any], stem: Path) -> list[Path]:
+    """Latency over keys, and the roofline, of attention_rows on a GPU; none where the result has no such rows."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["operators"].get("attention_rows", {}).get("table", []) if "microseconds" in row]
+    if not rows:
+        return []
+    model, wanted = rows[0]["model"], rows[0]["rows"]
+    latency = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = latency.subplots()
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = sorted((r["keys"], r["microseconds"]["median"]) for r in rows
+                     if r["variant"] == variant and r["model"] == model and r["rows"] == wanted)  # fmt: skip
+        axes.plot(*zip(*own, strict=True), marker="o", label=variant)
+    axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="microseconds", title=f"{model}, {wanted} rows")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    roofline = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = roofline.subplots()
+    for row in rows:
+        if row["variant"] == "attention_rows":
+            # Both passes: the scores twice, the keys once from memory, the reduced rows once.
+            flops = 4 * row["heads"] * row["rows"] * row["keys"] * row["depth"]
+            moved = 2 * row["kv_heads"] * row["keys"] * row["depth"] + 4 * row["rows"] * row["keys"]
+            speed = flops / row["microseconds"]["median"] / 1e6
+            axes.scatter(flops / moved, speed, s=20)
+            axes.annotate(f"R {row['rows']}, N {row['keys']}", (flops / moved, speed), fontsize=6)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of keys and rows", ylabel="TFLOP/s",
+             title="attention_rows, both passes")  # fmt: skip
+    axes.grid(alpha=0.3)
+    written = []
+    for name, figure in (("latency", latency), ("roofline", roofline)):
+        written.append(stem.with_name(f"{stem.name}-{name}.png"))
+        figure.savefig(written[-1], dpi=120)
+    return written
+
+
+def render(path: Path) -> list[Path]:
+    """Write Markdown and pictures beside a result file; the paths."""
+    result = json.loads(path.read_text())
+    drawn = pictures(result, path.with_suffix(""))
+    shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in drawn)
+    target = path.with_suffix(".md")
+    target.write_text(markdown(result) + shown)
+    return [target, *drawn]
+
+
+def cpu_section(result: dict[str, Any]) -> str:
+    """The README's tables of a CPU result."""
+    tables = {name: entry["table"] for name, entry in result["operators"].items()}
+    lines = [f"{provenance(result['environment'])}. `python -m benchmarks.cpu`; medians.", ""]
+    anchor = tables["attention_rows"][0]
+    lines += [
+        f"`attention_rows`, {anchor['rows']} rows over {anchor['keys']:,} keys at {anchor['model']}'s sizes:", "",
+        "| | bfloat16 | float32 | new memory, bfloat16 |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for variant in dict.fromkeys(row["variant"] for row in tables["attention_rows"]):
+        half, full = (row for row in tables["attention_rows"] if row["variant"] == variant)
+        times = " | ".join(f"{row['milliseconds']['median']:.0f} ms" for row in (half, full))
+        lines.append(f"| {variant} | {times} | {half['new_bytes'] / 1e6:.0f} MB |")
+    for name, title in (("regions_to_collage", "Maps to a collage"), ("rows_to_pixel_values", "Rows to pixel values")):
+        rows = [row for row in tables.get(name, []) if "implementation" in row]
+        if rows:
+            lines += ["", f"{title}, {rows[0]['shape']}:", "", "| | ms |", "|---|---|"]
+            lines += [f"| {row['implementation']} | {row['median'] / 1e3:,.1f} |" for row in rows]
+    if "shared_prefix" in tables:
+        rows = tables["shared_prefix"]
+        lines += ["", f"One question on a {rows[0]['model']} model with random weights, seconds of the process:", ""]
+        lines += ["| | seconds | tokens |", "|---|---|---|"]
+        lines += [f"| {row['what']} | {row['seconds']:.2f} | {row['tokens']:,} |" for row in rows]
+    return "\n".join(lines)
+
+
+def gpu_section(result: dict[str, Any]) -> str:
+    """The README's words about a GPU result: where it is, and its first operator's rows."""
+    stem = next(path for path in RESULTS.glob("gpu-*.json") if json.loads(path.read_text()) == result).stem
+    head = (
+        f"{provenance(result['environment'])}. All of it: [benchmarks/results/{stem}.md](benchmarks/results/{stem}.md)."
+    )
+    shown = [importlib.import_module("benchmarks.attention_rows").line(row).rstrip()
+             for row in result["operators"].get("attention_rows", {}).get("table", [])[:8]]  # fmt: skip
+    return "\n".join([head, "", "```text", *shown, "```"])
+
+
+def readme(text: str) -> str:
+    """The README with its marked tables made anew."""
+    for kind, section in (("cpu", cpu_section), ("gpu", gpu_section)):
+        result = newest(kind)
+        body = NONE_YET.format(kind=kind) if result is None else section(result)
+        pattern = rf"(<!-- begin {kind} results -->\n).*?(<!-- end {kind} results -->)"
+        text, found = re.subn(pattern, lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text, flags=re.S)  # type: ignore[misc]
+        if found != 1:
+            raise ValueError(f"README.md: got {found} places for {kind} results, want 1")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("files", nargs="*", type=Path, help="result files; none: the README's tables")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README is out of date")
+    arguments = parser.parse_args()
+    for path in arguments.files:
+        for written in render(path):
+            print(f"written to {written}")
+    if arguments.files:
+        return 0
+    before = README.read_text()
+    after = readme(before)
+    if arguments.check:
+        print("README.md is up to date" if before == after else "README.md is out of date: python -m benchmarks.render")
+        return int(before != after)
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
