@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-transformers-4 fuzz sanitize lint format bench static-report clean
+.PHONY: help install demo test test-transformers-4 wheels fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -38,6 +38,19 @@ build/transformers-4: Makefile
 test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models, on the oldest transformers
 	PYTHONPATH=build/transformers-4 $(BIN)/python -c "import transformers as t; assert t.__version__[0] == '4', t"
 	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest --numprocesses=2 $(MODEL_TESTS:%=tests/test_%.py)
+
+wheels: $(STAMP)  ## sdist, pure wheel and compiled wheel in dist/, and the demo's job from each wheel
+	rm -rf dist build/wheels
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" >build/sdist.log
+	HIDE_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	HIDE_KERNELS_BUILD=host $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	ls dist
+	for wheel in dist/*.whl; do \
+		folder=$(CURDIR)/build/wheels/$$(basename $$wheel .whl) && \
+		$(BIN)/python -m pip install --quiet --no-deps --target $$folder $$wheel && \
+		(cd build/wheels && PYTHONPATH=$$folder $(CURDIR)/$(BIN)/python -P $(CURDIR)/tests/run_from_wheel.py $$folder) \
+		|| exit 1; \
+	done
 
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 tests/test_properties.py

@@ -18,6 +18,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
+# A wheel without anything compiled is one for every platform.
+PURE = os.environ.get("HIDE_KERNELS_BUILD") == "none"
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"
 
 
@@ -99,7 +101,9 @@ setup(
     packages=[*find_packages(include=["hide", "hide.*", "hide_kernels", "hide_kernels.*"]), "hide_kernels.csrc"],
     package_dir={"hide_kernels.csrc": "csrc"},
     package_data={"hide_kernels.csrc": ["*"]},
-    ext_modules=[
+    ext_modules=[]
+    if PURE
+    else [
         Extension(
             "hide_kernels._csrc",
             [str(CSRC / "binding.cpp")],
@@ -111,5 +115,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={} if PURE else {"bdist_wheel": {"py_limited_api": "cp311"}},
 )
