@@ -215,6 +215,9 @@ def test_text_after_an_image_call_is_not_disturbed_by_its_positions(adapter, pic
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load(tmp_path)
+    for missing in (tmp_path / "nothing", "./nothing", "~/nothing"):
+        with pytest.raises(FileNotFoundError, match="there is no folder .*nothing"):
+            load(missing)
     (tmp_path / "config.json").write_text('{"model_type": "idefics3"}')
     with pytest.raises(ValueError, match="'idefics3'; HiDe knows qwen2_5_vl"):
         load(tmp_path)

@@ -44,6 +44,10 @@ def load(
     from transformers import AutoConfig
 
     folder = Path(path)
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
+        raise FileNotFoundError(
+            f"model: there is no folder {path}; want a Hugging Face checkpoint folder or a hub name"
+        )
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: {path} has no config.json; want a Hugging Face checkpoint folder")
     # Asked of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
