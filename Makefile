@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-transformers-4 wheels fuzz sanitize lint format bench static-report clean
+.PHONY: help install demo test test-transformers-4 wheels docs fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -51,6 +51,9 @@ wheels: $(STAMP)  ## sdist, pure wheel and compiled wheel in dist/, and the demo
 		(cd build/wheels && PYTHONPATH=$$folder $(CURDIR)/$(BIN)/python -P $(CURDIR)/tests/run_from_wheel.py $$folder) \
 		|| exit 1; \
 	done
+
+docs: $(STAMP)  ## the pages of docs/ as a site in build/site; broken links are errors
+	$(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 tests/test_properties.py
