@@ -170,9 +170,10 @@ def attention_rows(
     if shard not in ("heads", "keys"):
         raise ValueError(f"shard: got {shard!r}, want 'heads' or 'keys'")
     direct = not (torch.compiler.is_compiling() or recorded or any(type(x) is not Tensor for x in differentiable))
-    if workspace is not None and direct:
-        wanted = _workspace_elements(name, query, key, request, lse, return_lse)
-        _check_workspace(workspace, wanted, query.device)
+    if workspace is not None:
+        _check_tensor("workspace", workspace, (*getattr(workspace, "shape", ())[:1],) or (0,), (torch.float32,), query.device)
+        if not workspace.is_contiguous():
+            raise ValueError(f"workspace: got strides {workspace.stride()}, want contiguous memory")
     if process_group is not None:
         if not direct:
             raise ValueError("process_group: got one in a call that is compiled or records gradients, want None")
@@ -219,7 +220,6 @@ def attention_rows_workspace(
     key: Tensor,
     *,
     lse: Tensor | None = None,
-    return_lse: bool = False,
     backend: str | None = None,
     **arguments: Any,
 ) -> int:
@@ -229,7 +229,11 @@ def attention_rows_workspace(
     `arguments` are those of `attention_rows` that say what is computed. Raises as it does.
     """
     request = _validated(query, key, **arguments)
-    return _workspace_elements(_resolve(backend, query, key, request), query, key, request, lse, return_lse)
+    if _resolve(backend, query, key, request) != "triton" or lse is not None:
+        return 0
+    from hide_kernels.attention_rows.triton_launch import workspace_elements
+
+    return workspace_elements(query, key, request)
 
 
 def _validated(
@@ -254,6 +258,8 @@ def _validated(
     row_reduction: Literal["mean", "sum"] | None = None,
 ) -> RowRequest:
     """The request that these arguments of `attention_rows` make, or the error that they deserve."""
+    if cu_seqlens_k is not None and block_table is not None:
+        raise ValueError("block_table: got a table together with cu_seqlens_k, want kv_lens for lengths of paged keys")
     _check_query_key(query, key, cu_seqlens_q is not None, cu_seqlens_k is not None, block_table is not None)
     batch = _check_layout(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -296,16 +302,6 @@ def _validated(
 def _resolve(backend: str | None, query: Tensor, key: Tensor, request: RowRequest) -> str:
     layout = {"cu_seqlens_q": request.cu_seqlens_q, "block_table": request.block_table}
     return backends.resolve("attention_rows", backend, query=query, key=key, **layout)
-
-
-def _workspace_elements(
-    name: str | None, query: Tensor, key: Tensor, request: RowRequest, lse: Tensor | None, return_lse: bool
-) -> int:
-    if name != "triton" or lse is not None:
-        return 0
-    from hide_kernels.attention_rows.triton_launch import workspace_elements
-
-    return workspace_elements(query, key, request, return_lse)
 
 
 def run(
@@ -368,8 +364,6 @@ def _check_layout(
     block_table: Tensor | None,
 ) -> int:
     """The number of samples, once query and key agree on it."""
-    if cu_seqlens_k is not None and block_table is not None:
-        raise ValueError("block_table: got a table together with cu_seqlens_k, want kv_lens for lengths of paged keys")
     device = query.device
     batch = query.shape[0]
     if cu_seqlens_q is not None:
@@ -379,7 +373,7 @@ def _check_layout(
         ("max_seqlen_k", max_seqlen_k, cu_seqlens_k is not None, cu_seqlens_k is not None or block_table is not None),
     ):
         if given is None and needed:
-            raise ValueError(f"{name}: got None, want the most of a sample, because {name.replace('max', 'cu')}s is set")
+            raise ValueError(f"{name}: got None, want the most of a sample, because cu_seqlens{name[-2:]} is set")
         if given is not None and not allowed:
             raise ValueError(f"{name}: got {given} for tensors that are not packed, want None")
         if given is not None and given < 0:
@@ -403,12 +397,6 @@ def _check_bounds(name: str, bounds: Tensor, device: torch.device) -> int:
         raise ValueError(f"{name}: got shape {tuple(bounds.shape)}, want (B + 1,)")
     _check_tensor(name, bounds, tuple(getattr(bounds, "shape", ())), INTEGERS, device)
     return bounds.shape[0] - 1
-
-
-def _check_workspace(workspace: Tensor, elements: int, device: torch.device) -> None:
-    _check_tensor("workspace", workspace, tuple(getattr(workspace, "shape", ())), (torch.float32,), device)
-    if workspace.dim() != 1 or workspace.shape[0] < elements or not workspace.is_contiguous():
-        raise ValueError(f"workspace: got shape {tuple(workspace.shape)}, want contiguous ({elements},) or more")
 
 
 def _check_tensor(

@@ -42,21 +42,6 @@ class Card:
 INTERPRETED = Card((9, 0), 132)
 
 
-class Workspace:
-    """Memory for what the first pass leaves: taken from a (n,) float32 tensor, or allocated where there is none."""
-
-    def __init__(self, memory: Tensor | None = None) -> None:
-        self.memory = memory
-        self.used = 0
-
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        size = math.prod(shape)
-        self.used += size
-        if self.memory is None:
-            return like.new_empty(shape, dtype=torch.float32)
-        return self.memory[self.used - size : self.used].view(shape)
-
-
 def attention_rows_triton(
     query: Tensor,
     key: Tensor,
@@ -87,7 +72,7 @@ def attention_rows_triton(
                 _card(query.device),
                 need_rows=out.numel() > 0,
                 need_lse=return_lse,
-                workspace=Workspace(workspace),
+                workspace=workspace,
             )
             for launch in launches:
                 launch.run()
@@ -97,16 +82,14 @@ def attention_rows_triton(
     return out, result if return_lse else None
 
 
-def workspace_elements(query: Tensor, key: Tensor, request: RowRequest, need_lse: bool) -> int:
+def workspace_elements(query: Tensor, key: Tensor, request: RowRequest) -> int:
     """Most float32 elements that a call without lse takes beside its results."""
-    if not request.softmax:
+    first = next(_row_chunks(query, request), None)  # the others have as many rows or fewer
+    if first is None or not request.softmax:
         return 0
-    counted = Workspace(torch.empty(1 << 60, device="meta"))
-    for some_query, some, _ in _row_chunks(query, request):
-        shared, _ = _shared_arguments(some_query, key, some)
-        _lse_launches(some_query, shared, some, _card(query.device), None, need_lse, counted)
-        break  # the first chunk is the largest
-    return counted.used
+    shared, _ = _shared_arguments(first[0], key, first[1])
+    chunks = _split(first[0], shared, first[1], _card(query.device), None)[3]
+    return math.prod(first[1].lse_shape) * (1 if chunks == 1 else 1 + chunks)
 
 
 def _row_chunks(query: Tensor, request: RowRequest) -> Iterator[tuple[Tensor, RowRequest, slice]]:
@@ -132,7 +115,7 @@ def plan(
     need_lse: bool = False,
     lse_tiles: LseConfig | None = None,
     rows_tiles: RowsConfig | None = None,
-    workspace: Workspace | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor | None]:
     """The launches of one chunk of rows, and the lse in log2 units that they compute, if they do.
 
@@ -149,14 +132,14 @@ def plan(
     log2_lse = None
     lse_scale = LOG2_E
     if request.softmax and lse is None and (need_rows or need_lse):
-        workspace = workspace or Workspace()
         launches, log2_lse = _lse_launches(query, shared, request, card, lse_tiles, need_lse, workspace)
         lse, lse_scale = log2_lse, 1.0
     if not need_rows:
         return launches, log2_lse
     reduction = request.head_reduction
     reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(str(reduction), ("all", 1))
-    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, 1 if reduce == "none" else group, sliced)
+    summed = 1 if reduce == "none" else group
+    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, summed, sliced, request.dense)
     steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
     row_blocks = -(-rows // rows_tiles.block_r)
     lse_strides: tuple[int, ...] = (0, 0, 0)
@@ -210,6 +193,17 @@ def plan(
     return launches, log2_lse
 
 
+def _split(
+    query: Tensor, shared: dict[str, Any], request: RowRequest, card: Card, tiles: LseConfig | None
+) -> tuple[LseConfig, int, int, int]:
+    """Of the first pass: tiles, tiles of queries, keys per chunk and chunks."""
+    queries = query.shape[1] // request.kv_heads * _most_rows(query, request)
+    tiles = tiles or lse_config(card.capability, queries, _sliced(query, shared), request.dense)
+    row_tiles, length = -(-queries // tiles.block_m), request.length
+    per_chunk = chunk_keys(length, row_tiles * request.kv_heads, tiles, card.processors) if length else 1
+    return tiles, row_tiles, per_chunk, max(1, -(-length // per_chunk))
+
+
 def _lse_launches(
     query: Tensor,
     shared: dict[str, Any],
@@ -217,23 +211,23 @@ def _lse_launches(
     card: Card,
     tiles: LseConfig | None,
     need_lse: bool,
-    workspace: Workspace,
+    workspace: Tensor | None,
 ) -> tuple[list[Launch], Tensor]:
     """The first pass, and the lse in log2 units, of the shape of `request.lse_shape`, that it computes."""
-    batch, heads, length = len(request.spans), query.shape[1], request.length
-    queries = heads // request.kv_heads * _most_rows(query, request)
-    tiles = tiles or lse_config(card.capability, queries, _sliced(query, shared))
-    row_tiles = -(-queries // tiles.block_m)
-    per_chunk = chunk_keys(length, row_tiles * request.kv_heads, tiles, card.processors) if length else 1
-    chunks = max(1, -(-length // per_chunk))
+    tiles, row_tiles, per_chunk, chunks = _split(query, shared, request, card, tiles)
     total = math.prod(request.lse_shape)
-    log2_lse = workspace.take(request.lse_shape, query)
-    partial = log2_lse if chunks == 1 else workspace.take((chunks, total), query)
+    elements = total if chunks == 1 else (1 + chunks) * total
+    if workspace is None:
+        workspace = query.new_empty(elements, dtype=torch.float32)
+    elif workspace.shape[0] < elements:
+        raise ValueError(f"workspace: got shape {tuple(workspace.shape)}, want ({elements},) or more")
+    log2_lse = workspace[:total].view(request.lse_shape)
+    partial = log2_lse if chunks == 1 else workspace[total:elements]
     if request.cu_seqlens_q is not None and need_lse:
         partial.fill_(-math.inf)  # rows that belong to no sample
     first = Launch(
         kernels.partial_lse,
-        (chunks, row_tiles, batch * request.kv_heads),
+        (chunks, row_tiles, len(request.spans) * request.kv_heads),
         {
             **shared,
             "partial": partial,
