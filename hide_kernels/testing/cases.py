@@ -191,18 +191,18 @@ SERVING_CASES = [
         "key_spans": [[(3, 70), (100, 140)], [(0, 12)], [], [(0, 1), (60, 79)]],
     }),
     ServingCase("packed, heads apart", arguments={"head_reduction": "none", "kv_lens": torch.tensor([100, 99, 1, 0])}),
-    ServingCase("packed, rows averaged", arguments={**_CAUSAL, "row_reduction": "mean"}),
+    ServingCase("packed, causal, rows averaged", arguments={**_CAUSAL, "row_reduction": "mean"}),
     ServingCase("packed, rows summed, heads apart", rows_of=(70, 3, 0, 33), arguments={
         "row_reduction": "sum", "head_reduction": "none",
     }),
     ServingCase("packed, raw, weights", arguments={"softmax": False, "head_reduction": [1.0, -1, 0.5, 0, 0, 2]}),
     ServingCase("packed keys", rows_of=()),
     ServingCase("paged", block_size=16),
-    ServingCase("paged, heads first", block_size=32, heads_first=True, arguments=_CAUSAL),
+    ServingCase("paged, heads first, causal", block_size=32, heads_first=True, arguments=_CAUSAL),
     ServingCase("paged, pages of 128", block_size=128, depth=80, arguments={"key_spans": [(3, 70), (100, 140)]}),
     ServingCase("paged, pages of 256, heads apart", block_size=256, arguments={"head_reduction": "none"}),
     ServingCase("paged, pages of one key", block_size=1, keys_of=(39, 3, 1, 77)),
-    ServingCase("paged, window, freed pages", block_size=16, arguments={
+    ServingCase("paged, causal window, freed pages", block_size=16, arguments={
         **_CAUSAL, "window": 20, "kv_starts": torch.tensor([100, 0, 0, 32]), "softcap": 3.0,
     }),
     ServingCase("paged, dense query", block_size=16, rows_of=(), keys_of=(139, 0, 48), rows=3),
