@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps, window_scores
+from benchmarks import (
+    attention_rows,
+    regions_to_collage,
+    rows_to_pixel_values,
+    shared_prefix,
+    token_maps,
+    window_scores,
+)
 from benchmarks.measure import environment, write
 
 # Each has `failures(device)`, `gpu_table(seconds)` and `line(row)`.

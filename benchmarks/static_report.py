@@ -53,12 +53,25 @@ CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("bf16 D 128 R 32, not aligned", 128, 32, {"unaligned": True}),
     ("fp32 D 128 R 32", 128, 32, {"dtype": torch.float32}),
     *((f"bf16 D 128 R {rows}, packed", 128, rows, {"packed": True}) for rows in (8, 16, 32, 64)),
-    *((f"bf16 D {depth} R 32, packed, paged", depth, 32, {"packed": True, "block_size": 16}) for depth in (64, 80, 256)),
-    *((f"bf16 D 128 R {rows}, packed, paged", 128, rows, {"packed": True, "block_size": 16}) for rows in (8, 16, 32, 64)),
+    *(
+        (f"bf16 D {depth} R 32, packed, paged", depth, 32, {"packed": True, "block_size": 16})
+        for depth in (64, 80, 256)
+    ),
+    *(
+        (f"bf16 D 128 R {rows}, packed, paged", 128, rows, {"packed": True, "block_size": 16})
+        for rows in (8, 16, 32, 64)
+    ),
     ("bf16 D 128 R 32, paged", 128, 32, {"block_size": 16}),
-    ("bf16 D 128 R 32, packed, paged, heads apart", 128, 32, {
-        "packed": True, "block_size": 16, "head_reduction": "none",
-    }),
+    (
+        "bf16 D 128 R 32, packed, paged, heads apart",
+        128,
+        32,
+        {
+            "packed": True,
+            "block_size": 16,
+            "head_reduction": "none",
+        },
+    ),
     ("fp32 D 128 R 32, packed, paged", 128, 32, {"packed": True, "block_size": 16, "dtype": torch.float32}),
 ]
 

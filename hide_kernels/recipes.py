@@ -132,7 +132,7 @@ def observed_scores(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
     """How much attention each token has got from all queries so far: H2O's accumulated score (arXiv 2306.14048).
 
     The causal attention that key n receives, summed over all queries, and its mean over the heads of a key/value head.
-    Rows are summed as they are made: no N x N matrix. In a decode, `out=` with `accumulate=True` adds a new query's row.
+    Rows are summed as they are made: no N x N matrix. In a decode `out=` with `accumulate=True` adds a new query's row.
 
     Args:
         query: (B, Hq, R, D), the queries of the last R tokens. key: (B, Hkv, N, D), N >= R.

@@ -21,8 +21,8 @@ from hide_kernels.attention_rows.request import RowRequest
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor? q_positions, Tensor? kv_starts, Tensor? kv_lens, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? lse, Tensor? weights, SymInt[] spans, "
-    "SymInt[] spans_per_sample, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, str? row_reduction, bool causal, SymInt? window, "
-    "float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
+    "SymInt[] spans_per_sample, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, str? row_reduction, "
+    "bool causal, SymInt? window, float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
 )
 
 
@@ -102,7 +102,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_rows: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, *masks, weights, lse = ctx.saved_tensors
-    request = _request(query, key, *masks, weights, *ctx.described[:-1])
+    described: list[Any] = [*masks, weights, *ctx.described[:-1]]
+    request = _request(query, key, *described)
     if not request.dense:
         raise ValueError("query: packed and paged calls record no gradients")
     gradients = attention_rows_backward(

@@ -1,5 +1,8 @@
 """attention_rows on packed and paged batches: values, and what is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,9 +80,7 @@ def test_a_given_lse_is_that_of_flash_attention_s_packed_layout_and_accumulate_a
 def test_rows_and_keys_past_the_maxima_are_left_out():
     queries, keys = dense([3, 2]), dense([9, 20], heads=4)
     arguments = {"cu_seqlens_q": bounds([3, 2]), "cu_seqlens_k": bounds([9, 20])}
-    rows, lse = attention_rows(
-        pack(queries), pack(keys), max_seqlen_q=2, max_seqlen_k=11, return_lse=True, **arguments
-    )
+    rows, lse = attention_rows(pack(queries), pack(keys), max_seqlen_q=2, max_seqlen_k=11, return_lse=True, **arguments)
     assert (rows[2] == 0).all() and (lse[:, 2] == -torch.inf).all()
     torch.testing.assert_close(rows[3:], attention_rows(queries[1], keys[1][:, :, :11]).rows[0], rtol=1e-12, atol=0)
 
@@ -204,3 +205,14 @@ def test_explain_says_which_pages_the_kernels_take(monkeypatch):
         found = explain("attention_rows", query=DENSE_Q, key=key, block_table=torch.zeros(4, 2).int())
         assert found.chosen == chosen
     assert "pages of 48 keys are not served" in str(found)
+
+
+def test_the_code_of_the_documentation_runs_and_gives_the_shapes_that_it_says():
+    text = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    for block in blocks[:3] + blocks[4:]:  # the fourth needs several ranks
+        exec(block, names)
+    assert "process_group=group" in blocks[3]
+    assert names["rows"].shape == (2, 768) and names["lse"].shape == (28, 8)
+    assert names["out"].shape == (8, 768) and names["out"].sum(1).allclose(torch.ones(8))

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from benchmarks import attention_rows as operator
-from benchmarks import cpu, gpu, measure, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps, window_scores
+from benchmarks import (
+    cpu,
+    gpu,
+    measure,
+    regions_to_collage,
+    rows_to_pixel_values,
+    shared_prefix,
+    token_maps,
+    window_scores,
+)
 from hide.session import ImageSession
 from hide_kernels.attention_rows import reference
 

@@ -97,7 +97,7 @@ def attention_rows(
             entry b + 1, as in FlashAttention. Rows past the last entry belong to no sample: zeros with lse -inf.
         max_seqlen_q, max_seqlen_k: at least the most rows and keys of a packed sample; Python ints, for they size the
             launch. Rows and keys beyond are left out. With `block_table`, max_seqlen_k is optional.
-        block_table: (B, max_blocks) integers; key n of sample b is key[block_table[b, n // block_size], n % block_size].
+        block_table: (B, max_blocks) integers; sample b's key n is key[block_table[b, n // block_size], n % block_size].
             Entries of pages in which no row sees a key may be anything.
         scale: factor on the dot products; default D ** -0.5.
         softcap: bound on the scores, applied after `scale`.
@@ -171,7 +171,9 @@ def attention_rows(
         raise ValueError(f"shard: got {shard!r}, want 'heads' or 'keys'")
     direct = not (torch.compiler.is_compiling() or recorded or any(type(x) is not Tensor for x in differentiable))
     if workspace is not None:
-        _check_tensor("workspace", workspace, (*getattr(workspace, "shape", ())[:1],) or (0,), (torch.float32,), query.device)
+        _check_tensor(
+            "workspace", workspace, (*getattr(workspace, "shape", ())[:1],) or (0,), (torch.float32,), query.device
+        )
         if not workspace.is_contiguous():
             raise ValueError(f"workspace: got strides {workspace.stride()}, want contiguous memory")
     if process_group is not None:

@@ -16,9 +16,9 @@ HeadReduction = Literal["mean", "none", "kv_group"] | Tensor
 class RowRequest:
     """What `attention_rows` documents, with defaults filled in and lengths expanded.
 
-    `rows` and `length` are R and N, or the most rows and keys of a sample where these are packed or paged. `spans` holds
-    one list of (start, stop) per sample, `q_positions` is (B, R) or (total_q,), `head_reduction` a word or (Hq,) weights
-    of the output's dtype, `shape` and `lse_shape` the shapes of the results.
+    `rows` and `length` are R and N, or the most rows and keys of a sample where these are packed or paged. `spans` has
+    one list of (start, stop) per sample, `q_positions` is (B, R) or (total_q,), `head_reduction` a word or (Hq,)
+    weights of the output's dtype, `shape` and `lse_shape` the shapes of the results.
     """
 
     rows: int
@@ -43,7 +43,13 @@ class RowRequest:
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, *, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, **fields: Any
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        **fields: Any,
     ) -> RowRequest:
         """A request for these tensors, with sizes and shapes filled in."""
         packed, table = fields.get("cu_seqlens_q") is not None, fields.get("block_table")

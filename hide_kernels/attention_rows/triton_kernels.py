@@ -145,9 +145,9 @@ _LSE_INTEGERS = [
 ]  # fmt: skip
 _ROWS_INTEGERS = [
     "first_sample", "first_row", "first_column", "kv_heads", "group", "rows", "length", "page_shift", "stride_qb",
-    "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_lb", "stride_lh", "stride_lr", "stride_pb", "stride_pr",
-    "stride_ob", "stride_oh", "stride_or", "ahead", "window", "start0", "stop0", "start1", "stop1", "start2", "stop2",
-    "start3", "stop3",
+    "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_lb", "stride_lh", "stride_lr",
+    "stride_pb", "stride_pr", "stride_ob", "stride_oh", "stride_or", "ahead", "window", "start0", "stop0", "start1",
+    "stop1", "start2", "stop2", "start3", "stop3",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Calls that cover the contract of `attention_rows`, dense, packed and paged, for tests on any device and before any benchmark.
+"""Calls that cover the contract of `attention_rows`, for tests on any device and before any benchmark.
 
 Sizes are no powers of two, tensors are strided, keys that no row may see hold NaN, and memory is poisoned.
 """
@@ -69,7 +69,8 @@ class ServingCase(Case):
 
     `rows_of` empty: `batch` dense samples of `rows`. `block_size` 0: packed keys. `heads_first`: pages hold (Hkv,
     block_size, D), FlashInfer's HND. Pages lie in any order between others that hold NaN, as does what fills the last
-    page of a sample; the table's entries past the last page, and of pages before `kv_starts`, are -1. The last two query rows belong to no sample.
+    page of a sample; the table's entries past the last page, and of pages before `kv_starts`, are -1. The last two
+    query rows belong to no sample.
     """
 
     rows_of: tuple[int, ...] = (5, 0, 1, 17)
@@ -181,7 +182,9 @@ CASES = [
 ]  # fmt: skip
 
 _ROWS = (5, 0, 1, 17)
-_AT_THE_END = torch.cat([torch.arange(n - r, n) for r, n in zip(_ROWS, (139, 30, 1, 77), strict=True)] + [torch.zeros(2)])
+_AT_THE_END = torch.cat(
+    [torch.arange(n - r, n) for r, n in zip(_ROWS, (139, 30, 1, 77), strict=True)] + [torch.zeros(2)]
+)
 _CAUSAL = {"q_positions": _AT_THE_END.int(), "causal": True}
 SERVING_CASES = [
     ServingCase("packed"),

@@ -124,7 +124,7 @@ def _textbook_by_sample(
             keys = key[int(cu_seqlens_k[b]) : int(cu_seqlens_k[b + 1])][:most]
         else:
             keys = key[b].transpose(0, 1)
-        alone = {"kv_lens": torch.tensor([min(len(keys), len(keys) if lens is None else int(lens[b]))])}
+        alone: dict[str, Any] = {"kv_lens": torch.tensor([min(len(keys), len(keys) if lens is None else int(lens[b]))])}
         if starts is not None:
             alone["kv_starts"] = starts[b : b + 1]
         keys = torch.cat([keys, keys.new_zeros(most - len(keys), *keys.shape[1:])])
@@ -133,8 +133,8 @@ def _textbook_by_sample(
             of_sample = positions.expand(batch, -1)[b] if q_ends is None else positions[q_ends[b] : q_ends[b + 1]]
             alone["q_positions"] = of_sample[None, :max_seqlen_q]
         own_spans = [spans[b]] if nested else spans
-        one = rows[None], keys.transpose(0, 1)[None]
-        results.append(textbook_attention_rows(*one, key_spans=own_spans, **alone, **arguments))
+        keys = keys.transpose(0, 1)[None]
+        results.append(textbook_attention_rows(rows[None], keys, key_spans=own_spans, **alone, **arguments))
     width = max([0, *(rows.shape[-1] for rows, _ in results)])
     padded = [torch.nn.functional.pad(rows[0], (0, width - rows.shape[-1])) for rows, _ in results]
     if q_ends is None or arguments.get("row_reduction"):
