@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.measure import cuda_times, interleaved_cpu_times, new_memory
 from hide_kernels import attention_rows
 from hide_kernels.testing import error_budget
-from hide_kernels.testing.cases import CASES, error_of
+from hide_kernels.testing.cases import CASES, SERVING_CASES, error_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}
 def failures(device: str) -> list[str]:
     """The correctness gate: calls of every kind whose error exceeds the budget. Empty: speed may be reported."""
     failed = []
-    for case in CASES:
+    for case in [*CASES, *SERVING_CASES]:
         for dtype in DTYPES[device]:
             try:
                 rows, lse = error_of(case, dtype, device, backend=None)
@@ -174,6 +174,12 @@ def gpu_table(seconds: float) -> list[dict[str, Any]]:
             # Ours must be within budget at this shape too; a baseline may err as it does.
             budget = error_budget(repeated_keys(query, key), want) if name.startswith("attention_rows") else math.inf
             table.append({**asdict(shape), "variant": name, **_gpu_entry(name, call, want, budget)})
+    if time.monotonic() < deadline:
+        calls, want, plain = serving_calls(REQUESTS, torch.bfloat16, "cuda")
+        batch = {**asdict(ANCHOR), "model": f"{ANCHOR.model} x {len(REQUESTS)}", "keys": sum(REQUESTS)}
+        for name, call in calls.items():
+            budget = error_budget(plain, want) if name.startswith("attention_rows") else math.inf
+            table.append({**batch, "variant": name, **_gpu_entry(name, call, want, budget)})
     return table
 
 
@@ -188,6 +194,52 @@ def _gpu_entry(name: str, call: Callable[[], Tensor], want: Tensor, budget: floa
     except Exception as failure:  # a baseline that cannot run is a result
         return {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"}
     return {"microseconds": times, "graph": captured, "error": error, "new_bytes": memory}
+
+
+# Keys of the requests of a batch; 32 rows each.
+REQUESTS = (16_384, 9_001, 12_000, 4_096, 2_500, 16_000, 700, 8_192)
+
+
+def one_by_one(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """(c) for each request, its columns padded to those of the longest: (total rows, N)."""
+    longest = max(key.shape[2] for key in keys)
+    rows = [grouped(query, key)[0] for query, key in zip(queries, keys, strict=True)]
+    return torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[-1])) for x in rows])
+
+
+def serving_calls(
+    lengths: tuple[int, ...], dtype: torch.dtype, device: str, shape: Shape = ANCHOR, block_size: int = 16
+) -> tuple[dict[str, Callable[[], Tensor]], Tensor, Tensor]:
+    """Calls for a batch of requests, packed and paged; their rows in float64; those of the plain expression."""
+    each = [Shape(**{**asdict(shape), "keys": keys}).inputs(dtype, device) for keys in lengths]
+    queries, keys = [query for query, _ in each], [key for _, key in each]
+    packed = torch.cat([query[0].transpose(0, 1) for query in queries])
+    bounds = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * shape.rows
+    sizes = {"cu_seqlens_q": bounds, "max_seqlen_q": shape.rows, "max_seqlen_k": max(lengths)}
+    key_bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    packed_keys = torch.cat([key[0].transpose(0, 1) for key in keys])
+    # Pages in an order of chance, as after a while of serving.
+    pages = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).to(device)
+    table = torch.zeros(len(lengths), max(pages), dtype=torch.int32, device=device)
+    cache = torch.zeros(sum(pages), block_size, shape.kv_heads, shape.depth, dtype=dtype, device=device)
+    for b, (key, own) in enumerate(zip(keys, order.split(pages), strict=True)):
+        table[b, : len(own)] = own
+        padded = torch.nn.functional.pad(key[0].transpose(0, 1), (0, 0, 0, 0, 0, len(own) * block_size - lengths[b]))
+        cache[own] = padded.unflatten(0, (len(own), block_size))
+    heads_first = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    paged = {"block_table": table, "kv_lens": torch.tensor(lengths, dtype=torch.int32, device=device), **sizes}
+    calls: dict[str, Callable[[], Tensor]] = {
+        "attention_rows, packed": lambda: attention_rows(packed, packed_keys, cu_seqlens_k=key_bounds, **sizes).rows,
+        f"attention_rows, paged, {block_size} keys": lambda: attention_rows(packed, cache, **paged).rows,
+        f"attention_rows, paged, {block_size} keys, HND": lambda: attention_rows(packed, heads_first, **paged).rows,
+        "grouped, eager, one by one (c)": lambda: one_by_one(queries, keys),
+    }
+    want, plain = torch.zeros(2, len(packed), max(lengths), dtype=torch.float64, device=device)
+    for b, (query, key) in enumerate(each):
+        some = slice(b * shape.rows, (b + 1) * shape.rows), slice(0, lengths[b])
+        want[some], plain[some] = oracle(query, key)[0], repeated_keys(query, key)[0]
+    return calls, want, plain
 
 
 def cpu_table(runs: int, shape: Shape = ANCHOR) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 attention_rows beside the best grouped expression, repeated keys and the published loop, at the shape of Qwen2.5-VL-7B
 with 16,384 keys, in bfloat16 and float32, measured in turn. Exit code 1 if a check of correctness fails (then nothing
 is measured), or if ours is slower than the grouped expression, less than three times as fast as the published loop, or
-takes more than a tenth of the new memory of repeated keys. Then maps to boxes to a collage (`regions_to_collage`) and
-rows to the pixel values of a collage (`rows_to_pixel_values`) beside the published steps, and HiDe on a shared prefix
-beside a plain answer and the published flow (`shared_prefix`); exit code 1 too if one of them misses its limit.
+takes more than a tenth of the new memory of repeated keys. Then SnapKV's scores (`window_scores`) beside its own
+expression, maps to boxes to a collage (`regions_to_collage`) and rows to the pixel values of a collage
+(`rows_to_pixel_values`) beside the published steps, and HiDe on a shared prefix beside a plain answer and the published
+flow (`shared_prefix`); exit code 1 too if one of them misses its limit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values, shared_prefix
+from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values, shared_prefix, window_scores
 from benchmarks.measure import environment, write
 
 
@@ -58,6 +59,7 @@ def main() -> int:
         )
     operators: dict[str, Any] = {"attention_rows": {"table": table, "ratios": summary}}
     modules = {
+        "window_scores": window_scores,
         "regions_to_collage": regions_to_collage,
         "rows_to_pixel_values": rows_to_pixel_values,
         "shared_prefix": shared_prefix,

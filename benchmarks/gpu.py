@@ -14,13 +14,21 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention_rows, regions_to_collage, rows_to_pixel_values, shared_prefix, token_maps
+from benchmarks import (
+    attention_rows,
+    regions_to_collage,
+    rows_to_pixel_values,
+    shared_prefix,
+    token_maps,
+    window_scores,
+)
 from benchmarks.measure import environment, write
 from benchmarks.render import render
 
 # Each has `failures(device)`, `gpu_table(seconds)` and `line(row)`.
 OPERATORS = {
     "attention_rows": attention_rows,
+    "window_scores": window_scores,
     "token_maps": token_maps,
     "regions_to_collage": regions_to_collage,
     "rows_to_pixel_values": rows_to_pixel_values,

@@ -44,6 +44,7 @@ CARDS = {
 # exp2 per clock and multiprocessor.
 EXPONENTIALS = 16
 
+PAGED = {"packed": True, "block_size": 16}
 # (name, head size, rows, further arguments of `planned`). All are causal and padded, which takes the most registers.
 CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
     *((f"bf16 D {depth} R {rows}", depth, rows, {}) for depth in (64, 80, 128, 256) for rows in (8, 16, 32, 64)),
@@ -52,6 +53,14 @@ CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("bf16 D 128 R 32, weights", 128, 32, {"head_reduction": torch.empty(28, device="meta")}),
     ("bf16 D 128 R 32, not aligned", 128, 32, {"unaligned": True}),
     ("fp32 D 128 R 32", 128, 32, {"dtype": torch.float32}),
+    *((f"bf16 D 128 R {rows}, packed", 128, rows, {"packed": True}) for rows in (8, 16, 32, 64)),
+    *((f"bf16 D {depth} R 32, packed, paged", depth, 32, PAGED) for depth in (64, 80, 256)),
+    *((f"bf16 D 128 R {rows}, packed, paged", 128, rows, PAGED) for rows in (8, 16, 32, 64)),
+    ("bf16 D 256 R 8, packed, paged", 256, 8, PAGED),
+    ("bf16 D 256 R 16, packed, paged", 256, 16, PAGED),
+    ("bf16 D 128 R 32, paged", 128, 32, {"block_size": 16}),
+    ("bf16 D 128 R 32, packed, paged, heads apart", 128, 32, {**PAGED, "head_reduction": "none"}),
+    ("fp32 D 128 R 32, packed, paged", 128, 32, {**PAGED, "dtype": torch.float32}),
 ]
 
 

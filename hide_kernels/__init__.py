@@ -1,7 +1,7 @@
 """Operators for attention maps and visual zoom: tensors in, tensors out."""
 
 import hide_kernels.registry  # noqa: F401 (registers the operators)
-from hide_kernels.attention_rows import AttentionRows, attention_rows
+from hide_kernels.attention_rows import AttentionRows, attention_rows, attention_rows_workspace
 from hide_kernels.backends import explain
 from hide_kernels.collage import Collage, Layout, collage, collage_of_maps
 from hide_kernels.image_tokens import ImageTokens, maps_to_pixels, rows_to_maps
@@ -17,6 +17,7 @@ __all__ = [
     "Regions",
     "TokenMaps",
     "attention_rows",
+    "attention_rows_workspace",
     "collage",
     "collage_of_maps",
     "explain",

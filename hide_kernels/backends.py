@@ -38,16 +38,7 @@ def _needs(module: str) -> Predicate:
     return refuses
 
 
-def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
-    served = {
-        "cu_seqlens_q": "packed batches",
-        "cu_seqlens_k": "packed batches",
-        "block_table": "paged keys",
-        "process_group": "heads sharded over ranks",
-    }
-    for name, what in served.items():
-        if arguments.get(name) is not None:
-            return f"{what} ({name}) are not served; pass dense (B, H, N, D) tensors"
+def _unquantised_rows(arguments: Mapping[str, Any]) -> str | None:
     for name in ("query", "key"):
         dtype = str(getattr(arguments.get(name), "dtype", "")).removeprefix("torch.")
         if dtype.startswith(("float8", "float4", "int", "uint")):
@@ -56,9 +47,9 @@ def _dense_rows_only(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _triton_rows(arguments: Mapping[str, Any]) -> str | None:
-    query, key = arguments.get("query"), arguments.get("key")
-    refused = _dense_rows_only(arguments) or _no_triton(query, "query")
-    return refused or (None if query is None else _not_tiled(query, key))
+    query = arguments.get("query")
+    refused = _unquantised_rows(arguments) or _no_triton(query, "query")
+    return refused or (None if query is None else _not_tiled(arguments))
 
 
 def _no_triton(tensor: Any, argument: str) -> str | None:
@@ -84,16 +75,23 @@ def _no_triton(tensor: Any, argument: str) -> str | None:
     return _needs("triton")({})
 
 
-def _not_tiled(query: Any, key: Any) -> str | None:
+def _not_tiled(arguments: Mapping[str, Any]) -> str | None:
     """Why the kernels have no tile for such tensors."""
+    query, key, bounds = arguments["query"], arguments.get("key"), arguments.get("cu_seqlens_q")
     dtype, depth = str(query.dtype).removeprefix("torch."), query.shape[-1]
     if dtype not in ("float16", "bfloat16", "float32"):
         return f"{dtype} is not served; float16, bfloat16 and float32 are"
     if not 32 <= depth <= 256 or depth % 8:
         return f"head size {depth} is not served; multiples of 8 from 32 to 256 are"
-    if query.shape[0] * query.shape[1] > MAX_GRID:
-        return f"{query.shape[0]} samples of {query.shape[1]} heads are more than {MAX_GRID} programs"
-    if key is not None and max(key.shape[2], query.shape[2]) >= 1 << 30:
+    samples = query.shape[0] if bounds is None else bounds.shape[0] - 1
+    if samples * query.shape[1] > MAX_GRID:
+        return f"{samples} samples of {query.shape[1]} heads are more than {MAX_GRID} programs"
+    if bounds is not None and query.shape[0] * query.shape[1] >= 1 << 31:
+        return "2 ** 31 packed rows of all heads and more are not served"
+    if arguments.get("block_table") is not None:
+        size = None if key is None else key.shape[1]
+        return f"pages of {size} keys are not served; powers of two are" if size and size & (size - 1) else None
+    if key is not None and max(key.shape[0 if len(key.shape) == 3 else 2], *query.shape[2:-1], 0) >= 1 << 30:
         return "2 ** 30 keys or rows and more are not served"
     return None
 
@@ -167,7 +165,7 @@ def _cupy_maps(*modules: str) -> Predicate:
 OPERATORS: dict[str, tuple[Backend, ...]] = {
     "attention_rows": (
         Backend("triton", "fused kernels for CUDA devices from sm_80 on", _triton_rows),
-        Backend("torch", "plain PyTorch on any device, in a buffer of fixed size", _dense_rows_only),
+        Backend("torch", "plain PyTorch on any device, in a buffer of fixed size", _unquantised_rows),
     ),
     # Reasoned from launches and passes over memory, not measured.
     "token_maps": (

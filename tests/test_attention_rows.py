@@ -276,9 +276,6 @@ Q, K = inputs()
         ({"backend": "triton9"}, ValueError, "backend: got 'triton9'"),
         ({"backend": "triton"}, ValueError, "backend 'triton' cannot serve this call of attention_rows: query is on"),
         ({"key": K.to(torch.float8_e4m3fn)}, TypeError, "key: got torch.float8_e4m3fn"),
-        ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "packed batches"),
-        ({"block_table": torch.zeros(2, 5), "backend": "torch"}, ValueError, "paged keys"),
-        ({"process_group": object()}, ValueError, "sharded"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments, error, text):
@@ -340,7 +337,7 @@ def test_explain_answers_without_tensors_and_where_triton_is_missing(monkeypatch
 def test_explain_names_the_backend_and_the_reason_against_it():
     found, why = reasons(query=Q, key=K)
     assert found == "torch" and "query is on the CPU" in why["triton"]
-    refused = explain("attention_rows", block_table=torch.zeros(1))
-    assert refused.chosen is None and "paged keys" in str(refused)
+    refused = explain("attention_rows", key=torch.zeros(1, dtype=torch.int8))
+    assert refused.chosen is None and "quantised" in str(refused)
     with pytest.raises(ValueError, match="operator: got 'rows'"):
         explain("rows")

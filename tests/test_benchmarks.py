@@ -18,6 +18,7 @@ from benchmarks import (
     rows_to_pixel_values,
     shared_prefix,
     token_maps,
+    window_scores,
 )
 from hide.session import ImageSession
 from hide_kernels.attention_rows import reference
@@ -31,6 +32,13 @@ ENVIRONMENT = {"gpu": {"name": "Test Card"}, "cpu": "", "threads": 1, "dirty": F
 def test_a_baseline_computes_the_rows_that_ours_is_compared_on(baseline):
     query, key = SMALL.inputs(torch.float32, "cpu")
     torch.testing.assert_close(baseline(query, key).double(), operator.oracle(query, key), rtol=1e-5, atol=1e-8)
+
+
+def test_the_calls_for_a_batch_of_requests_give_the_same_rows():
+    calls, want, plain = operator.serving_calls((70, 301, 16), torch.float32, "cpu", SMALL, block_size=16)
+    assert len(calls) == 4 and want[:5, 70:].abs().max() == 0 < want[:5, :70].min()
+    for rows in (*(call() for call in calls.values()), plain):
+        torch.testing.assert_close(rows.double(), want, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -70,6 +78,9 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(shared_prefix, "failures", lambda device: [])
     shared = shared_prefix.Row("shared prefix (c)", "7B", 1.5, {"prefix": 1.25, "answer": 0.25}, 900)._asdict()
     monkeypatch.setattr(shared_prefix, "gpu_table", lambda seconds: [shared])
+    monkeypatch.setattr(window_scores, "failures", lambda device: [])
+    scores = {"variant": "window_scores", "milliseconds": measure.quantiles([0.25]), "new_bytes": 2_000_000}
+    monkeypatch.setattr(window_scores, "gpu_table", lambda seconds: [scores])
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     (file,) = tmp_path.glob("*.json")
@@ -83,6 +94,8 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
     assert operators["rows_to_pixel_values"]["table"] == [decoded]
     assert "3 levels from Pillow, 0.250 on average" in printed
+    assert operators["window_scores"]["table"] == [scores]
+    assert "0.250 ms (0.250 to 0.250)  new 2.00 MB" in printed
     assert "900 tokens  (prefix 1.250, answer 0.250)" in printed
 
 
@@ -199,3 +212,21 @@ def test_the_readmes_tables_are_those_of_the_newest_results():
     assert render.readme(text) == text, "run python -m benchmarks.render"
     with pytest.raises(ValueError, match="0 places for cpu results"):
         render.readme("no markers")
+
+
+def test_the_gate_of_window_scores_notices_other_tokens(monkeypatch):
+    assert window_scores.failures("cpu") == []
+    real = window_scores.window_scores
+    monkeypatch.setattr(window_scores, "window_scores", lambda *a, **k: real(*a, kernel_size=7))
+    (broken,) = window_scores.failures("cpu")
+    assert broken.startswith("a kept token scores ")
+
+
+def test_window_scores_are_judged_by_time_and_memory():
+    def table(milliseconds, new_bytes):
+        times = (milliseconds, new_bytes), (2.0, 400)
+        return [{"milliseconds": {"median": of}, "new_bytes": size} for of, size in times]
+
+    assert window_scores.within_limit(table(2.0, 100))
+    assert not window_scores.within_limit(table(2.1, 100))
+    assert not window_scores.within_limit(table(2.0, 101))

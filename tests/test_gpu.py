@@ -10,6 +10,7 @@ from test_regions import PATTERNS, spiral
 
 from hide_kernels import (
     attention_rows,
+    attention_rows_workspace,
     collage,
     collage_of_maps,
     explain,
@@ -24,7 +25,7 @@ from hide_kernels.collage import compiled
 from hide_kernels.integrations.transformers import capture_attention_rows
 from hide_kernels.patches import compiled as patches
 from hide_kernels.patches import decode
-from hide_kernels.testing.cases import CASES, Case, error_of
+from hide_kernels.testing.cases import CASES, SERVING_CASES, Case, ServingCase, error_of
 from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, map_error
 
 pytestmark = pytest.mark.gpu
@@ -104,6 +105,60 @@ def test_a_call_waits_for_nothing_and_can_be_captured_in_a_graph():
     graph.replay()
     want = attention_rows(query, key, **arguments)
     assert torch.equal(captured.rows, want.rows) and torch.equal(captured.lse, want.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SERVING_CASES, ids=lambda case: case.name)
+def test_the_kernels_serve_packed_and_paged_batches_within_budget(case, dtype, launched):
+    rows, lse = error_of(case, dtype, "cuda", backend="triton")
+    assert rows <= 1 and lse <= 1
+    assert "reduce_rows" in names(launched)
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_a_packed_call_with_out_and_a_workspace_waits_for_nothing_allocates_nothing_and_replays(block_size):
+    sizes = {"heads": 28, "kv_heads": 4, "depth": 128, "rows_of": (32, 5, 0, 17), "keys_of": (3001, 900, 40, 2000)}
+    query, key, arguments = ServingCase("graph", block_size=block_size, **sizes).inputs(torch.bfloat16, "cuda")
+    arguments |= {"key_spans": [(3, 900), (1000, 3000)], "backend": "triton"}
+    want = attention_rows(query, key, **arguments).rows
+    out = torch.full_like(want, torch.nan)
+    memory = torch.full((attention_rows_workspace(query, key, **arguments),), torch.nan, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention_rows(query, key, out=out, workspace=memory, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before and torch.equal(out, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention_rows(query, key, out=out, workspace=memory, **arguments)
+    # Other lengths, within the same maxima.
+    arguments["cu_seqlens_q"].copy_(torch.tensor([0, 3, 20, 51, 54]))
+    if block_size:
+        arguments["kv_lens"].copy_(torch.tensor([100, 77, 3, 1999]))
+    else:
+        arguments["cu_seqlens_k"].copy_(torch.tensor([0, 5, 2900, 2900, 5941]))
+    graph.replay()
+    assert torch.equal(out, attention_rows(query, key, **arguments).rows)
+
+
+def test_lengths_tables_and_block_sizes_compile_once(launched):
+    sizes = {"heads": 28, "kv_heads": 4, "depth": 128, "rows_of": (32, 5), "keys_of": (3001, 900)}
+    query, key, arguments = ServingCase("compiled", block_size=16, **sizes).inputs(torch.bfloat16, "cuda")
+    attention_rows(query, key, **arguments)
+    caches = [launch.kernel.device_caches[query.device.index][0] for launch in launched]
+    counts = [len(cache) for cache in caches]
+    for block_size, keys in ((32, (129, 2000)), (256, (5000, 3, 77))):
+        case = ServingCase(
+            "compiled", block_size=block_size, **{**sizes, "rows_of": (20,) * len(keys), "keys_of": keys}
+        )
+        query, key, arguments = case.inputs(torch.bfloat16, "cuda")
+        attention_rows(query, key, **arguments)
+    assert [len(cache) for cache in caches] == counts
 
 
 def test_new_memory_is_the_rows_and_little_else():

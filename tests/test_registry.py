@@ -26,7 +26,9 @@ def operands(query, key, *, lse=None, weights=None, positions=None, lens=None, s
         "softcap": None, "softmax": True, "backend": None, **changed,
     }  # fmt: skip
     flat = [bound for span in spans for bound in span] * len(query)
-    return (query, key, positions, None, lens, lse, weights, flat, [len(spans)] * len(query), *described.values())
+    masks = (positions, None, lens, None, None, None)
+    per_sample = [len(spans)] * len(query)
+    return (query, key, *masks, lse, weights, flat, per_sample, None, None, *described.values())
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def attention_rows_backward(
     kv_heads, length = key.shape[1:3]
     group = heads // kv_heads
     dtype = grad_rows.dtype
-    weights = request.head_weights(heads, kv_heads, dtype, query.device)
+    weights = request.head_weights(heads, dtype, query.device)
     d_query, d_key = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (query, key))
     d_lse = torch.zeros_like(lse) if lse is not None and lse_given else None
     d_weights = torch.zeros_like(weights) if isinstance(request.head_reduction, Tensor) else None

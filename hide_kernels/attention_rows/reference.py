@@ -8,6 +8,7 @@ bits in any batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,8 @@ def attention_rows_reference(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows and lse (or `None`) of a validated request."""
+    if not request.dense:
+        return _sample_by_sample(query, key, request, lse, return_lse, out, accumulate)
     batch, heads, rows, _ = query.shape
     kv_heads, length = key.shape[1:3]
     group = heads // kv_heads
@@ -49,7 +52,7 @@ def attention_rows_reference(
             result.fill_(-torch.inf)
         return out, result if return_lse else None
     masked = any(mask is not None for mask in (request.kv_starts, request.kv_lens, request.q_positions))
-    weights = request.head_weights(heads, kv_heads, dtype, query.device)
+    weights = request.head_weights(heads, dtype, query.device)
 
     for sample, spans in enumerate(request.spans):
         # Where the normaliser is known, only the spans are computed, and they lie in the buffer as in the result.
@@ -95,6 +98,85 @@ def attention_rows_reference(
                     g,
                 )
     return out, result if return_lse else None
+
+
+def _sample_by_sample(
+    query: Tensor,
+    key: Tensor,
+    request: RowRequest,
+    lse: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Packed and paged inputs: what each sample gives as a dense batch of one. The host reads their lengths."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if out is None:
+        out = torch.zeros(request.shape, dtype=dtype, device=query.device)
+    elif not accumulate:
+        out.zero_()
+    found = lse
+    if lse is None and return_lse:
+        found = torch.full(request.lse_shape, -torch.inf, dtype=dtype, device=query.device)
+    q_bounds = None if request.cu_seqlens_q is None else request.cu_seqlens_q.tolist()
+    k_bounds = None if request.cu_seqlens_k is None else request.cu_seqlens_k.tolist()
+    for sample, spans in enumerate(request.spans):
+        # `one` picks the sample out of what is laid like the query.
+        one = slice(sample, sample + 1)
+        rows = out[one]
+        if q_bounds is not None:
+            one = slice(q_bounds[sample], min(q_bounds[sample + 1], q_bounds[sample] + request.rows))
+            if request.row_reduction is None:
+                rows = out[one].movedim(0, -2)[None]
+        some = query[one] if q_bounds is None else query[one].transpose(0, 1)[None]
+        positions = request.q_positions
+        if positions is not None:
+            positions = positions[one] if q_bounds is None else positions[one][None]
+        keys = _keys_of(key, request, sample, k_bounds)
+        length = keys.shape[2]
+        columns = max([0, *(stop for _, stop in spans)])
+        if columns > length:  # columns of keys that this sample has not
+            keys = torch.nn.functional.pad(keys, (0, 0, 0, columns - length))
+        lens = torch.tensor([length], device=query.device)
+        if request.kv_lens is not None:
+            lens = torch.minimum(lens, request.kv_lens[sample : sample + 1])
+        alone = dataclasses.replace(
+            request,
+            rows=some.shape[2],
+            length=keys.shape[2],
+            spans=[spans],
+            q_positions=positions,
+            kv_starts=None if request.kv_starts is None else request.kv_starts[sample : sample + 1],
+            kv_lens=lens,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            block_table=None,
+        )
+        known = None
+        if lse is not None:
+            known = lse[one] if q_bounds is None else lse[:, one][None]
+        width = sum(stop - start for start, stop in spans)
+        _, computed = attention_rows_reference(some, keys, alone, known, return_lse, rows[..., :width], True)
+        if found is not None and lse is None:
+            assert computed is not None
+            (found[one] if q_bounds is None else found[:, one][None]).copy_(computed)
+    return out, found if return_lse else None
+
+
+def _keys_of(key: Tensor, request: RowRequest, sample: int, bounds: list[int] | None) -> Tensor:
+    """The keys (1, Hkv, n, D) of one sample: a view, or a copy of its pages."""
+    if bounds is not None:
+        first, last = bounds[sample], min(bounds[sample + 1], bounds[sample] + request.length)
+        return key[first:last].transpose(0, 1)[None]
+    if request.block_table is None:
+        return key[sample : sample + 1]
+    length = request.length
+    if request.kv_lens is not None:
+        length = max(0, min(length, int(request.kv_lens[sample])))
+    pages = request.block_table[sample, : -(-length // key.shape[1])].long()
+    # Entries for keys that nobody sees may be anything.
+    pages = pages.clamp(0, max(0, key.shape[0] - 1))
+    return key[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
 
 
 def _scores(

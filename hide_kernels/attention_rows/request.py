@@ -16,11 +16,14 @@ HeadReduction = Literal["mean", "none", "kv_group"] | Tensor
 class RowRequest:
     """What `attention_rows` documents, with defaults filled in and lengths expanded.
 
-    `rows` is R. `spans` holds one list of (start, stop) per sample, `q_positions` is (B, R), `head_reduction` a word or
-    (Hq,) weights of the output's dtype, `shape` the shape of the result.
+    `rows` and `length` are R and N, or the most rows and keys of a sample where these are packed or paged. `spans` has
+    one list of (start, stop) per sample, `q_positions` is (B, R) or (total_q,), `head_reduction` a word or (Hq,)
+    weights of the output's dtype, `shape` and `lse_shape` the shapes of the results.
     """
 
     rows: int
+    length: int
+    kv_heads: int
     spans: Spans
     q_positions: Tensor | None
     causal: bool
@@ -33,20 +36,47 @@ class RowRequest:
     head_reduction: HeadReduction
     row_reduction: Literal["mean", "sum"] | None
     shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    block_table: Tensor | None = None
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, **fields: Any) -> RowRequest:
-        """A request for these tensors, with `rows` and `shape` filled in."""
-        batch, heads, rows = query.shape[:3]
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        **fields: Any,
+    ) -> RowRequest:
+        """A request for these tensors, with sizes and shapes filled in."""
+        packed, table = fields.get("cu_seqlens_q") is not None, fields.get("block_table")
+        batch, heads = len(fields["spans"]), query.shape[1]
+        kv_heads = key.shape[1] if table is None else key.shape[2]
+        rows = query.shape[2] if max_seqlen_q is None else max_seqlen_q
+        length = max_seqlen_k
+        if length is None:
+            length = key.shape[2] if table is None else table.shape[1] * key.shape[1]
         reduction = fields["head_reduction"]
-        kept = {"none": (heads,), "kv_group": (key.shape[1],)}.get(reduction, ()) if isinstance(reduction, str) else ()
+        kept = {"none": (heads,), "kv_group": (kv_heads,)}.get(reduction, ()) if isinstance(reduction, str) else ()
         columns = max([0, *(sum(stop - start for start, stop in spans) for spans in fields["spans"])])
-        shape = (batch, *kept, *(() if fields["row_reduction"] else (rows,)), columns)
-        return cls(rows=rows, shape=shape, **fields)
+        if fields["row_reduction"]:
+            shape = (batch, *kept, columns)
+        else:
+            shape = (query.shape[0], *kept, columns) if packed else (batch, *kept, rows, columns)
+        lse_shape = (heads, query.shape[0]) if packed else (batch, heads, rows)
+        return cls(rows=rows, length=length, kv_heads=kv_heads, shape=shape, lse_shape=lse_shape, **fields)
 
-    def head_weights(self, heads: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    @property
+    def dense(self) -> bool:
+        """Whether neither tensor is packed or paged."""
+        return self.cu_seqlens_q is None and self.cu_seqlens_k is None and self.block_table is None
+
+    def head_weights(self, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What each head counts in the sum that it goes into: (Hq,)."""
         if isinstance(self.head_reduction, Tensor):
             return self.head_reduction
-        terms = {"mean": heads, "kv_group": heads // kv_heads, "none": 1}[self.head_reduction]
+        terms = {"mean": heads, "kv_group": heads // self.kv_heads, "none": 1}[self.head_reduction]
         return torch.full((heads,), 1 / terms, dtype=dtype, device=device)

@@ -99,6 +99,9 @@ ROWS_SLICED = RowsConfig(16, 2, 64, 4, unroll=0, stages=1, slice=16, registers=1
 # One head per tile (heads not reduced, or a group of one) reads more than it multiplies: any tile will do.
 ROWS_ONE_HEAD = RowsConfig(32, 1, 64, 4, unroll=1, pair=1, registers=168)
 
+# Keys per block of packed and paged tensors: their bounds and pages take registers that wider tiles have not left.
+NARROW = 64
+
 
 def family(capability: tuple[int, int]) -> Family:
     """The class of a card; unknown ones get the tiles that ask for least."""
@@ -106,18 +109,25 @@ def family(capability: tuple[int, int]) -> Family:
 
 
 @cache
-def lse_config(capability: tuple[int, int], queries: int, sliced: bool) -> LseConfig:
-    """Tiles of `partial_lse` for `queries` = group * rows."""
+def lse_config(capability: tuple[int, int], queries: int, sliced: bool, dense: bool = True) -> LseConfig:
+    """Tiles of `partial_lse` for `queries` = group * rows; `dense`: of tensors neither packed nor paged."""
     if sliced:
         return LSE_SLICED
-    return LSE[family(capability), next((most for most in (16, 64) if queries <= most), 128)]
+    config = LSE[family(capability), next((most for most in (16, 64) if queries <= most), 128)]
+    return config if dense else replace(config, block_n=NARROW)
 
 
 @cache
-def rows_config(capability: tuple[int, int], depth: int, rows: int, group: int, sliced: bool) -> RowsConfig:
-    """Tiles of `reduce_rows` for a sum over `group` heads (1: heads are not reduced)."""
-    bucket = next((most for most in (8, 16, 32) if rows <= most), 64)
+def rows_config(
+    capability: tuple[int, int], depth: int, rows: int, group: int, sliced: bool, dense: bool = True
+) -> RowsConfig:
+    """Tiles of `reduce_rows` for a sum over `group` heads (1: heads are not reduced); `dense` as above."""
+    bucket = next((most for most in (8, 16, 32) if rows <= most), 64 if dense or depth <= 128 else 32)
     config = ROWS_SLICED if sliced else ROWS[family(capability), 128 if depth <= 128 else 256, bucket]
+    if not (dense or sliced):
+        config = replace(config, block_n=NARROW, registers=224)
+        if depth > 128:
+            config = replace(config, warps=8, unroll=0, registers=255)
     if group == 1:
         return replace(ROWS_ONE_HEAD, slice=config.slice, stages=config.stages)
     # A tile needs 16 queries; more heads than the group has would be idle.

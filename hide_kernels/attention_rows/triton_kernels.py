@@ -8,6 +8,10 @@ normalises, sums over heads in registers and writes each column once. What a row
 whatever mask it comes from. Everything that changes from picture to picture (lengths, spans, strides) is a run-time
 integer that Triton may not specialise on, so nothing recompiles for it. Strides come in units of `ALIGN` elements: the
 compiler then knows that rows are 16-byte aligned without knowing the stride, and reads them in 16-byte pieces.
+
+Where the keys and queries of a sample lie is one of a few layouts, and a pointer that is `None` says which: `cu_q` and
+`cu_k` [B + 1] bound the samples of packed tensors, `pages` [B, pages] holds the pages of each sample's keys. What is
+packed or paged has no stride over samples; `rows` and `length` are then the most of any sample.
 """
 
 # mypy: disable-error-code="no-untyped-def, operator, arg-type, assignment"
@@ -26,6 +30,30 @@ def _rows_at(base, index, stride, WIDE: tl.constexpr):
     if WIDE:
         return base + index.to(tl.int64) * stride
     return base + index * stride.to(tl.int32)
+
+
+@triton.jit
+def _packed(bounds, b, at_most):
+    """First index of sample b in a packed tensor, and its length."""
+    first = tl.load(bounds + b).to(tl.int64)
+    return first, tl.minimum(tl.load(bounds + b + 1) - first, at_most).to(tl.int32)
+
+
+@triton.jit
+def _page_of(pages, n, page_shift):
+    """The pages that keys n lie in; n itself where there are no pages."""
+    page = n
+    if pages is not None:
+        page = tl.load(pages + (n >> page_shift)).to(tl.int64)
+    return page
+
+
+@triton.jit
+def _keys_at(head, pages, page, n, page_shift, stride_page, stride, WIDE: tl.constexpr):
+    """Pointers to keys n of a head, whose pages are known."""
+    if pages is not None:
+        return head + page * stride_page + (n & ((1 << page_shift) - 1)) * stride
+    return _rows_at(head, n, stride, WIDE)
 
 
 @triton.jit
@@ -112,27 +140,27 @@ def _visible_keys(
 
 # Integers of a call, and pointers that are not read in wide pieces: no variant of a kernel for their values.
 _LSE_INTEGERS = [
-    "kv_heads", "group", "rows", "length", "total", "chunk_keys", "stride_qb", "stride_qh", "stride_qr", "stride_kb",
-    "stride_kh", "stride_kn", "stride_pb", "stride_pr", "ahead", "window",
+    "kv_heads", "group", "rows", "length", "total", "chunk_keys", "page_shift", "stride_qb", "stride_qh", "stride_qr",
+    "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_pb", "stride_pr", "ahead", "window",
 ]  # fmt: skip
 _ROWS_INTEGERS = [
-    "first_sample", "first_row", "first_column", "kv_heads", "group", "rows", "length", "stride_qb", "stride_qh",
-    "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_lb", "stride_lh", "stride_lr", "stride_pb", "stride_pr",
-    "stride_ob", "stride_oh", "stride_or", "ahead", "window", "start0", "stop0", "start1", "stop1", "start2", "stop2",
-    "start3", "stop3",
+    "first_sample", "first_row", "first_column", "kv_heads", "group", "rows", "length", "page_shift", "stride_qb",
+    "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_lb", "stride_lh", "stride_lr",
+    "stride_pb", "stride_pr", "stride_ob", "stride_oh", "stride_or", "ahead", "window", "start0", "stop0", "start1",
+    "stop1", "start2", "stop2", "start3", "stop3",
 ]  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=_LSE_INTEGERS,
-    do_not_specialize_on_alignment=["partial", "positions", "starts", "lens"],
+    do_not_specialize_on_alignment=["partial", "positions", "starts", "lens", "cu_q", "cu_k", "pages"],
 )
 def partial_lse(
-    query, key, partial, positions, starts, lens,
+    query, key, partial, positions, starts, lens, cu_q, cu_k, pages,
     log2_scale: tl.float32, inner_scale: tl.float32,
     kv_heads: tl.int32, group: tl.int32, rows: tl.int32, length: tl.int32, total: tl.int32, chunk_keys: tl.int32,
-    stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
-    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    page_shift: tl.int32, stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64, stride_tb: tl.int64,
     stride_pb: tl.int64, stride_pr: tl.int64, ahead: tl.int64, window: tl.int64,
     DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -140,18 +168,32 @@ def partial_lse(
 ):  # fmt: skip
     """log2-sum-exp2 of one chunk of keys, for BLOCK_M of the group * rows queries of one key/value head.
 
-    Grid (chunks, tiles of group * rows, B * Hkv). Writes `partial` [chunks, B * Hq * R]; -inf for a row that sees
-    nothing in the chunk.
+    Grid (chunks, tiles of group * rows, B * Hkv). Writes `partial` [chunks, B * Hq * R], or [chunks, Hq * total_q]
+    if packed; -inf for a row that sees nothing in the chunk.
     """
     b = tl.program_id(2) // kv_heads
     g = tl.program_id(2) % kv_heads
+    if cu_q is not None:
+        q_first, rows = _packed(cu_q, b, rows)
+        if tl.program_id(1) * BLOCK_M >= group * rows:
+            return
+        query += q_first * (stride_qr * ALIGN)
+        if positions is not None:
+            positions += q_first * stride_pr
     packed = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m = tl.minimum(packed, group * rows - 1)  # past the end the last row is repeated and not stored
     j = m // rows
     r = m % rows
     q_rows = query + b.to(tl.int64) * (stride_qb * ALIGN) + g.to(tl.int64) * group * (stride_qh * ALIGN)
     q_rows = _rows_at(_rows_at(q_rows, j, stride_qh * ALIGN, WIDE), r, stride_qr * ALIGN, WIDE)
-    k_head = key + b.to(tl.int64) * (stride_kb * ALIGN) + g.to(tl.int64) * (stride_kh * ALIGN)
+    k_head = key + g.to(tl.int64) * (stride_kh * ALIGN)
+    if pages is not None:
+        pages += b.to(tl.int64) * stride_tb
+    elif cu_k is not None:
+        k_first, length = _packed(cu_k, b, length)
+        k_head += k_first * (stride_kn * ALIGN)
+    else:
+        k_head += b.to(tl.int64) * (stride_kb * ALIGN)
     every = packed >= 0
     if SLICE == 0:
         q, q_high = _load_pair(q_rows, None, DEPTH, D1, D2)
@@ -172,7 +214,9 @@ def partial_lse(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(all_first, all_stop, BLOCK_N, num_stages=STAGES):
-        k_rows = _rows_at(k_head, block + tl.arange(0, BLOCK_N), stride_kn * ALIGN, WIDE)
+        n = block + tl.arange(0, BLOCK_N)
+        page = _page_of(pages, n, page_shift)
+        k_rows = _keys_at(k_head, pages, page, n, page_shift, stride_kb * ALIGN, stride_kn * ALIGN, WIDE)
         if SLICE == 0:
             k, k_high = _load_pair(k_rows, None, DEPTH, D1, D2)
             s = _dot_pair(q, q_high, k, k_high, D2)
@@ -192,7 +236,11 @@ def partial_lse(
             block = masked + whole
         n = block + tl.arange(0, BLOCK_N)
         # Past the end the last key is read again; its score is replaced like that of every hidden key.
-        k_rows = _rows_at(k_head, tl.minimum(n, length - 1), stride_kn * ALIGN, WIDE)
+        read = tl.minimum(n, length - 1)
+        if pages is not None:  # of pages that no row sees the table need not know
+            read = tl.minimum(tl.maximum(n, tl.min(first, 0)), tl.max(stop, 0) - 1)
+        page = _page_of(pages, read, page_shift)
+        k_rows = _keys_at(k_head, pages, page, read, page_shift, stride_kb * ALIGN, stride_kn * ALIGN, WIDE)
         if SLICE == 0:
             k, k_high = _load_pair(k_rows, None, DEPTH, D1, D2)
             s = _dot_pair(q, q_high, k, k_high, D2)
@@ -210,6 +258,8 @@ def partial_lse(
         top = higher
     result = tl.where(mass > 0, top + tl.log2(mass), float("-inf"))
     row = tl.program_id(2) * (group * rows) + packed
+    if cu_q is not None:
+        row = (g * group + j) * (total // (kv_heads * group)) + q_first.to(tl.int32) + r
     tl.store(partial + tl.program_id(0).to(tl.int64) * total + row, result, mask=packed < group * rows)
 
 
@@ -268,15 +318,17 @@ def _add_heads(
 
 @triton.jit(
     do_not_specialize=_ROWS_INTEGERS,
-    do_not_specialize_on_alignment=["lse", "weights", "positions", "starts", "lens", "out"],
-)
+    do_not_specialize_on_alignment=[
+        "lse", "weights", "positions", "starts", "lens", "cu_q", "cu_k", "pages", "out",
+    ],
+)  # fmt: skip
 def reduce_rows(
-    query, key, lse, weights, positions, starts, lens, out,
+    query, key, lse, weights, positions, starts, lens, cu_q, cu_k, pages, out,
     log2_scale: tl.float32, inner_scale: tl.float32, lse_scale: tl.float32, out_scale: tl.float32,
     first_sample: tl.int32, first_row: tl.int32, first_column: tl.int32,
-    kv_heads: tl.int32, group: tl.int32, rows: tl.int32, length: tl.int32,
+    kv_heads: tl.int32, group: tl.int32, rows: tl.int32, length: tl.int32, page_shift: tl.int32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
-    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64,
+    stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64, stride_tb: tl.int64,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_lr: tl.int64, stride_pb: tl.int64, stride_pr: tl.int64,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_or: tl.int64, stride_oc: tl.int64,
     ahead: tl.int64, window: tl.int64,
@@ -284,7 +336,8 @@ def reduce_rows(
     start2: tl.int32, stop2: tl.int32, start3: tl.int32, stop3: tl.int32,
     DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,
     BLOCK_R: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, PAIR: tl.constexpr,
-    STAGES: tl.constexpr, REDUCE: tl.constexpr, SUM_ROWS: tl.constexpr, SOFTMAX: tl.constexpr, WEIGHTED: tl.constexpr,
+    STAGES: tl.constexpr, REDUCE: tl.constexpr, SUM_ROWS: tl.constexpr, MEAN_ROWS: tl.constexpr,
+    SOFTMAX: tl.constexpr, WEIGHTED: tl.constexpr,
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr, ACCUMULATE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns of up to four spans: one block of keys, one block of rows, all heads that are summed.
@@ -337,11 +390,29 @@ def reduce_rows(
 
     n = start + tl.arange(0, BLOCK_N)
     key_of = tl.minimum(n, stop - 1)  # past the span its last key is read again and not stored
-    k_sample = key + b.to(tl.int64) * (stride_kb * ALIGN)
+    k_sample = key
+    if pages is not None:
+        pages += b.to(tl.int64) * stride_tb
+    elif cu_k is not None:
+        k_first, length = _packed(cu_k, b, length)
+        k_sample += k_first * (stride_kn * ALIGN)
+    else:
+        k_sample += b.to(tl.int64) * (stride_kb * ALIGN)
     q_sample = query + b.to(tl.int64) * (stride_qb * ALIGN)
     lse_sample = lse
     if SOFTMAX:
         lse_sample += b.to(tl.int64) * stride_lb
+    if cu_q is not None:
+        q_first, rows = _packed(cu_q, b, rows)
+        if first_row + tl.program_id(1) * BLOCK_R >= rows:
+            return
+        q_sample += q_first * (stride_qr * ALIGN)
+        if SOFTMAX:
+            lse_sample += q_first * stride_lr
+        if positions is not None:
+            positions += q_first * stride_pr
+        if not SUM_ROWS:
+            out += q_first * stride_or
 
     row = first_row + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = row < rows
@@ -351,6 +422,11 @@ def reduce_rows(
     if MASKED:
         if (start >= tl.max(last, 0)) | (start + BLOCK_N <= tl.min(first, 0)):
             g_stop = g_first  # no row sees a key of this block
+    if pages is not None:  # as in partial_lse
+        key_of = tl.maximum(tl.minimum(tl.maximum(key_of, tl.min(first, 0)), tl.max(last, 0) - 1), 0)
+    elif cu_k is not None:
+        key_of = tl.minimum(key_of, length - 1)
+    page = _page_of(pages, key_of, page_shift)
 
     # Bit 3 of m is a head bit if PAIR is 2. In an mma accumulator one thread owns m and m + 8, so that summing this
     # pair of heads costs no shuffle and halves the accumulator over heads.
@@ -361,7 +437,8 @@ def reduce_rows(
     r = tl.minimum(r, rows - 1)
     total = tl.zeros([TILE_M // PAIR, BLOCK_N], tl.float32)
     for g in tl.range(g_first, g_stop, num_stages=STAGES if STEPS > 0 else 1):
-        k_rows = _rows_at(k_sample + g * (stride_kh * ALIGN), key_of, stride_kn * ALIGN, WIDE)
+        k_head = k_sample + g * (stride_kh * ALIGN)
+        k_rows = _keys_at(k_head, pages, page, key_of, page_shift, stride_kb * ALIGN, stride_kn * ALIGN, WIDE)
         if SLICE == 0:
             k, k_high = _load_pair(k_rows, None, DEPTH, D1, D2)
         else:
@@ -391,6 +468,8 @@ def reduce_rows(
     columns = out + b.to(tl.int64) * stride_ob + out_head * stride_oh + (column + tl.arange(0, BLOCK_N)) * stride_oc
     if SUM_ROWS:
         result = tl.sum(tl.where(in_rows[:, None], result, 0.0), 0)
+        if MEAN_ROWS:
+            result /= rows.to(tl.float32)
         if ACCUMULATE:
             result += tl.load(columns, mask=n < stop, other=0.0)
         tl.store(columns, result, mask=n < stop)

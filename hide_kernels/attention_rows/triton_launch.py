@@ -50,36 +50,56 @@ def attention_rows_triton(
     return_lse: bool,
     out: Tensor | None,
     accumulate: bool,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows and lse (or `None`) of a validated request."""
-    batch, heads, rows = query.shape[:3]
     if out is None:
         out = query.new_empty(request.shape, dtype=torch.float32)
     if not accumulate:
         _clear_unwritten(out, request)
     result = lse
     if return_lse and lse is None:
-        result = query.new_empty((batch, heads, rows), dtype=torch.float32)
+        result = query.new_empty(request.lse_shape, dtype=torch.float32)
     with on_device(query):
-        for first in range(0, rows, ROWS_AT_ONCE):
-            chunk = slice(first, min(first + ROWS_AT_ONCE, rows))
+        for some_query, some, chunk in _row_chunks(query, request):
             launches, log2_lse = plan(
-                query[:, :, chunk],
+                some_query,
                 key,
-                _take_rows(request, chunk),
-                None if lse is None else lse[:, :, chunk],
-                out if request.row_reduction else out[..., chunk, :],
-                accumulate or (request.row_reduction is not None and first > 0),
+                some,
+                None if lse is None else lse[..., chunk],
+                out if request.row_reduction or request.cu_seqlens_q is not None else out[..., chunk, :],
+                accumulate or (request.row_reduction is not None and (chunk.start or 0) > 0),
                 _card(query.device),
                 need_rows=out.numel() > 0,
                 need_lse=return_lse,
+                workspace=workspace,
             )
             for launch in launches:
                 launch.run()
             if return_lse and lse is None:
                 assert result is not None and log2_lse is not None
-                torch.mul(log2_lse, math.log(2), out=result[:, :, chunk])
+                torch.mul(log2_lse, math.log(2), out=result[..., chunk])
     return out, result if return_lse else None
+
+
+def workspace_elements(query: Tensor, key: Tensor, request: RowRequest) -> int:
+    """Most float32 elements that a call without lse takes beside its results."""
+    first = next(_row_chunks(query, request), None)  # the others have as many rows or fewer
+    if first is None or not request.softmax:
+        return 0
+    shared, _ = _shared_arguments(first[0], key, first[1])
+    chunks = _split(first[0], shared, first[1], _card(query.device), None)[3]
+    return math.prod(first[1].lse_shape) * (1 if chunks == 1 else 1 + chunks)
+
+
+def _row_chunks(query: Tensor, request: RowRequest) -> Iterator[tuple[Tensor, RowRequest, slice]]:
+    """Rows that go together, with their slice of the last dimension of lse: all of them if packed."""
+    if request.cu_seqlens_q is not None:
+        yield query, request, slice(None)
+        return
+    for first in range(0, request.rows, ROWS_AT_ONCE):
+        chunk = slice(first, min(first + ROWS_AT_ONCE, request.rows))
+        yield query[:, :, chunk], _take_rows(request, chunk), chunk
 
 
 def plan(
@@ -95,76 +115,36 @@ def plan(
     need_lse: bool = False,
     lse_tiles: LseConfig | None = None,
     rows_tiles: RowsConfig | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor | None]:
-    """The launches of one chunk of rows, and the lse in log2 units (B, Hq, R) that they compute, if they do.
+    """The launches of one chunk of rows, and the lse in log2 units that they compute, if they do.
 
     Works on any device, also "meta": what is launched depends on shapes, strides and alignment only. `lse_tiles` and
     `rows_tiles` replace the table's choice.
     """
-    batch, heads, rows, depth = query.shape
-    kv_heads, length = key.shape[1:3]
+    heads, depth, kv_heads, rows = query.shape[1], query.shape[-1], request.kv_heads, _most_rows(query, request)
     group = heads // kv_heads
-    query = query if query.stride(3) == 1 else query.contiguous()
-    key = key if key.stride(3) == 1 else key.contiguous()
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key = key if key.stride(-1) == 1 else key.contiguous()
     shared, masked = _shared_arguments(query, key, request)
-    sliced = query.dtype == torch.float32 or shared["ALIGN"] == 1
+    sliced = _sliced(query, shared)
     launches: list[Launch] = []
     log2_lse = None
     lse_scale = LOG2_E
-
     if request.softmax and lse is None and (need_rows or need_lse):
-        tiles = lse_tiles or lse_config(card.capability, group * rows, sliced)
-        row_tiles = -(-group * rows // tiles.block_m)
-        per_chunk = chunk_keys(length, row_tiles * kv_heads, tiles, card.processors) if length else 1
-        chunks = max(1, -(-length // per_chunk))
-        total = batch * heads * rows
-        log2_lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
-        partial = log2_lse if chunks == 1 else log2_lse.new_empty((chunks, total))
-        launches.append(
-            Launch(
-                kernels.partial_lse,
-                (chunks, row_tiles, batch * kv_heads),
-                {
-                    **shared,
-                    "partial": partial,
-                    "total": total,
-                    "chunk_keys": per_chunk,
-                    "log2_scale": abs(_score_scale(request)) * LOG2_E,
-                    "NEGATE": _score_scale(request) < 0,
-                    "SLICE": tiles.slice,
-                    "BLOCK_M": tiles.block_m,
-                    "BLOCK_N": tiles.block_n,
-                    **_options(tiles),
-                },
-            )
-        )
-        if chunks > 1:
-            launches.append(
-                Launch(
-                    kernels.combine_lse,
-                    (-(-total // 32), 1, 1),
-                    {
-                        "partial": partial,
-                        "lse": log2_lse,
-                        "total": total,
-                        "chunks": chunks,
-                        "BLOCK": 32,
-                        "CHUNKS": 32,
-                        "num_warps": 4,
-                        "enable_fp_fusion": True,
-                    },
-                )
-            )
+        launches, log2_lse = _lse_launches(query, shared, request, card, lse_tiles, need_lse, workspace)
         lse, lse_scale = log2_lse, 1.0
-
     if not need_rows:
         return launches, log2_lse
     reduction = request.head_reduction
     reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(str(reduction), ("all", 1))
-    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, 1 if reduce == "none" else group, sliced)
+    summed = 1 if reduce == "none" else group
+    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, summed, sliced, request.dense)
     steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
     row_blocks = -(-rows // rows_tiles.block_r)
-    lse_strides = lse.stride() if request.softmax and lse is not None else (0, 0, 0)
+    lse_strides: tuple[int, ...] = (0, 0, 0)
+    if request.softmax and lse is not None:
+        lse_strides = (0, *lse.stride())[-3:]
     out_strides = _out_strides(out, request)
     rows_arguments = {
         **shared,
@@ -184,6 +164,7 @@ def plan(
         "PAIR": rows_tiles.pair,
         "REDUCE": reduce,
         "SUM_ROWS": request.row_reduction is not None,
+        "MEAN_ROWS": request.row_reduction == "mean" and request.cu_seqlens_q is not None,
         "SOFTMAX": request.softmax,
         "WEIGHTED": isinstance(reduction, Tensor),
         "MASKED": masked,
@@ -212,39 +193,130 @@ def plan(
     return launches, log2_lse
 
 
+def _split(
+    query: Tensor, shared: dict[str, Any], request: RowRequest, card: Card, tiles: LseConfig | None
+) -> tuple[LseConfig, int, int, int]:
+    """Of the first pass: tiles, tiles of queries, keys per chunk and chunks."""
+    queries = query.shape[1] // request.kv_heads * _most_rows(query, request)
+    tiles = tiles or lse_config(card.capability, queries, _sliced(query, shared), request.dense)
+    row_tiles, length = -(-queries // tiles.block_m), request.length
+    per_chunk = chunk_keys(length, row_tiles * request.kv_heads, tiles, card.processors) if length else 1
+    return tiles, row_tiles, per_chunk, max(1, -(-length // per_chunk))
+
+
+def _lse_launches(
+    query: Tensor,
+    shared: dict[str, Any],
+    request: RowRequest,
+    card: Card,
+    tiles: LseConfig | None,
+    need_lse: bool,
+    workspace: Tensor | None,
+) -> tuple[list[Launch], Tensor]:
+    """The first pass, and the lse in log2 units, of the shape of `request.lse_shape`, that it computes."""
+    tiles, row_tiles, per_chunk, chunks = _split(query, shared, request, card, tiles)
+    total = math.prod(request.lse_shape)
+    elements = total if chunks == 1 else (1 + chunks) * total
+    if workspace is None:
+        workspace = query.new_empty(elements, dtype=torch.float32)
+    elif workspace.shape[0] < elements:
+        raise ValueError(f"workspace: got shape {tuple(workspace.shape)}, want ({elements},) or more")
+    log2_lse = workspace[:total].view(request.lse_shape)
+    partial = log2_lse if chunks == 1 else workspace[total:elements]
+    if request.cu_seqlens_q is not None and need_lse:
+        partial.fill_(-math.inf)  # rows that belong to no sample
+    first = Launch(
+        kernels.partial_lse,
+        (chunks, row_tiles, len(request.spans) * request.kv_heads),
+        {
+            **shared,
+            "partial": partial,
+            "total": total,
+            "chunk_keys": per_chunk,
+            "log2_scale": abs(_score_scale(request)) * LOG2_E,
+            "NEGATE": _score_scale(request) < 0,
+            "SLICE": tiles.slice,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            **_options(tiles),
+        },
+    )
+    if chunks == 1:
+        return [first], log2_lse
+    second = Launch(
+        kernels.combine_lse,
+        (-(-total // 32), 1, 1),
+        {
+            "partial": partial,
+            "lse": log2_lse,
+            "total": total,
+            "chunks": chunks,
+            "BLOCK": 32,
+            "CHUNKS": 32,
+            "num_warps": 4,
+            "enable_fp_fusion": True,
+        },
+    )
+    return [first, second], log2_lse
+
+
+def _sliced(query: Tensor, shared: dict[str, Any]) -> bool:
+    """Whether D goes in slices."""
+    return query.dtype == torch.float32 or shared["ALIGN"] == 1
+
+
 def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[dict[str, Any], bool]:
     """What both passes take, and whether some key may be hidden."""
     strides: dict[str, int] = {}
     aligned = query.data_ptr() % 16 == 0 and key.data_ptr() % 16 == 0
     wide = False
-    for tensor, letter in ((query, "q"), (key, "k")):
+    # The dimensions over samples (or pages), heads, and rows or keys.
+    dense, packed = (0, 1, 2), (None, 1, 0)
+    q_dims: tuple[int | None, int, int] = dense if request.cu_seqlens_q is None else packed
+    k_dims: tuple[int | None, int, int] = dense if request.cu_seqlens_k is None else packed
+    if request.block_table is not None:
+        k_dims = (0, 2, 1)
+    most_rows, most_keys = _most_rows(query, request), request.length
+    if request.block_table is not None:
+        most_keys = key.shape[1]  # pages lie 64 bits apart in any case
+    for tensor, letter, dims, most in ((query, "q", q_dims, most_rows), (key, "k", k_dims, most_keys)):
         # A dimension of size one may have any stride.
-        steps = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)][:3]
+        steps = [0 if d is None or tensor.shape[d] <= 1 else tensor.stride(d) for d in dims]
         aligned = aligned and all(step % 8 == 0 for step in steps)
-        heads, rows, depth = tensor.shape[1:]
-        wide = wide or (heads - 1) * steps[1] + (rows - 1) * steps[2] + depth >= WIDE_FROM
+        last = (tensor.shape[dims[1]] - 1) * steps[1] + (most - 1) * steps[2]
+        wide = wide or last + tensor.shape[-1] >= WIDE_FROM
         names = ("b", "h", "n" if letter == "k" else "r")
         strides |= {f"stride_{letter}{name}": step for name, step in zip(names, steps, strict=True)}
     align = 8 if aligned else 1
-    depth = query.shape[3]
+    depth = query.shape[-1]
     low = 1 << (depth.bit_length() - 1)
     high = 0 if low == depth else max(16, 1 << (depth - low - 1).bit_length())
     positions = request.q_positions if request.causal or request.window is not None else None
-    starts, lens = (None if x is None else x.contiguous() for x in (request.kv_starts, request.kv_lens))
+    starts, lens, cu_q, cu_k, pages = (
+        None if x is None else x.contiguous()
+        for x in (
+            request.kv_starts, request.kv_lens, request.cu_seqlens_q, request.cu_seqlens_k, request.block_table,
+        )
+    )  # fmt: skip
     arguments = {
         "query": query,
         "key": key,
         "positions": positions,
         "starts": starts,
         "lens": lens,
+        "cu_q": cu_q,
+        "cu_k": cu_k,
+        "pages": pages,
         "inner_scale": 0.0 if request.softcap is None else request.scale / request.softcap,
-        "kv_heads": key.shape[1],
-        "group": query.shape[1] // key.shape[1],
-        "rows": query.shape[2],
-        "length": key.shape[2],
+        "kv_heads": request.kv_heads,
+        "group": query.shape[1] // request.kv_heads,
+        "rows": most_rows,
+        "length": request.length,
+        "page_shift": 0 if pages is None else key.shape[1].bit_length() - 1,
+        "stride_tb": 0 if pages is None else pages.shape[1],
         **{name: stride // align for name, stride in strides.items()},
-        "stride_pb": 0 if positions is None else positions.stride(0),
-        "stride_pr": 0 if positions is None else positions.stride(1),
+        "stride_pb": 0 if positions is None or cu_q is not None else positions.stride(0),
+        "stride_pr": 0 if positions is None else positions.stride(-1),
         "ahead": 0 if request.causal else UNBOUNDED,
         "window": UNBOUNDED if request.window is None else min(request.window, UNBOUNDED),
         "DEPTH": depth,
@@ -254,7 +326,7 @@ def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[
         "ALIGN": align,
         "WIDE": wide,
     }
-    return arguments, any(mask is not None for mask in (positions, starts, lens))
+    return arguments, any(mask is not None for mask in (positions, starts, lens, cu_k))
 
 
 def _score_scale(request: RowRequest) -> float:
@@ -265,7 +337,7 @@ def _score_scale(request: RowRequest) -> float:
 def _out_scale(request: RowRequest, heads: int, group: int) -> float:
     reduction = request.head_reduction
     scale = 1 / {"mean": heads, "kv_group": group}.get(reduction, 1) if isinstance(reduction, str) else 1.0
-    if request.row_reduction == "mean":
+    if request.row_reduction == "mean" and request.cu_seqlens_q is None:
         scale /= request.rows
     return scale if request.softmax else scale * _score_scale(request)
 
@@ -273,10 +345,12 @@ def _out_scale(request: RowRequest, heads: int, group: int) -> float:
 def _out_strides(out: Tensor, request: RowRequest) -> tuple[int, int, int, int]:
     """Strides over samples, heads, rows and columns; 0 for what the result has not."""
     strides = list(out.stride())
-    if request.row_reduction:
-        strides.insert(-1, 0)
     if not isinstance(request.head_reduction, str) or request.head_reduction == "mean":
         strides.insert(1, 0)
+    if request.row_reduction:
+        strides.insert(2, 0)
+    elif request.cu_seqlens_q is not None:  # rows come first, and no sample
+        strides = [0, strides[1], strides[0], strides[2]]
     return strides[0], strides[1], strides[2], strides[3]
 
 
@@ -307,7 +381,7 @@ def _span_launches(spans: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[int
 
 def _clear_unwritten(out: Tensor, request: RowRequest) -> None:
     """Zeros where no launch writes: columns that a sample lacks, sums over no rows."""
-    if request.rows == 0:
+    if request.rows == 0 or request.cu_seqlens_q is not None:  # packed rows may belong to no sample
         out.zero_()
         return
     for sample, spans in enumerate(request.spans):
@@ -317,9 +391,15 @@ def _clear_unwritten(out: Tensor, request: RowRequest) -> None:
 
 
 def _take_rows(request: RowRequest, chunk: slice) -> RowRequest:
-    if request.q_positions is None:
-        return request
-    return dataclasses.replace(request, q_positions=request.q_positions[:, chunk])
+    """Of what lies along the rows, those of one chunk; `rows` stays what a mean over rows divides by."""
+    positions = None if request.q_positions is None else request.q_positions[:, chunk]
+    lse_shape = (*request.lse_shape[:2], chunk.stop - chunk.start)
+    return dataclasses.replace(request, q_positions=positions, lse_shape=lse_shape)
+
+
+def _most_rows(query: Tensor, request: RowRequest) -> int:
+    """Rows of this chunk, or of the longest sample."""
+    return query.shape[2] if request.cu_seqlens_q is None else request.rows
 
 
 def _card(device: torch.device) -> Card:

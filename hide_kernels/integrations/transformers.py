@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide_kernels.attention_rows import AttentionRows, attention_rows
 from hide_kernels.attention_rows.api import KeySpans
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Neither "flash" nor "sdpa" may stand in the names: transformers reads meaning into both.
 IMPLEMENTATION = "hide_rows"
@@ -42,6 +45,7 @@ def capture_attention_rows(
     causal: bool = True,
     head_reduction: Literal["mean", "none", "kv_group"] | Tensor | Sequence[float] = "mean",
     return_lse: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Iterator[CapturedRows]:
     """Record softmax attention rows of chosen layers while the model runs.
 
@@ -65,6 +69,8 @@ def capture_attention_rows(
             (not with beams, an assistant or a compiled decode). Batches must be padded on the left, as `generate`
             wants. With `prefill_chunk_size`, transformers 4.57 decodes the last prompt token: one more row at first.
         key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
+        process_group: the ranks of a model under tensor parallelism (`tp_plan="auto"`), each of which runs the same
+            block; sums over heads are then over the heads of all of them.
         causal: True gives the model's own attention, equal to `output_attentions=True`; False lets every row see
             every key of its forward (published HiDe, arXiv 2510.00054). Padding is left out in both.
 
@@ -88,7 +94,7 @@ def capture_attention_rows(
         if not -len(modules) <= layer < len(modules):
             raise ValueError(f"layers: got {layer}, want 0 to {len(modules) - 1} ({type(model).__name__})")
     captures = [
-        _Capture(layer, rows, key_spans, causal, head_reduction, return_lse)
+        _Capture(layer, rows, key_spans, causal, head_reduction, return_lse, process_group)
         for layer in dict.fromkeys(layer % len(modules) for layer in layers)
     ]
     if not captures:
@@ -164,6 +170,7 @@ class _Capture:
     causal: bool
     head_reduction: Any
     return_lse: bool
+    process_group: ProcessGroup | None
     pieces: list[AttentionRows] = field(default_factory=list)
     base_config: Any = None
     positions: list[int] = field(default_factory=list)
@@ -238,6 +245,7 @@ class _Capture:
             softcap=kwargs.get("softcap"),
             head_reduction=self.head_reduction,
             return_lse=self.return_lse,
+            process_group=self.process_group,
             **limits,
         )
         self.pieces.append(new)

@@ -1,10 +1,11 @@
-"""Calls that cover the dense contract of `attention_rows`, for tests on any device and before any benchmark.
+"""Calls that cover the contract of `attention_rows`, for tests on any device and before any benchmark.
 
 Sizes are no powers of two, tensors are strided, keys that no row may see hold NaN, and memory is poisoned.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,62 @@ class Case:
             positions = self.arguments["q_positions"].expand(self.batch, self.rows)[sample]
             last = min(last, max(0, int(positions.max()) + 1))
         return first, max(first, last)
+
+
+@dataclass(frozen=True)
+class ServingCase(Case):
+    """A call as serving engines lay it: `rows_of` of each sample packed, and `keys_of` each packed or paged.
+
+    `rows_of` empty: `batch` dense samples of `rows`. `block_size` 0: packed keys. `heads_first`: pages hold (Hkv,
+    block_size, D), FlashInfer's HND. Pages lie in any order between others that hold NaN, as does what fills the last
+    page of a sample; the table's entries past the last page, and of pages before `kv_starts`, are -1. The last two
+    query rows belong to no sample.
+    """
+
+    rows_of: tuple[int, ...] = (5, 0, 1, 17)
+    keys_of: tuple[int, ...] = (139, 30, 1, 77)
+    block_size: int = 0
+    heads_first: bool = False
+
+    def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, dict[str, Any]]:
+        generator = torch.Generator().manual_seed(len(self.name))
+        arguments: dict[str, Any] = {"max_seqlen_k": max(self.keys_of) + 3, **self.arguments}
+        if self.rows_of:
+            bounds = [0, *itertools.accumulate(self.rows_of)]
+            query = torch.randn(bounds[-1] + 2, self.heads, self.depth, generator=generator) * self.gain
+            arguments |= {"cu_seqlens_q": torch.tensor(bounds).int(), "max_seqlen_q": max(self.rows_of) + 1}
+        else:
+            shape = len(self.keys_of), self.rows, self.heads, self.depth
+            query = torch.randn(shape, generator=generator).transpose(1, 2) * self.gain
+        keys = [torch.randn(n, self.kv_heads, self.depth, generator=generator) for n in self.keys_of]
+        if self.block_size:
+            key, arguments["block_table"] = self._paged(keys, generator)
+            arguments.setdefault("kv_lens", torch.tensor(self.keys_of).int())
+            reach = arguments["block_table"].shape[1] * self.block_size
+            arguments["max_seqlen_k"] = min(arguments["max_seqlen_k"], reach)
+        else:
+            key = torch.cat([*keys, torch.full((5, self.kv_heads, self.depth), torch.nan)])
+            arguments["cu_seqlens_k"] = torch.tensor([0, *itertools.accumulate(self.keys_of)]).int()
+        key = key.to(device, dtype)
+        if self.heads_first:
+            key = key.transpose(1, 2).contiguous().transpose(1, 2)
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        return query.to(device, dtype), key, moved
+
+    def _paged(self, keys: list[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        counts = [-(-len(of_sample) // self.block_size) for of_sample in keys]
+        order = torch.randperm(sum(counts) + 3, generator=generator).int()
+        cache = torch.full((len(order), self.block_size, self.kv_heads, self.depth), torch.nan)
+        table = torch.full((len(keys), max(counts) + 1), -1, dtype=torch.int32)
+        starts = self.arguments.get("kv_starts", torch.zeros(len(keys)))
+        used = 0
+        for b, of_sample in enumerate(keys):
+            for i, page in enumerate(of_sample.split(self.block_size)):
+                if (i + 1) * self.block_size > starts[b]:
+                    table[b, i] = order[used]
+                    cache[order[used], : len(page)] = page
+                used += 1
+        return cache, table
 
 
 def _positions(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -122,6 +179,37 @@ CASES = [
     Case("softcap", arguments={"softcap": 2.5, "scale": 0.5}),
     Case("negative scale, softcap", arguments={"softcap": 2.5, "scale": -0.5}),
     Case("scores of ten thousand", gain=2000.0),
+]  # fmt: skip
+
+_ROWS = (5, 0, 1, 17)
+_AT_THE_END = torch.cat(
+    [torch.arange(n - r, n) for r, n in zip(_ROWS, (139, 30, 1, 77), strict=True)] + [torch.zeros(2)]
+)
+_CAUSAL = {"q_positions": _AT_THE_END.int(), "causal": True}
+SERVING_CASES = [
+    ServingCase("packed"),
+    ServingCase("packed, causal", arguments=_CAUSAL),
+    ServingCase("packed, causal window, spans per sample, kv groups", arguments={
+        **_CAUSAL, "window": 50, "head_reduction": "kv_group",
+        "key_spans": [[(3, 70), (100, 140)], [(0, 12)], [], [(0, 1), (60, 79)]],
+    }),
+    ServingCase("packed, heads apart", arguments={"head_reduction": "none", "kv_lens": torch.tensor([100, 99, 1, 0])}),
+    ServingCase("packed, causal, rows averaged", arguments={**_CAUSAL, "row_reduction": "mean"}),
+    ServingCase("packed, rows summed, heads apart", rows_of=(70, 3, 0, 33), arguments={
+        "row_reduction": "sum", "head_reduction": "none",
+    }),
+    ServingCase("packed, raw, weights", arguments={"softmax": False, "head_reduction": [1.0, -1, 0.5, 0, 0, 2]}),
+    ServingCase("packed keys", rows_of=()),
+    ServingCase("paged", block_size=16),
+    ServingCase("paged, heads first, causal", block_size=32, heads_first=True, arguments=_CAUSAL),
+    ServingCase("paged, pages of 128", block_size=128, depth=80, arguments={"key_spans": [(3, 70), (100, 140)]}),
+    ServingCase("paged, pages of 256, heads apart", block_size=256, arguments={"head_reduction": "none"}),
+    ServingCase("paged, pages of one key", block_size=1, keys_of=(39, 3, 1, 77)),
+    ServingCase("paged, causal window, freed pages", block_size=16, arguments={
+        **_CAUSAL, "window": 20, "kv_starts": torch.tensor([100, 0, 0, 32]), "softcap": 3.0,
+    }),
+    ServingCase("paged, dense query", block_size=16, rows_of=(), keys_of=(139, 0, 48), rows=3),
+    ServingCase("paged, one row each", block_size=64, rows_of=(1, 1, 1), keys_of=(130, 64, 65), heads=14),
 ]  # fmt: skip
 
 

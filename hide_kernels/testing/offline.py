@@ -91,6 +91,8 @@ def planned(
     spans: list[list[tuple[int, int]]] | None = None,
     masked: bool = False,
     key_heads_apart: bool = False,
+    packed: bool = False,
+    block_size: int = 0,
     unaligned: bool = False,
     processors: int = 132,
     accumulate: bool = False,
@@ -99,18 +101,34 @@ def planned(
     """The launches of `attention_rows` for such tensors on such a card; defaults are Qwen2.5-VL-7B's.
 
     `spans` are per sample. `masked` is causal with padding. Keys lie as (B, N, H, D), or as (B, H, N, D) with
-    `key_heads_apart`.
+    `key_heads_apart`. `packed`: the rows of all samples are packed, and the keys too where there is no `block_size`;
+    with one, keys are paged, heads first with `key_heads_apart`.
     """
     query = torch.empty(batch, heads, rows, depth, dtype=dtype, device="meta")
     key = torch.empty(batch, kv_heads, length, depth, dtype=dtype, device="meta")
     if not key_heads_apart:
         width = depth + 3 if unaligned else depth
         key = torch.empty(batch, length, kv_heads, width, dtype=dtype, device="meta")[..., :depth].transpose(1, 2)
+    layout: dict[str, Any] = {}
+    if packed:
+        query = query.transpose(1, 2).flatten(0, 1)
+        layout |= {"cu_seqlens_q": torch.empty(batch + 1, dtype=torch.int32, device="meta"), "max_seqlen_q": rows}
+    if block_size:
+        shape = (9, kv_heads, block_size, depth) if key_heads_apart else (9, block_size, kv_heads, depth)
+        key = torch.empty(shape, dtype=dtype, device="meta")
+        key = key.transpose(1, 2) if key_heads_apart else key
+        pages = -(-length // block_size)
+        layout |= {"block_table": torch.empty(batch, pages, dtype=torch.int32, device="meta"), "max_seqlen_k": length}
+    elif packed:
+        key = key.transpose(1, 2).flatten(0, 1)
+        layout |= {"cu_seqlens_k": torch.empty(batch + 1, dtype=torch.int32, device="meta"), "max_seqlen_k": length}
+    positions = (batch * rows,) if packed else (batch, rows)
     request = RowRequest.of(
         query,
         key,
+        **layout,
         spans=[[(0, length)]] * batch if spans is None else spans,
-        q_positions=torch.empty(batch, rows, dtype=torch.int64, device="meta") if masked else None,
+        q_positions=torch.empty(positions, dtype=torch.int64, device="meta") if masked else None,
         causal=masked,
         window=None,
         kv_starts=None,

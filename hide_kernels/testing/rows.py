@@ -60,8 +60,11 @@ def textbook_attention_rows(
 
     `grouped` is as `eager_attention_rows` documents it.
 
-    Takes the arguments that say what is computed, not those that say how (`out`, `lse`, `backend`).
+    Takes the arguments that say what is computed, not those that say how (`out`, `lse`, `backend`). Packed and paged
+    inputs are taken apart on the host, key by key, and each sample is a dense call.
     """
+    if any(arguments.get(name) is not None for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table")):
+        return _textbook_by_sample(query, key, grouped=grouped, **arguments)
     batch, heads, rows, _ = query.shape
     kv_heads, length = key.shape[1:3]
     unused = {"return_lse", "lse", "backend"}
@@ -89,6 +92,66 @@ def textbook_attention_rows(
     if arguments.get("row_reduction"):
         result = getattr(result, arguments["row_reduction"])(-2)
     return result, lse
+
+
+def _textbook_by_sample(
+    query: Tensor,
+    key: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    starts, lens = arguments.pop("kv_starts", None), arguments.pop("kv_lens", None)
+    positions, spans = arguments.pop("q_positions", None), arguments.pop("key_spans", None)
+    size = key.shape[1]
+    q_ends = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    batch = len(query) if q_ends is None else len(q_ends) - 1
+    most = max_seqlen_k or (key.shape[2] if block_table is None else block_table.shape[1] * size)
+    nested = spans is not None and any(len(span) == 0 or not isinstance(span[0], int) for span in spans)
+    results = []
+    for b in range(batch):
+        # Past its own keys a sample has hidden ones, so that columns are the same for all.
+        if block_table is not None:
+            length = most if lens is None else min(most, max(0, int(lens[b])))
+            n = range(length)
+            own = [key[int(block_table[b, i // size]), i % size] for i in n if starts is None or i >= int(starts[b])]
+            keys = torch.stack([torch.zeros_like(key[0, 0])] * (length - len(own)) + own) if length else key[:0, 0]
+        elif cu_seqlens_k is not None:
+            keys = key[int(cu_seqlens_k[b]) : int(cu_seqlens_k[b + 1])][:most]
+        else:
+            keys = key[b].transpose(0, 1)
+        alone: dict[str, Any] = {"kv_lens": torch.tensor([min(len(keys), len(keys) if lens is None else int(lens[b]))])}
+        if starts is not None:
+            alone["kv_starts"] = starts[b : b + 1]
+        keys = torch.cat([keys, keys.new_zeros(most - len(keys), *keys.shape[1:])])
+        rows = query[b] if q_ends is None else query[q_ends[b] : q_ends[b + 1]][:max_seqlen_q].transpose(0, 1)
+        if positions is not None:
+            of_sample = positions.expand(batch, -1)[b] if q_ends is None else positions[q_ends[b] : q_ends[b + 1]]
+            alone["q_positions"] = of_sample[None, :max_seqlen_q]
+        own_spans = [spans[b]] if nested else spans
+        keys = keys.transpose(0, 1)[None]
+        results.append(textbook_attention_rows(rows[None], keys, key_spans=own_spans, **alone, **arguments))
+    width = max([0, *(rows.shape[-1] for rows, _ in results)])
+    padded = [torch.nn.functional.pad(rows[0], (0, width - rows.shape[-1])) for rows, _ in results]
+    if q_ends is None or arguments.get("row_reduction"):
+        stacked = torch.stack([torch.where(rows.isnan(), 0.0, rows) for rows in padded])  # a mean over no rows is 0
+    else:
+        stacked = query.new_zeros(len(query), *padded[0].shape[:-2], width)
+        for b, rows in enumerate(padded):
+            stacked[q_ends[b] : q_ends[b] + rows.shape[-2]] = rows.movedim(-2, 0)
+    if not arguments.get("softmax", True):
+        return stacked, query.new_empty(0)
+    lses = [lse[0] for _, lse in results]
+    if q_ends is None:
+        return stacked, torch.stack(lses)
+    packed_lse = query.new_full((query.shape[1], len(query)), -torch.inf)
+    for b, lse in enumerate(lses):
+        packed_lse[:, q_ends[b] : q_ends[b] + lse.shape[-1]] = lse
+    return stacked, packed_lse
 
 
 def _visible(batch: int, rows: int, length: int, arguments: dict[str, Any]) -> Tensor:

@@ -1,0 +1,123 @@
+"""The Triton kernels of attention_rows on packed and paged batches: interpreted, and compiled for cards not here."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hide_kernels import attention_rows, attention_rows_workspace
+from hide_kernels.attention_rows import triton_launch
+from hide_kernels.testing.cases import SERVING_CASES, ServingCase, error_of
+from hide_kernels.testing.interpreter import interpreted
+from hide_kernels.testing.offline import SHARED_LIMIT, compilations, compile_launch, planned
+
+warnings = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+
+
+@pytest.fixture
+def launched():
+    """The launches that ran, interpreted."""
+    launches = []
+    with interpreted(), pytest.MonkeyPatch.context() as patch:
+        checked = triton_launch.Launch.run
+        patch.setattr(triton_launch.Launch, "run", lambda launch: (launches.append(launch), checked(launch)))
+        yield launches
+
+
+@warnings
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SERVING_CASES, ids=lambda case: case.name)
+def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
+    errors = error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)
+    assert max(errors) <= (1 if dtype == torch.float32 else 2)
+    assert launched[-1].kernel.fn.__name__ == "reduce_rows"
+    assert launched[-1].arguments["MASKED"] and not launched[-1].arguments["WIDE"]
+
+
+@warnings
+def test_a_sequence_has_the_same_bits_in_any_batch_and_64_bit_offsets_change_none(launched, monkeypatch):
+    case = ServingCase("bits", block_size=16, rows_of=(3, 1, 4), keys_of=(139, 200, 65))
+    query, key, arguments = case.inputs(torch.float16)
+    together = attention_rows(query, key, return_lse=True, backend="triton", **arguments)
+    monkeypatch.setattr(triton_launch, "WIDE_FROM", 0)
+    wide = attention_rows(query, key, return_lse=True, backend="triton", **arguments)
+    assert launched[-1].arguments["WIDE"]
+    assert torch.equal(wide.rows, together.rows) and torch.equal(wide.lse, together.lse)
+    bounds = torch.tensor([0, 4]).int()
+    one = {"cu_seqlens_q": bounds, **{name: arguments[name][2:] for name in ("block_table", "kv_lens")}}
+    alone = attention_rows(query[4:8], key, return_lse=True, backend="triton", **{**arguments, **one})
+    assert torch.equal(alone.rows, together.rows[4:8]) and torch.equal(alone.lse, together.lse[:, 4:8])
+
+
+@warnings
+@pytest.mark.parametrize(
+    "case",
+    [
+        ServingCase("packed"), ServingCase("paged", block_size=16, keys_of=(300, 30, 1, 77)),
+        ServingCase("rows summed", arguments={"row_reduction": "sum", "softmax": False}),
+        ServingCase("dense queries", block_size=16, rows_of=()),
+    ],
+    ids=lambda case: case.name,
+)  # fmt: skip
+def test_with_out_and_a_workspace_a_call_allocates_nothing(case, launched, monkeypatch):
+    query, key, arguments = case.inputs(torch.float16)
+    arguments["backend"] = "triton"
+    want = attention_rows(query, key, **arguments).rows
+    size = attention_rows_workspace(query, key, **arguments)
+    assert (size == 0) == (arguments.get("softmax") is False)
+    memory = torch.full((size + 8,), torch.nan)
+    out = torch.full_like(want, torch.nan)
+    allocated = []
+
+    class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            given = {x.untyped_storage().data_ptr() for x in (query, key, out, memory, *tensors)}
+            if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+                allocated.append(func)
+            return result
+
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    checked = triton_launch.Launch.run
+
+    def unwatched(launch):  # the interpreter itself allocates
+        with torch.utils._python_dispatch._disable_current_modes():
+            checked(launch)
+
+    monkeypatch.setattr(triton_launch.Launch, "run", unwatched)
+    with Allocations():
+        attention_rows(query, key, out=out, workspace=memory[:size], **arguments)
+    assert allocated == []
+    assert torch.equal(out, want) and memory[size:].isnan().all()
+    if size:
+        with pytest.raises(ValueError, match=f"workspace: got shape .* want \\({size},\\) or more"):
+            attention_rows(query, key, out=out, workspace=memory[: size - 1], **arguments)
+
+
+TENSOR_CORES = {(8, 0): "mma", (9, 0): "wgmma", (10, 0): "tcgen05"}
+LAYOUTS = {"packed": {"packed": True}, "paged": {"packed": True, "block_size": 16}, "dense queries": {"block_size": 64}}
+
+
+@pytest.mark.parametrize("capability", TENSOR_CORES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("depth, rows", [(80, 16), (128, 32), (256, 8)])
+def test_16_bit_kernels_use_no_stack_fit_the_card_and_its_tensor_cores(capability, layout, depth, rows):
+    for launch in planned(capability, depth=depth, rows=rows, batch=2, masked=True, **LAYOUTS[layout]):
+        usage = compile_launch(launch, capability)
+        assert usage.stack <= (0 if depth <= 128 else 32), usage
+        assert usage.shared <= SHARED_LIMIT[capability], usage
+        if usage.kernel == "reduce_rows":
+            assert getattr(usage, TENSOR_CORES[capability]) > 0, usage
+
+
+def test_nothing_recompiles_for_lengths_tables_block_sizes_or_layouts_of_pages():
+    base = {"rows": 30, "length": 5_000, "packed": True}
+    for layout in ({}, {"block_size": 16}):
+        launches = planned((9, 0), **base, **layout)
+        assert compilations(launches, (9, 0)) == 3
+        changes = [{"length": 4_999}, {"length": 129}, {"rows": 17}, {"batch": 5}, {"spans": [[(1, 17), (20, 21)]]}]
+        if layout:
+            changes += [{"block_size": size} for size in (1, 32, 64, 256)] + [{"key_heads_apart": True}]
+        for change in changes:
+            launches += planned((9, 0), **{**base, **layout, **change})
+        assert compilations(launches, (9, 0)) == 3
