@@ -96,7 +96,7 @@ def render(path: Path) -> list[Path]:
 
 def cpu_section(result: dict[str, Any]) -> str:
     """The README's tables of a CPU result."""
-    tables = {name: entry["table"] for name, entry in result["operators"].items()}
+    tables = {name: entry.get("table", []) for name, entry in result["operators"].items()}
     lines = [f"{provenance(result['environment'])}. `python -m benchmarks.cpu`; medians.", ""]
     anchor = tables["attention_rows"][0]
     lines += [

@@ -6,7 +6,7 @@ only tensors that stay where they are, so that a GPU replays it as one graph; on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,25 @@ from hide.kv_cache import PreallocatedCache
 
 # Steps between two looks at the tokens on a GPU; what was decoded behind an end is cut off.
 _STEPS_PER_READ = 8
-# What `generate` does in greedy mode unless a checkpoint asks for more.
-_NEUTRAL: tuple[Any, ...] = (None, False, 0, 1, 1.0, [], {})
-_NOT_SERVED = (
-    "bad_words_ids", "begin_suppress_tokens", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
-    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "min_length",
-    "min_new_tokens", "no_repeat_ngram_size", "sequence_bias", "stop_strings", "suppress_tokens", "watermarking_config",
-)  # fmt: skip
+# Settings that change greedy decoding, with the values that leave it as it is; the others are for `generate`.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+    "remove_invalid_values": (None, False),
+    "sequence_bias": (None, {}),
+    "stop_strings": (None, []),
+    "suppress_tokens": (None, []),
+    "watermarking_config": (None,),
+}
 
 
 class GreedySettings(NamedTuple):
@@ -35,7 +47,7 @@ class GreedySettings(NamedTuple):
 
 def greedy_settings(config: GenerationConfig) -> GreedySettings:
     """What a checkpoint asks of greedy decoding; `ValueError` for what only `generate` does."""
-    asked = [name for name in _NOT_SERVED if getattr(config, name, None) not in _NEUTRAL]
+    asked = [name for name, off in _OFF.items() if getattr(config, name, None) not in off]
     if asked:
         raise ValueError(f"generation_config: {', '.join(asked)} are not served here; use the model's generate")
     ends = config.eos_token_id
@@ -65,10 +77,15 @@ class GreedyDecoder:
             last: (B,) int64, the last token of each, which is not in the cache yet.
             positions: (P, B, 1) or (B, 1) int64 of that token, as the decoder takes them.
             visible: (B, length) bool, the tokens in the cache that are no padding.
+
+        Raises `ValueError` for a model or a generation config that only `generate` serves.
         """
+        if not adapter.greedy_by_steps:
+            greedy_settings(adapter.model.generation_config)
+            raise ValueError("attention: fixed shapes want SDPA over all keys; use the model's generate (static=False)")
         self._adapter, self._cache = adapter, cache
         self.settings = greedy_settings(adapter.model.generation_config)
-        device = adapter.language_model.get_input_embeddings().weight.device
+        device = adapter.input_device
         batch, length = visible.shape
         capacity = cache.layers[0].capacity
         self.room = capacity - length
@@ -79,7 +96,7 @@ class GreedyDecoder:
         self._visible[:, :length] = visible.to(device)
         self._replies = torch.zeros(batch, self.room, dtype=torch.int64, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        vocabulary = adapter.model.get_output_embeddings().weight.shape[0]
+        vocabulary = adapter.model.config.get_text_config().vocab_size
         self._seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
         for row, prompt in enumerate(prompts):
             self._seen[row, torch.tensor(sorted(set(prompt)), device=device)] = True
@@ -91,33 +108,37 @@ class GreedyDecoder:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, want 1 to {self.room}, the room in the cache")
         self._cache.set_slot(self._slot)
         try:
-            advance, done = self._prepared()
+            done, advance = 0, self._advance
+            if self._token.is_cuda:
+                done, advance = 1, self._first_step(capture=max_new_tokens > 1)
             often = _STEPS_PER_READ if self._token.is_cuda else 1
-            while done < max_new_tokens:
+            while done < max_new_tokens and not (done and self._ended(done)):
                 for _ in range(min(often, max_new_tokens - done)):
                     advance()
                     done += 1
-                replies = [self._cut(reply) for reply in self._replies[:, :done].tolist()]
-                if all(reply[-1] in self.settings.ends for reply in replies):
-                    break
-            return [self._cut(reply) for reply in self._replies[:, : min(done, max_new_tokens)].tolist()]
+            return [self._cut(reply) for reply in self._replies[:, :done].tolist()]
         finally:
             self._cache.set_slot(None)
 
-    def _prepared(self) -> tuple[Any, int]:
-        """What advances one step, and how many steps its preparation took already."""
-        if not self._token.is_cuda:
-            return self._advance, 0
-        # The first step allocates workspaces and compiles; capturing needs them to be there, on a stream of its own.
-        stream = torch.cuda.Stream(self._token.device)
-        stream.wait_stream(torch.cuda.current_stream(self._token.device))
-        with torch.cuda.stream(stream):
-            self._advance()
-        torch.cuda.current_stream(self._token.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
-        return graph.replay, 1
+    def _ended(self, done: int) -> bool:
+        return all(self._cut(reply)[-1] in self.settings.ends for reply in self._replies[:, :done].tolist())
+
+    def _first_step(self, capture: bool) -> Callable[[], None]:
+        """Run one step, and record the next ones as a graph; what replays it."""
+        # The first step allocates workspaces; capturing needs them to be there, on a stream of its own.
+        with torch.cuda.device(self._token.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            if not capture:
+                return self._advance
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self._advance()
+        replay: Callable[[], None] = graph.replay
+        return replay
 
     def _advance(self) -> None:
         language_model = self._adapter.language_model

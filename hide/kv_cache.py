@@ -50,12 +50,15 @@ class PreallocatedLayer(DynamicLayer):
         """Make room for `capacity` tokens; more than there is costs one copy."""
         if capacity <= self.capacity:
             return
-        self.capacity = -(-capacity // 256) * 256
+        capacity = -(-capacity // 256) * 256
         if self.is_initialized:
-            for index, old in enumerate(self._buffers):
-                self._buffers[index] = old.new_empty(*old.shape[:2], self.capacity, old.shape[3])
-                self._buffers[index][:, :, : self.length] = old[:, :, : self.length]
+            # Both are there before anything changes: where memory is short, the old ones stay in force.
+            grown = [old.new_empty(*old.shape[:2], capacity, old.shape[3]) for old in self._buffers]
+            for new, old in zip(grown, self._buffers, strict=True):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            self._buffers = grown
             self._set_length(self.length)
+        self.capacity = capacity
 
     def clear_room(self) -> None:
         """Zeros behind the tokens: where the whole buffer is attended to, a NaN in there passes any mask."""

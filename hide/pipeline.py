@@ -196,8 +196,9 @@ class HiDe:
         self.config = config
         self.extractor = extractor
         self._notes = tuple(notes)
-        self._instruction: Prefix | None = None
-        self._known: dict[str, Entities] = {}
+        self._instruction: tuple[str | None, Prefix] | None = None
+        # Under the question and all that its entities depend on.
+        self._known: dict[tuple[Any, ...], Entities] = {}
 
     @classmethod
     def from_pretrained(
@@ -341,12 +342,12 @@ class HiDe:
             maps, collages, doubts = self._look_closer(session, rows, found)
         notes += doubts
         shown = [collages[index].image for index in maps.order if collages[index].image is not None]
-        grids = session.pictures.grids
+        image_tokens = session.pictures.tokens
         if shown:
             with clock("answer"):
                 more = self._collage_pictures(shown, session)
                 answer, clock.tokens["answer"] = self._answer(session, question, more)
-            grids += more.grids if more is not None else ()
+            image_tokens += more.tokens if more is not None else ()
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
             if plain_answer is None:
@@ -365,7 +366,7 @@ class HiDe:
             notes=tuple(notes),
             seconds=clock.seconds(),
             tokens=clock.tokens,
-            image_tokens=tuple(rows * columns for rows, columns in grids),
+            image_tokens=image_tokens,
         )
 
     # -- pieces ---------------------------------------------------------------------------------------------------
@@ -464,26 +465,28 @@ class HiDe:
 
     def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
         """The entities, and how many tokens went through the model for them."""
-        new = {question.text: question for question in questions if question.text not in self._known}
+        settings = self.config
+        made_by = (self.extractor, settings.entities_from, settings.entity_prompt, settings.max_entity_tokens)
+        new = {question.text: question for question in questions if (question.text, made_by) not in self._known}
         tokens = 0
         if self.extractor is not None:
             for text in new:
                 reply = self.extractor(text)
                 if not isinstance(reply, str):
                     raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
-                self._known[text] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
+                self._known[text, made_by] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
         elif self.config.entities_from == "rules":
             for text, question in new.items():
-                self._known[text] = entities_by_rules(question)
+                self._known[text, made_by] = entities_by_rules(question)
         elif new:
             requests = [entity_request(question, self.config.entity_prompt) for question in new.values()]
             said = self._entity_replies(requests)
             tokens = sum(one.tokens for one in said)
             for text, request, one in zip(new, requests, said, strict=True):
-                self._known[text] = parse_entities(one.text, request)
+                self._known[text, made_by] = parse_entities(one.text, request)
         found = []
         for question in questions:
-            known = self._known[question.text]
+            known = self._known[question.text, made_by]
             if not known.items:
                 words = " ".join(question.stem.split())[:MAX_LENGTH]
                 note = "entities: none were found; the question's own words took their place"
@@ -510,17 +513,19 @@ class HiDe:
         ]
 
     def _entity_prefix(self) -> Prefix:
-        if self._instruction is None:
+        asked = self.config.entity_prompt
+        if self._instruction is None or self._instruction[0] != asked:
             ids = [
-                self.model.input_ids(entity_request(Question.parse(text), self.config.entity_prompt))[0]
+                self.model.input_ids(entity_request(Question.parse(text), asked))[0]
                 for text in ("What?", "9 things are there.")
             ]
             shorter = min(map(len, ids))
             differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
             # The last common token may melt into other questions.
             common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
-            self._instruction = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
-        return self._instruction
+            prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
+            self._instruction = (asked, prefix)
+        return self._instruction[1]
 
     def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
         """The rows, and how many tokens went through the model for them."""

@@ -22,6 +22,8 @@ from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows
 
+# Prompts that are answered side by side; more of them are taken in turn.
+SIDE_BY_SIDE = 16
 # Fewer tokens at once than this do not save memory worth the time.
 MIN_CHUNK = 64
 
@@ -29,7 +31,7 @@ MIN_CHUNK = 64
 class Prefix:
     """Tokens that many prompts begin with, sent through the model once.
 
-    length: how many. pictures: those among them, without their pixels. features: what the vision encoder made of them.
+    length: how many. pictures: those among them, without their pixels.
     """
 
     def __init__(
@@ -59,22 +61,23 @@ class Prefix:
             raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, P): a session is one sequence")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk: got {prefill_chunk}, want at least 1 token")
+        _check_tokens(model, ids, pictures)
         if pictures is not None and not all(pictures.tokens):
             raise ValueError(f"pictures: got {pictures.tokens} tokens, want at least one in each")
         self.model = model
         self.ids = ids.cpu()
         self.length = ids.shape[1]
-        self.features: Features | None = None
         self.pictures: Pictures | None = None
         self._chunk = prefill_chunk
         self._cache: PreallocatedCache | None = PreallocatedCache(model.num_layers, self.length + room)
         self._branched = False
+        features = None
         if pictures is not None:
             with _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
-                self.features = model.encode(pictures)
+                features = model.encode(pictures)
             self.pictures = pictures.without_pixels()
-        # No logits are wanted of a prefix.
-        Branch(self, self.ids, self.pictures, self.features, start=0).run()
+        # No logits are wanted of a prefix, and its features live on as keys and values.
+        Branch(self, self.ids, self.pictures, features, start=0).run()
 
     @property
     def closed(self) -> bool:
@@ -83,9 +86,8 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held: keys, values and the vision encoder's features."""
-        features = self.features.nbytes if self.features is not None else 0
-        return features + (self._cache.nbytes if self._cache is not None else 0)
+        """Memory that is held: keys and values."""
+        return self._cache.nbytes if self._cache is not None else 0
 
     @property
     def cache(self) -> PreallocatedCache:
@@ -110,10 +112,7 @@ class Prefix:
         cache = self.cache
         if self._branched:
             raise RuntimeError("session: a branch is open already; leave it before the next one")
-        if ids.dim() != 2 or ids.shape[0] != 1:
-            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, L): a session is one sequence")
-        if ids.shape[1] <= self.length or not torch.equal(ids[:, : self.length].cpu(), self.ids):
-            raise ValueError(f"ids: got {ids.shape[1]} tokens that do not go on behind the session's {self.length}")
+        self._check(ids, pictures)
         every, features = self.pictures, None
         if pictures is not None:
             with _advised(f"encoding {len(pictures.items)} more images"):
@@ -121,11 +120,19 @@ class Prefix:
             every = pictures.without_pixels() if every is None else every + pictures.without_pixels()
         self._branched = True
         try:
-            cache.reserve(ids.shape[1] + room)
+            with _advised(f"keys and values of {ids.shape[1] + room} tokens"):
+                cache.reserve(ids.shape[1] + room)
             yield Branch(self, ids.cpu(), every, features, start=self.length)
         finally:
             self._branched = False
             cache.rewind(self.length)
+
+    def _check(self, ids: Tensor, pictures: Pictures | None) -> None:
+        if ids.dim() != 2 or ids.shape[0] != 1:
+            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, L): a session is one sequence")
+        if ids.shape[1] <= self.length or not torch.equal(ids[:, : self.length].cpu(), self.ids):
+            raise ValueError(f"ids: got {ids.shape[1]} tokens that do not go on behind the session's {self.length}")
+        _check_tokens(self.model, ids[:, self.length :], pictures)
 
     def reply(
         self, ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int, static: bool | None = None
@@ -143,9 +150,15 @@ class Prefix:
 
         Raises `ValueError` as `branch`, and for a generation config that only the model's `generate` serves.
         """
+        found: list[list[int]] = []
+        for first in range(0, len(prompts), SIDE_BY_SIDE):
+            with _advised(f"{SIDE_BY_SIDE} replies side by side"):
+                found += self._replies(prompts[first : first + SIDE_BY_SIDE], max_new_tokens)
+        return found
+
+    def _replies(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
         for ids in prompts:
-            with self.branch(ids):
-                pass
+            self._check(ids, None)
         suffixes = [ids[0, self.length :] for ids in prompts]
         longest = max(len(suffix) for suffix in suffixes)
         model, start = self.model, self.length
@@ -171,7 +184,7 @@ class Prefix:
 
     def close(self) -> None:
         """Free the memory; the session cannot be used any more."""
-        self._cache = self.features = None
+        self._cache = None
 
     def __enter__(self) -> Any:
         return self
@@ -223,6 +236,7 @@ class Branch:
         chunk = stop - self.at if whole else self._prefix._chunk
         while True:
             end = min(stop, self.at + chunk)
+            hidden = None
             try:
                 hidden = self._piece(end, depth)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -231,6 +245,8 @@ class Branch:
                 self._cache.rewind(self.at)
                 if whole or end - self.at <= MIN_CHUNK:
                     raise _advice(f"{end - self.at} tokens behind {self.at}", error) from None
+            if hidden is None:
+                # Out here, where the error no longer holds what the failed piece had made.
                 chunk = max(MIN_CHUNK, (end - self.at) // 2)
                 # What fitted once is tried first the next time.
                 self._prefix._chunk = chunk
@@ -252,6 +268,7 @@ class Branch:
 
     def logits(self) -> Tensor:
         """(1, V) float32, of the token that comes after the prompt."""
+        self._go_back(self.ids.shape[1] - 1)
         with torch.no_grad():
             return self._model.model.get_output_embeddings()(self.run()[:, -1]).float()
 
@@ -278,15 +295,35 @@ class Branch:
         """The tokens of the greedy reply.
 
         static: decode with fixed shapes, on a GPU as one CUDA graph, instead of by the model's own `generate`; `None`:
-            on a GPU, where the model's attention and generation config allow it and the reply may be long.
+            on one GPU, where attention and generation config allow it and nothing captures rows.
+
+        Raises:
+            ValueError: `static` where only `generate` serves. MemoryError: with sizes and advice.
         """
         last = self.ids.shape[1] - 1
+        self._go_back(last)
         if self.at < last:
             self.run(last)
         if static is None:
-            static = self._model.static_decode
-        if not static:
-            return self._model.continue_ids(self.ids, self._cache, self._rope_delta, max_new_tokens=max_new_tokens)
+            static = self._model.static_decode and not self._model.captured
+        try:
+            with _advised(f"a reply of {max_new_tokens} tokens behind {self.ids.shape[1]}"):
+                self._cache.reserve(self.ids.shape[1] + max_new_tokens)
+                if static:
+                    return self._decoded(max_new_tokens)
+                return self._model.continue_ids(self.ids, self._cache, self._rope_delta, max_new_tokens=max_new_tokens)
+        finally:
+            # The branch can be asked for something else.
+            self._cache.rewind(last)
+
+    def _go_back(self, at: int) -> None:
+        """To before the last token, where it has been sent already."""
+        if self.at > at:
+            self._cache.rewind(at)
+            self.at = at
+
+    def _decoded(self, max_new_tokens: int) -> list[int]:
+        last = self.ids.shape[1] - 1
         decoder = GreedyDecoder(
             self._model,
             self._cache,
@@ -328,7 +365,7 @@ class ImageSession(Prefix):
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held: keys, values, the vision encoder's features and the sources."""
+        """Memory that is held: keys, values and the sources."""
         return super().nbytes + sum(source.nbytes for source in self.sources)
 
     def close(self) -> None:
@@ -371,11 +408,14 @@ class SessionPool:
         """
         session = self._sessions.pop(key, None)
         if session is None or session.closed:
+            session = None
             try:
                 session = open_session()
             except MemoryError:
                 if not self._sessions:
                     raise
+            if session is None:
+                # Out here, where the error no longer holds what the first try had made.
                 self.close()
                 session = open_session()
         self._sessions[key] = session
@@ -401,9 +441,16 @@ class SessionPool:
             self._sessions.pop(next(iter(self._sessions))).close()
 
 
+def _check_tokens(model: Adapter, ids: Tensor, pictures: Pictures | None) -> None:
+    """Refuses pictures that do not stand in the ids, and places in the ids that no picture fills."""
+    places, tokens = int((ids == model.image_token).sum()), sum(pictures.tokens) if pictures is not None else 0
+    if places != tokens:
+        raise ValueError(f"ids: got {places} image tokens, want {tokens}, as many as the pictures have")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device, or PyTorch's CPU allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory: you tried to allocate" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)
 
 
 def _advice(what: str, error: BaseException) -> MemoryError:

@@ -6,14 +6,17 @@ import pytest
 import torch
 from random_models import randomise
 
+import hide.session
 from hide import HiDe, HiDeConfig
 from hide.decoding import greedy_settings
 from hide.kv_cache import PreallocatedCache
 from hide.models.base import Picture, Pictures
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.session import ImageSession, Prefix, SessionPool
+from hide.session import ImageSession, Prefix, SessionPool, out_of_memory
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
+from hide_kernels import rows_to_maps
+from hide_kernels.integrations.transformers import capture_attention_rows
 
 QUESTION = "What is the color of the star?"
 # (width, height) of each picture.
@@ -243,7 +246,7 @@ def failing_above(adapter, monkeypatch, most, error):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
     ],
 )
 def test_out_of_memory_halves_the_chunk_and_the_result_is_the_same(adapter, monkeypatch, error):
@@ -460,3 +463,146 @@ def test_a_model_spread_over_gpu_and_cpu_serves_a_session(adapter, pictures, col
     assert not spread.static_decode
     with ImageSession(spread, pictures) as session:
         assert session.reply(ids, collage, max_new_tokens=6) == want
+
+
+# What a second look found
+
+
+def test_one_branch_answers_any_questions_in_any_order(adapter, pictures):
+    ids = adapter.input_ids(QUESTION, pictures)
+    want = adapter.generate_ids(ids, pictures, max_new_tokens=5)
+    logits = stock_logits(adapter, ids, pictures)
+    with ImageSession(adapter, pictures) as session, session.branch(ids) as branch:
+        for static in (False, True):
+            assert branch.reply(5, static=static) == want
+            assert (branch.logits() - logits).abs().max() < 1e-4
+            assert branch.reply(5, static=static) == want
+            assert (branch.logits() - logits).abs().max() < 1e-4
+        assert (
+            len(branch.reply(600, static=True)) == 600
+            or branch.reply(600, static=True)[-1] in greedy_settings(adapter.model.generation_config).ends
+        )
+
+
+def test_eager_attention_is_decoded_by_generate_alone(pictures):
+    """A mask of True and False would be added to its scores."""
+    model, tokenizer, processor = build()
+    randomise(model).set_attn_implementation("eager")
+    eager = Qwen25VL(model, tokenizer, processor)
+    ids = eager.input_ids(QUESTION, pictures)
+    assert not eager.greedy_by_steps and not eager.static_decode
+    with ImageSession(eager, pictures) as session:
+        assert session.reply(ids, max_new_tokens=5) == eager.generate_ids(ids, pictures, max_new_tokens=5)
+        with pytest.raises(ValueError, match="fixed shapes want SDPA"):
+            session.reply(ids, max_new_tokens=5, static=True)
+    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, max_entity_tokens=6)
+    questions = [QUESTION, "Where is the moon?"]
+    assert HiDe(eager, config).entities_of(questions) == [HiDe(eager, config).entities(q) for q in questions]
+
+
+@pytest.mark.parametrize("chunk", [4096, 37])
+def test_layers_with_a_sliding_window_keep_it(pictures, chunk):
+    model, tokenizer, processor = build()
+    text = model.config.text_config
+    text.use_sliding_window, text.sliding_window = True, 40
+    text.layer_types = ["full_attention", "sliding_attention"] * 3
+    windowed = Qwen25VL(randomise(type(model)(model.config)), tokenizer, processor)
+    windowed.model.generation_config = model.generation_config
+    ids = windowed.input_ids(QUESTION, pictures)
+    assert not windowed.greedy_by_steps
+    with ImageSession(windowed, pictures, prefill_chunk=chunk) as session:
+        with session.branch(ids) as branch:
+            assert (branch.logits() - stock_logits(windowed, ids, pictures)).abs().max() < 1e-4
+        assert session.reply(ids, max_new_tokens=5) == windowed.generate_ids(ids, pictures, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("use_cache", False), ("cache_implementation", "static"), ("return_dict_in_generate", True)]
+)
+def test_settings_of_a_checkpoint_that_are_not_for_sessions_do_not_reach_them(
+    adapter, pictures, monkeypatch, name, value
+):
+    ids = adapter.input_ids(QUESTION, pictures)
+    want = adapter.generate_ids(ids, pictures, max_new_tokens=6)
+    monkeypatch.setattr(adapter.model.generation_config, name, value)
+    with ImageSession(adapter, pictures) as session:
+        assert session.reply(ids, max_new_tokens=6, static=False) == want
+
+
+@pytest.mark.parametrize(
+    "name, value", [("min_new_tokens", 1), ("no_repeat_ngram_size", 1), ("forced_eos_token_id", 0)]
+)
+def test_small_numbers_are_settings_too(adapter, monkeypatch, name, value):
+    monkeypatch.setattr(adapter.model.generation_config, name, value)
+    with pytest.raises(ValueError, match=name):
+        greedy_settings(adapter.model.generation_config)
+
+
+def test_pictures_and_their_places_in_the_ids_must_agree(adapter, pictures, collage):
+    with ImageSession(adapter, pictures) as session:
+        both, plain = adapter.input_ids(QUESTION, pictures + collage), adapter.input_ids(QUESTION, pictures)
+        for ids, more in ((both, None), (plain, collage)):
+            with pytest.raises(ValueError, match="image tokens, want"), session.branch(ids, more):
+                pass
+    with pytest.raises(ValueError, match=r"got \d+ image tokens, want 0"):
+        Prefix(adapter, plain)
+
+
+def test_no_pixels_are_held(pictures):
+    kept = pictures.without_pixels()
+    assert all(picture.pixels.untyped_storage().nbytes() == 0 for picture in kept.items)
+
+
+def test_what_this_machine_says_when_memory_is_short_is_understood():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(10**15)
+    assert out_of_memory(error.value)
+
+
+def test_a_cache_that_could_not_grow_serves_on(adapter, pictures, collage, monkeypatch):
+    ids = adapter.input_ids(QUESTION, pictures + collage)
+    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=4)
+    with ImageSession(adapter, pictures, room=0) as session:
+        real, calls = torch.Tensor.new_empty, []
+
+        def short(tensor, *size):
+            calls.append(size)
+            if len(calls) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(tensor, *size)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "new_empty", short)
+            with pytest.raises(MemoryError, match="keys and values of"), session.branch(ids, collage, room=5000):
+                pass
+        assert session.reply(ids, collage, max_new_tokens=4) == want
+
+
+def test_more_prompts_than_go_side_by_side_are_all_answered(adapter, monkeypatch):
+    monkeypatch.setattr(hide.session, "SIDE_BY_SIDE", 2)
+    prompts = [adapter.input_ids(f"List: {word}") for word in ("star", "ring", "a moon")]
+    prefix = Prefix(adapter, prompts[0][:, :4])
+    assert prefix.replies(prompts, max_new_tokens=5) == [adapter.generate_ids(p, max_new_tokens=5) for p in prompts]
+    assert prefix.replies([], max_new_tokens=5) == []
+
+
+def test_another_extractor_is_asked_anew(adapter):
+    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, entities_from="rules")
+    one = HiDe(adapter, config, extractor=lambda text: "star")
+    assert one.entities(QUESTION).items == ("star",)
+    one.extractor = lambda text: "moon"
+    assert one.entities(QUESTION).items == ("moon",)
+
+
+def test_a_capture_around_several_branches_holds_the_last_ones_rows(adapter, pictures):
+    prompt = adapter.search_prompt("star, ring", pictures)
+    span = [image.span for image in prompt.images]
+    with ImageSession(adapter, pictures) as session:
+        want = session.search_rows(prompt, layers=(2,), causal=True)
+        with capture_attention_rows(adapter.model, layers=[2], rows=prompt.rows, key_spans=span) as captured:
+            for _ in range(2):
+                with session.branch(prompt.input_ids) as branch:
+                    branch.run()
+    got = rows_to_maps(captured[2].rows[0], prompt.images)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)

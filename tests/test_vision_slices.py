@@ -34,6 +34,8 @@ def test_features_are_those_of_the_stock_encoder(family, grids, patches):
     want = features(model, pixels, grids)
     before = pixels.clone()
     with in_slices(model.model.visual, patches):
+        # Other pictures in between have other windows.
+        features(model, pixels[:48], torch.tensor([[1, 6, 8]]))
         got = features(model, pixels, grids)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     assert torch.equal(pixels, before), "the input was written to"

@@ -25,7 +25,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
 from hide_kernels import ImageTokens, rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows, continuing
+from hide_kernels.integrations.transformers import capture_attention_rows, continuing, decoder_attention, slides
 
 # Stands for a turn's text where only what the chat template puts around it matters.
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -75,7 +75,9 @@ class Pictures:
 
     def without_pixels(self) -> Pictures:
         """What prompts and positions need; the pixels of many tokens are larger than their keys and values."""
-        return replace(self, items=tuple(picture._replace(pixels=picture.pixels[:0]) for picture in self.items))
+        return replace(
+            self, items=tuple(picture._replace(pixels=picture.pixels.new_empty(0)) for picture in self.items)
+        )
 
 
 class Features(NamedTuple):
@@ -231,6 +233,11 @@ class Adapter(ABC):
         return self.model.model.language_model
 
     @property
+    def input_device(self) -> torch.device:
+        """Where token ids are embedded."""
+        return device_of(self.language_model.get_input_embeddings())
+
+    @property
     def image_token(self) -> int:
         """The id that stands for each image token in a prompt."""
         return self.model.config.image_token_id
@@ -242,9 +249,16 @@ class Adapter(ABC):
         return len(devices) == 1 and next(iter(devices)).type == "cuda" and self.greedy_by_steps
 
     @property
+    def captured(self) -> bool:
+        """Whether a capture of attention rows is open on one of the layers."""
+        layers = decoder_attention(self.model).values()
+        return any(getattr(layer.config, "hide_capture", None) is not None for layer in layers)
+
+    @property
     def greedy_by_steps(self) -> bool:
-        """Whether `hide.decoding` gives what `generate` gives: attention that takes a mask, no special settings."""
-        if "flash" in self.model.config.get_text_config()._attn_implementation:
+        """Whether `hide.decoding` gives what `generate` gives: SDPA over all keys, no special settings."""
+        config = self.language_model.config
+        if config._attn_implementation != "sdpa" or slides(config):
             return False
         try:
             greedy_settings(self.model.generation_config)
@@ -389,7 +403,7 @@ class Adapter(ABC):
     def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
         """The pictures as arguments of the model's own forward, on its device."""
         pixels = torch.cat([picture.pixels for picture in pictures.items])
-        return {"pixel_values": pixels.to(self.model.device, self.dtype)}
+        return {"pixel_values": pixels.to(self.input_device, self.dtype)}
 
     # -- pieces of a forward, for `hide.session` ------------------------------------------------------------------
 
@@ -416,7 +430,7 @@ class Adapter(ABC):
         """
         decoder = self.language_model
         embed = decoder.get_input_embeddings()
-        device = embed.weight.device
+        device = device_of(embed)
         ids = ids.to(device)
         embeddings = embed(ids)
         arguments: dict[str, Any] = {}
@@ -442,13 +456,13 @@ class Adapter(ABC):
 
         delta: as `positions` gives it.
         """
-        inputs = {"input_ids": ids.to(self.model.device)}
+        inputs = {"input_ids": ids.to(self.input_device)}
         if delta is None:
             return self._greedy(inputs, max_new_tokens, past_key_values=cache)
         base = self.model.model
         before = base.rope_deltas
         # A value of another prompt would be taken for this one's.
-        base.rope_deltas = delta.to(self.model.device)
+        base.rope_deltas = delta.to(inputs["input_ids"].device)
         try:
             return self._greedy(inputs, max_new_tokens, past_key_values=cache)
         finally:
@@ -457,7 +471,7 @@ class Adapter(ABC):
     # -- forwards -------------------------------------------------------------------------------------------------
 
     def _inputs(self, input_ids: Tensor, pictures: Pictures | None) -> dict[str, Tensor]:
-        device = self.model.device
+        device = self.input_device
         inputs = {"input_ids": input_ids.to(device), "attention_mask": torch.ones_like(input_ids, device=device)}
         if pictures is not None:
             inputs |= self.image_inputs(pictures)
@@ -515,6 +529,9 @@ class Adapter(ABC):
         reply = self.model.generate(
             **inputs,
             **more,
+            use_cache=True,
+            cache_implementation=None,
+            return_dict_in_generate=False,
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -527,6 +544,15 @@ class Adapter(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a reply, without special tokens and surrounding blanks."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module wants its inputs; accelerate, which brings weights as they are needed, says so in a hook."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import to_image
-from hide.models.base import Adapter, Features, Picture, Pictures
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
 
@@ -68,7 +68,7 @@ class InternVL(Adapter):
         found = []
         for picture in pictures.items:
             for tiles in picture.pixels.split(TILES_AT_ONCE):
-                features = tower.get_image_features(tiles.to(tower.vision_tower.device, self.dtype))
+                features = tower.get_image_features(tiles.to(device_of(tower.vision_tower), self.dtype))
                 # Transformers 4 returns a tensor, 5 an output object that holds it.
                 found.append(getattr(features, "pooler_output", features).flatten(0, 1))
         return Features(torch.cat(found))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import on_colour, to_image
-from hide.models.base import Adapter, Features, Picture, Pictures
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
 
@@ -58,7 +58,7 @@ class Llava(Adapter):
         tower = self.model.model
         found = []
         for picture in pictures.items:
-            features = tower.get_image_features(picture.pixels.to(tower.vision_tower.device, self.dtype))
+            features = tower.get_image_features(picture.pixels.to(device_of(tower.vision_tower), self.dtype))
             # Transformers 4 returns a list, 5 an output object that holds it.
             found += list(getattr(features, "pooler_output", features))
         return Features(torch.cat(found))

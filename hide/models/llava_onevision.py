@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import on_colour, to_image
-from hide.models.base import Adapter, Features, Picture, Pictures
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans, onevision_grid
 
@@ -54,7 +54,7 @@ class LlavaOnevision(Adapter):
         tower = self.model.model
         found = []
         for picture in pictures.items:
-            pixels = picture.pixels.to(tower.vision_tower.device, self.dtype)
+            pixels = picture.pixels.to(device_of(tower.vision_tower), self.dtype)
             features = tower.get_image_features(pixels, image_sizes=_sizes([picture]))
             # Transformers 4 returns a list, 5 an output object that holds it.
             found += list(getattr(features, "pooler_output", features))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import to_tensor
-from hide.models.base import Adapter, Features, Picture, Pictures
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of
 from hide.models.vision_slices import in_slices
 from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
@@ -73,7 +73,7 @@ class Qwen25VL(Adapter):
     @torch.no_grad()
     def encode(self, pictures: Pictures) -> Features:
         """See `Adapter`."""
-        device = self.model.model.visual.device
+        device = device_of(self.model.model.visual)
         found = []
         for picture in pictures.items:
             pixels = picture.pixels.to(device, self.dtype)
@@ -105,7 +105,7 @@ class Qwen25VL(Adapter):
 
     def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
         """See `Adapter`."""
-        return {**super().image_inputs(pictures), "image_grid_thw": _patches(pictures.items).to(self.model.device)}
+        return {**super().image_inputs(pictures), "image_grid_thw": _patches(pictures.items).to(self.input_device)}
 
 
 def _patches(pictures: Sequence[Picture]) -> Tensor:

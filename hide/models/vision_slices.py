@@ -27,8 +27,12 @@ def in_slices(visual: Any, patches: int = PATCHES) -> Iterator[None]:
 
     The result is the same up to the rounding of matrix products of other sizes. For inference: no gradients.
     """
+    if any(hasattr(block, "_hf_hook") for block in visual.blocks):
+        # Accelerate moves inputs to each block in its forward, which must run then.
+        yield
+        return
     before = [block.__dict__.get("forward") for block in visual.blocks]
-    lengths: dict[int, list[int]] = {}
+    lengths: dict[int, tuple[Tensor, list[int]]] = {}
     try:
         for block in visual.blocks:
             block.forward = partial(_block, block, patches, lengths)
@@ -44,7 +48,7 @@ def in_slices(visual: Any, patches: int = PATCHES) -> Iterator[None]:
 def _block(
     block: Any,
     patches: int,
-    known: dict[int, list[int]],
+    known: dict[int, tuple[Tensor, list[int]]],
     hidden_states: Tensor,
     cu_seqlens: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -52,9 +56,9 @@ def _block(
 ) -> Tensor:
     """What the block's own forward computes, written over (patches, channels) `hidden_states`."""
     if id(cu_seqlens) not in known:
-        # Each read waits for the device, and all blocks share two of these.
-        known[id(cu_seqlens)] = [b - a for a, b in pairwise(cu_seqlens.tolist())]
-    lengths = known[id(cu_seqlens)]
+        # Each read waits for the device, and all blocks share two of these. Kept, so that no other gets its identity.
+        known[id(cu_seqlens)] = (cu_seqlens, [b - a for a, b in pairwise(cu_seqlens.tolist())])
+    lengths = known[id(cu_seqlens)][1]
     if max(lengths) > patches:
         _attend_to_all(block, patches, lengths, hidden_states, position_embeddings)
     else:

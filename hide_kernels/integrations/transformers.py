@@ -146,11 +146,7 @@ class CapturedRows(Mapping[int, AttentionRows]):
         capture = self._captures[layer]
         if not capture.pieces:
             raise KeyError(layer)
-        if len(capture.pieces) > 1:
-            widest = max(piece.rows.shape[-1] for piece in capture.pieces)
-            rows = [nn.functional.pad(piece.rows, (0, widest - piece.rows.shape[-1])) for piece in capture.pieces]
-            lses = [piece.lse for piece in capture.pieces if piece.lse is not None]
-            capture.pieces = [AttentionRows(torch.cat(rows, -2), torch.cat(lses, -1) if lses else None)]
+        capture.pieces = [_joined(capture.pieces)]
         return capture.pieces[0]
 
     def __iter__(self) -> Iterator[int]:
@@ -158,6 +154,16 @@ class CapturedRows(Mapping[int, AttentionRows]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _joined(pieces: Sequence[AttentionRows]) -> AttentionRows:
+    """The rows of several forwards one after another; for keys that came later they hold zeros."""
+    if len(pieces) == 1:
+        return pieces[0]
+    widest = max(piece.rows.shape[-1] for piece in pieces)
+    rows = [nn.functional.pad(piece.rows, (0, widest - piece.rows.shape[-1])) for piece in pieces]
+    lses = [piece.lse for piece in pieces if piece.lse is not None]
+    return AttentionRows(torch.cat(rows, -2), torch.cat(lses, -1) if lses else None)
 
 
 @dataclass(eq=False)
@@ -205,10 +211,8 @@ class _Capture:
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
         first = _first_position(visible, query.shape[2], key.shape[2])
-        if first == 0:
-            self.positions.clear()
-            self.pieces.clear()
-            self.tokens = self.keys = 0
+        if first < self.tokens:
+            self._go_back(first)
         sliding = kwargs.get("sliding_window")
         if sliding is not None and (first != self.tokens if self.tokens else first >= max(1, sliding - 1)):
             raise ValueError(
@@ -250,6 +254,18 @@ class _Capture:
         )
         self.pieces.append(new)
         self.positions += [first + row for row in here]
+
+    def _go_back(self, first: int) -> None:
+        """A forward begins before the end of what was seen: the rows from there on are of another continuation."""
+        kept = [place for place, position in enumerate(self.positions) if position < first]
+        if len(kept) < len(self.positions):
+            whole = _joined(self.pieces)
+            lse = whole.lse
+            self.pieces = [AttentionRows(whole.rows[..., kept, :], None if lse is None else lse[..., kept])]
+            self.positions = [self.positions[place] for place in kept]
+        if not kept:
+            self.pieces.clear()
+            self.keys = 0
 
     def _drop_prompt(self, queries: int) -> None:
         """Of a prompt that comes in several forwards, only the last one's last query predicts a token."""
@@ -345,7 +361,7 @@ def continuing(decoder: Any) -> Iterator[None]:
     decoder that runs something else is left as it is.
     """
     config = decoder.config
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation != "sdpa" or slides(config):
         yield
         return
     config._attn_implementation_internal = CONTINUING
@@ -353,6 +369,14 @@ def continuing(decoder: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = "sdpa"
+
+
+def slides(config: Any) -> bool:
+    """Whether some decoder layers of a text config see a window of keys alone."""
+    layers = getattr(config, "layer_types", None)
+    if layers is not None:
+        return "sliding_attention" in layers
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _continuing_attention(
@@ -366,7 +390,7 @@ def _continuing_attention(
 ) -> tuple[Tensor, None]:
     """The function registered as `hide_continuing`."""
     queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is not None or queries in (1, keys) or kwargs.get("sliding_window") is not None:
+    if attention_mask is not None or queries in (1, keys):
         found: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
