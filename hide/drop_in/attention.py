@@ -1,4 +1,4 @@
-"""An attention class whose forward also returns the rows of chosen tokens, as those of published HiDe's model files do."""
+"""An attention class whose forward also returns the rows of chosen tokens, as in published HiDe's model files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def patch_attention(
     attention (those of transformers do) takes as well. With it the second value returned is a nested list
     `[batch][0][position]`: a float32 NumPy row over all keys for each position asked for, `None` for all others. The
     first value, hidden states and cache are those of the class's own forward, with the model's own implementation; and
-    without `target_indices` nothing changes::
+    without `target_indices` nothing changes. transformers 5 leaves layers without rows out of `attentions`::
 
         with drop_in.patch_attention(Qwen2_5_VLAttention, layers=[14]):
             attention = model(**inputs, target_indices=range(start_k, end_k), output_attentions=True).attentions
@@ -59,6 +59,9 @@ def patch_attention(
         if wanted is not None and getattr(self, "layer_idx", None) not in wanted:
             output = base(self, *args, **kwargs)
             return output[0], None, *output[2:]
+        if "output_attentions" in kwargs:
+            # It is ours to give; the model's own would be the whole matrix, or a complaint.
+            kwargs["output_attentions"] = False
         positions = sorted({int(position) for position in target_indices})
         with capture_module_rows(self, rows=positions, causal=False) as captured:
             output = base(self, *args, **kwargs)

@@ -59,11 +59,14 @@ def process_notsave(
     spans = list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
     if spans[-1][1] > start_k:
         raise ValueError(f"start_k: got {start_k}, want at least {spans[-1][1]}, behind the tiles of block_indices")
-    positions = [k for k in range(start_k, end_k) if int(input_ids[0][k]) < FIRST_SPECIAL]
+    words = torch.as_tensor(input_ids)[0, start_k:end_k].tolist()
+    positions = [k for k, token in enumerate(words, start_k) if token < FIRST_SPECIAL]
     prior = sum(k < start_k + WINDOW for k in positions)
     rows = rows_over(attention, positions, start_k, spans)
     cells = [_cells(tiles) for tiles in pictures]
-    made = token_maps([of[:, own] for of, own in zip(rows, cells, strict=True)], prior_rows=prior, sigma=sig)
+    made = token_maps(
+        [of[:, own.to(of.device)] for of, own in zip(rows, cells, strict=True)], prior_rows=prior, sigma=sig
+    )
     found: dict[int, dict[int, NDArray[np.float64]]] = {}
     for token, image in qwen.taken(made):
         found.setdefault(image, {})[positions[prior + token]] = made.maps[image][token].double().cpu().numpy()

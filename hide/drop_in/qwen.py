@@ -1,4 +1,4 @@
-"""What the released code for Qwen2.5-VL and Qwen3-VL calls: from attention rows to boxes to the collage that it shows."""
+"""What the released code for Qwen2.5-VL and Qwen3-VL calls: from attention rows to boxes to the collage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from hide.drop_in.rows import Attention, rows_over
-from hide.images import to_tensor
-from hide_kernels import collage, regions, token_maps
-from hide_kernels.collage import opaque_boxes
+from hide_kernels import regions, token_maps
+from hide_kernels.collage import merge_boxes, opaque_boxes, plan_layout
 from hide_kernels.collage.boxes import merge
 from hide_kernels.token_maps import TokenMaps
 
@@ -65,9 +64,7 @@ def process(
     return found
 
 
-def find_top_n_attended_regions(
-    norm_att: NDArray[Any], n: int, threshold: float = 0.5
-) -> tuple[list[list[int]], int]:
+def find_top_n_attended_regions(norm_att: NDArray[Any], n: int, threshold: float = 0.5) -> tuple[list[list[int]], int]:
     """Boxes of the 8-connected parts of `norm_att >= threshold`.
 
     Args:
@@ -158,7 +155,7 @@ def compact_and_center_with_relative_pos(
     """
     if n != 1:
         raise ValueError(f"n: got {n}, want 1, the released code's own value")
-    shown, boxes = _compact(_pixels(image), normalized_bboxes)
+    shown, boxes = _compact(_opened(image), normalized_bboxes)
     if shown is None:
         return None, []
     if save_to is not None:
@@ -203,9 +200,9 @@ def from_img_and_att_get_cropbox(
         if isinstance(values, str) or not isinstance(values, Iterable):
             raise TypeError(f"{name}: got {values!r}, want a list of numbers")
     thresholds = list(thre)
-    ids = [int(token) for token in inputs["input_ids"][0]]
+    ids = torch.as_tensor(inputs["input_ids"])[0].tolist()
     start_k = img_end[-1] + 1 if len(img_end) else 0
-    pixels: dict[int, Tensor] = {}
+    opened: dict[int, Image.Image] = {}
     results: dict[str, dict[str, list[Any]]] = {}
     for sigma in sig:
         made = _maps(start_k, len(ids), attention, inputs, img_start, img_end, sigma)
@@ -217,9 +214,9 @@ def from_img_and_att_get_cropbox(
                     bounding.setdefault(image, []).extend(boxes)
             collages: list[str | Image.Image] = []
             for image, boxes in bounding.items():
-                if image not in pixels:
-                    pixels[image] = _pixels(img_url[image])
-                shown, final = _compact(pixels[image], boxes)
+                if image not in opened:
+                    opened[image] = _opened(img_url[image])
+                shown, final = _compact(opened[image], boxes)
                 if shown is not None:
                     collages.append(shown if isinstance(img_url[image], Image.Image) else _data_uri(shown))
                     bounding[image] = final
@@ -250,17 +247,17 @@ def _maps(
     sigma: float,
 ) -> TokenMaps:
     """Maps of the tokens from start_k + PRIOR on."""
-    patches = np.asarray(inputs["image_grid_thw"])[:, 1:] // MERGE
+    patches = torch.as_tensor(inputs["image_grid_thw"])[:, 1:] // MERGE
     if not 0 < len(img_start) == len(img_end) == len(patches):
         got = f"{len(img_start)}, {len(img_end)} and {len(patches)}"
         raise ValueError(f"img_start, img_end, image_grid_thw: got {got}, want as many, at least one")
-    spans = list(zip(img_start, img_end, strict=True))
-    for image, ((start, stop), (rows, columns)) in enumerate(zip(spans, patches.tolist(), strict=True)):
+    spans, grids = list(zip(img_start, img_end, strict=True)), patches.tolist()
+    for image, ((start, stop), (rows, columns)) in enumerate(zip(spans, grids, strict=True)):
         if stop - start != rows * columns:
             raise ValueError(f"img_end[{image}]: got {stop - start} tokens, want {rows * columns} by image_grid_thw")
     positions = range(start_k, max(start_k, end_k - TAIL))
     rows_of = rows_over(attention, positions, start_k, spans)
-    laid_out = [rows.unflatten(1, tuple(grid)) for rows, grid in zip(rows_of, patches.tolist(), strict=True)]
+    laid_out = [rows.unflatten(1, tuple(grid)) for rows, grid in zip(rows_of, grids, strict=True)]
     return token_maps(laid_out, prior_rows=min(PRIOR, len(positions)), sigma=sigma)
 
 
@@ -287,18 +284,26 @@ def _regions(maps: Tensor, threshold: float, valid: Tensor | None = None) -> lis
     return [boxes[:count] for boxes, count in zip(found.boxes.tolist(), counts, strict=True)]
 
 
-def _compact(pixels: Tensor, normalised: Sequence[Sequence[float]]) -> tuple[Image.Image | None, list[list[float]]]:
+def _compact(
+    source: Image.Image, normalised: Sequence[Sequence[float]]
+) -> tuple[Image.Image | None, list[list[float]]]:
     """The collage, RGBA, and the boxes that it shows, normalised; `None` and none where no box has an area."""
     boxes = _boxes("normalized_bboxes", normalised)
-    if len(boxes) and (boxes.min() < 0 or boxes.max() > 1):
+    if len(boxes) and not (boxes.min() >= 0 and boxes.max() <= 1):
         raise ValueError(f"normalized_bboxes: got values from {boxes.min()} to {boxes.max()}, want 0 to 1")
-    height, width = pixels.shape[:2]
-    size = np.array([width, height, width, height], np.float64)
-    made = collage(pixels, torch.from_numpy((boxes * size).astype(np.int64)))
-    if made.image is None:
+    size = np.array([*source.size, *source.size], np.float64)
+    shown = merge_boxes(torch.from_numpy((boxes * size).astype(np.int64)))
+    if source.mode == "RGBA":
+        shown = opaque_boxes(torch.from_numpy(np.array(source.getchannel("A"))), shown)
+    if not len(shown):
         return None, []
-    final: list[list[float]] = (made.boxes.numpy() / size).tolist()
-    return Image.fromarray(made.image.numpy()), final
+    layout = plan_layout(shown)
+    # Cut and pasted by Pillow, which holds the picture: a tensor of all of it would take longer than the rest.
+    canvas = Image.new("RGBA", layout.size[::-1])
+    for box, position in zip(shown.tolist(), layout.positions.tolist(), strict=True):
+        canvas.paste(source.crop(box).convert("RGBA"), position)
+    final: list[list[float]] = (shown.numpy() / size).tolist()
+    return canvas, final
 
 
 def _boxes(name: str, boxes: Sequence[Sequence[float]]) -> NDArray[Any]:
@@ -312,10 +317,10 @@ def _boxes(name: str, boxes: Sequence[Sequence[float]]) -> NDArray[Any]:
     return array
 
 
-def _pixels(image: str | Path | Image.Image) -> Tensor:
-    """(H, W, 3 or 4) uint8, as the released code's own loader sees the picture: EXIF orientation is not applied."""
+def _opened(image: str | Path | Image.Image) -> Image.Image:
+    """RGB or RGBA, as the released code's own loader sees the picture: EXIF orientation is not applied."""
     if isinstance(image, str) and image.startswith("data:"):
-        opened = Image.open(io.BytesIO(base64.b64decode(image.partition("base64,")[2])))
+        opened: Image.Image = Image.open(io.BytesIO(base64.b64decode(image.partition("base64,")[2])))
     elif isinstance(image, (str, Path)):
         opened = Image.open(str(image).removeprefix("file://"))
     elif isinstance(image, Image.Image):
@@ -323,7 +328,7 @@ def _pixels(image: str | Path | Image.Image) -> Tensor:
     else:
         raise TypeError(f"image: got {type(image).__name__}, want a path, a data URI or a Pillow image")
     wanted = "RGBA" if opened.has_transparency_data else "RGB"
-    return to_tensor(opened if opened.mode == wanted else opened.convert(wanted))
+    return opened if opened.mode == wanted else opened.convert(wanted)
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -16,8 +16,8 @@ Attention = Sequence[Any] | AttentionRows | Mapping[int, AttentionRows]
 
 A list over layers, `None` for layers without rows: `attention[layer][0][0][position]` is a NumPy row over all keys, or
 `None` where it was not computed. This is what published code returns, and `patch_attention`.
-An `AttentionRows`: rows (1, T, C), row r being that of position `start_k + r`; C are all keys, or the pictures' keys one
-after another.
+An `AttentionRows`: rows (1, T, C), row r being that of position `start_k + r`; C are all keys, or the pictures' keys
+one after another.
 What `capture_attention_rows` yields: such rows for several layers.
 """
 
@@ -48,7 +48,9 @@ def _columns(
         raise ValueError(f"attention: got rows of shape {tuple(rows.shape)}, want (1, T, C), heads averaged")
     wanted = [position - start_k for position in positions]
     if wanted and rows.shape[1] <= wanted[-1]:
-        raise ValueError(f"attention: got {rows.shape[1]} rows, want those of {wanted[-1] + 1} positions from start_k on")
+        raise ValueError(
+            f"attention: got {rows.shape[1]} rows, want those of {wanted[-1] + 1} positions from start_k on"
+        )
     lengths = [stop - start for start, stop in spans]
     chosen = rows[0, wanted].float()
     if rows.shape[2] == sum(lengths):
