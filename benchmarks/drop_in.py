@@ -1,8 +1,8 @@
 """The released functions and ours under their names, from attention rows to a collage as a data URI.
 
 `python -m benchmarks.drop_in` measures on one CPU core: `benchmarks.published_steps`, then the same module with
-`hide.drop_in` installed; 48 rows and 8 of the prior on a grid of 95 x 170, an 8K picture as a JPEG file, without and with the
-released code's debugging PNGs. Nothing is timed before both gave the same boxes and the same pixels.
+`hide.drop_in` installed; 48 rows and 8 of the prior on a grid of 95 x 170, an 8K picture as a JPEG file, without and
+with the released code's debugging PNGs. Nothing is timed before both gave the same boxes and the same pixels.
 """
 
 from __future__ import annotations

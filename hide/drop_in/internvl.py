@@ -68,8 +68,9 @@ def process_notsave(
         [of[:, own.to(of.device)] for of, own in zip(rows, cells, strict=True)], prior_rows=prior, sigma=sig
     )
     found: dict[int, dict[int, NDArray[np.float64]]] = {}
+    maps = [of_image.double().cpu().numpy() for of_image in made.maps]
     for token, image in qwen.taken(made):
-        found.setdefault(image, {})[positions[prior + token]] = made.maps[image][token].double().cpu().numpy()
+        found.setdefault(image, {})[positions[prior + token]] = maps[image][token]
     return found
 
 

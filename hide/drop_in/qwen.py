@@ -59,8 +59,9 @@ def process(
     """
     found: dict[int, dict[int, NDArray[np.float32]]] = {}
     made = _maps(start_k, end_k, attention, inputs, img_start, img_end, sig)
+    maps = [of_image.cpu().numpy() for of_image in made.maps]
     for token, image in taken(made):
-        found.setdefault(image, {})[start_k + PRIOR + token] = made.maps[image][token, None].cpu().numpy()
+        found.setdefault(image, {})[start_k + PRIOR + token] = maps[image][token, None]
     return found
 
 
