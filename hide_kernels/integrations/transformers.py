@@ -12,7 +12,7 @@ import copy
 import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,21 +99,49 @@ def capture_attention_rows(
     ]
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
-    originals: dict[int, Any] = {capture.layer: modules[capture.layer].config for capture in captures}
-    try:
+    with ExitStack() as routes:
         for capture in captures:
-            config = originals[capture.layer]
-            capture.base_config = config
-            routed = copy.copy(config)
-            routed._attn_implementation_internal = IMPLEMENTATION
-            routed.hide_capture = capture
-            modules[capture.layer].config = routed
+            routes.enter_context(_routed(modules[capture.layer], capture))
         yield CapturedRows(captures)
-    finally:
-        for layer, config in originals.items():
-            modules[layer].config = config
     for capture in captures:
         capture.check_complete()
+
+
+@contextmanager
+def capture_module_rows(
+    module: nn.Module, *, rows: Sequence[int], key_spans: KeySpans | None = None, causal: bool = True
+) -> Iterator[CapturedRows]:
+    """`capture_attention_rows` of one attention module, while it runs by itself or inside a model; head mean.
+
+    Args:
+        module: with a `config` whose attention implementation it runs through transformers' attention interface.
+        rows, key_spans, causal: as in `capture_attention_rows`.
+
+    Yields:
+        `{layer: AttentionRows}` of the module's `layer_idx` (0 where it has none).
+
+    Raises:
+        ValueError: as `capture_attention_rows`.
+    """
+    capture = _Capture(getattr(module, "layer_idx", None) or 0, list(rows), key_spans, causal, "mean", False)
+    with _routed(module, capture):
+        yield CapturedRows([capture])
+    capture.check_complete()
+
+
+@contextmanager
+def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
+    """Inside, the module sees a config that sends its attention through the capture."""
+    config: Any = module.config
+    capture.base_config = config
+    routed = copy.copy(config)
+    routed._attn_implementation_internal = IMPLEMENTATION
+    routed.hide_capture = capture
+    try:
+        module.config = routed
+        yield
+    finally:
+        module.config = config
 
 
 def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
