@@ -21,6 +21,7 @@ from hide.kv_cache import PreallocatedCache
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.memory import stage
 
 # Fewer tokens at once than this do not save memory worth the time.
 MIN_CHUNK = 64
@@ -70,11 +71,12 @@ class Prefix:
         self._cache: PreallocatedCache | None = PreallocatedCache(model.num_layers, self.length + room)
         self._branched = False
         if pictures is not None:
-            with _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
+            with stage("encode"), _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
                 self.features = model.encode(pictures)
             self.pictures = pictures.without_pixels()
-        # No logits are wanted of a prefix.
-        Branch(self, self.ids, self.pictures, self.features, start=0).run()
+        with stage("prefill"):
+            # No logits are wanted of a prefix.
+            Branch(self, self.ids, self.pictures, self.features, start=0).run()
 
     @property
     def closed(self) -> bool:
@@ -116,7 +118,7 @@ class Prefix:
             raise ValueError(f"ids: got {ids.shape[1]} tokens that do not go on behind the session's {self.length}")
         every, features = self.pictures, None
         if pictures is not None:
-            with _advised(f"encoding {len(pictures.items)} more images"):
+            with stage("encode"), _advised(f"encoding {len(pictures.items)} more images"):
                 features = self.model.encode(pictures)
             every = pictures.without_pixels() if every is None else every + pictures.without_pixels()
         self._branched = True

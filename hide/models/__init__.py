@@ -13,6 +13,12 @@ FAMILIES = {"qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL"}
 """`model_type` of a checkpoint's config -> where its adapter is, which is loaded when it is needed."""
 
 
+def adapter_class(model_type: str) -> type[Adapter]:
+    """The adapter of a family in `FAMILIES`."""
+    module, name = FAMILIES[model_type].split(":")
+    return getattr(import_module(module), name)
+
+
 def load(
     path: str | Path, *, device: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
 ) -> Adapter:
@@ -41,6 +47,5 @@ def load(
             f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)}. Attention rows of any "
             "model: hide_kernels.integrations.transformers.capture_attention_rows"
         )
-    module, name = FAMILIES[model_type].split(":")
-    adapter: type[Adapter] = getattr(import_module(module), name)
+    adapter = adapter_class(model_type)
     return adapter.from_pretrained(path, device=device, dtype=dtype, attn_implementation=attn_implementation)

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# Owners in a table; JSON has all that were kept.
+_SHOWN = 20
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
@@ -101,7 +103,8 @@ class MemoryReport:
         lines += _aligned(rows, "<>>>>>")
         if self.owners:
             held = [
-                [shown(o.bytes), str(o.count), f"x {list(o.shape)} {o.dtype}", o.group, _made(o)] for o in self.owners
+                [shown(o.bytes), str(o.count), f"x {list(o.shape)} {o.dtype}", o.group, _made(o)]
+                for o in self.owners[:_SHOWN]
             ]
             lines += ["", f"alive at the peak ({self.peak_stage or 'outside stages'}):", *_aligned(held, ">><<<")]
         lines += [f"note: {note}" for note in self.notes]
