@@ -6,6 +6,7 @@ picture and little memory; maps and collage are made of a few rows. Both are lef
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from hide.profiling.workload import CELL, Scene, Workload, scene
 from hide.session import Prefix
 from hide_kernels.integrations.transformers import capture_attention_rows
 from hide_kernels.memory import Owner, stage
+
+
+# Modules of a vision encoder and what follows it, by their path or by their class where they are called alone.
+_VISION = re.compile("visual|Vision[A-Z]|vision_tower|projector")
 
 
 class Flow(NamedTuple):
@@ -149,9 +154,9 @@ def owner_group(owner: Owner) -> str:
         return "weights"
     if "kv_cache.py" in line or "cache_utils.py" in line:
         return "keys and values"
-    if any(name in module for name in ("visual", "vision_tower", "multi_modal_projector")):
+    if _VISION.search(module):
         return "vision encoder"
     for part, name in (("self_attn", "attention"), (".mlp", "feed-forward"), ("lm_head", "logits")):
         if part in module:
             return name
-    return "inputs" if owner.group == "inputs" else "other"
+    return "inputs" if owner.group.startswith("inputs") else "other"

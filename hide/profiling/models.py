@@ -74,6 +74,12 @@ def build(config: Any, dtype: torch.dtype, weights: str = "bf16") -> Adapter:
     return adapter(model, SimpleNamespace(chat_template=""), processor())  # type: ignore[arg-type]
 
 
+def parameter_count(config: Any) -> int:
+    """Parameters of a configuration's model, shared ones once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config, torch.bfloat16).model.parameters())
+
+
 @contextmanager
 def fused_attention(adapter: Adapter) -> Iterator[None]:
     """Inside, the model runs FlashAttention that allocates what it does, and computes nothing: for predictions.

@@ -22,6 +22,10 @@ WORD = 100
 CELL = 28
 
 
+class TooManyTokensError(ValueError):
+    """A workload that the model, or a prediction, does not take."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """Sizes of a question about one picture.
@@ -60,15 +64,15 @@ class Scene:
 def scene(adapter: Adapter, work: Workload) -> Scene:
     """Pictures and prompts of a workload, on the model's device.
 
-    Raises `ValueError` for more tokens than the model, or a prediction, can take.
+    Raises `TooManyTokensError` for more than the model, or a prediction, can take.
     """
-    image = _image(adapter, work.image)
+    image = picture_of(adapter, work.image)
     tokens = image.tokens
     collage = _square(adapter, min(work.collage, tokens))
     most = min(MAX_TOKENS, adapter.model.config.get_text_config().max_position_embeddings)
     total = HEAD_TOKENS + tokens + collage.tokens + work.text + 2
     if total > most:
-        raise ValueError(
+        raise TooManyTokensError(
             f"image: its {tokens:,} tokens, {collage.tokens:,} of the collage and the text are {total:,}; the model "
             f"takes {most:,}; choose a smaller --tokens or --image"
         )
@@ -85,9 +89,10 @@ def scene(adapter: Adapter, work: Workload) -> Scene:
     return Scene(pictures, Pictures((collage,)), prompt, answer, len(head))
 
 
-def _image(adapter: Adapter, image: int | tuple[int, int]) -> Picture:
+def picture_of(adapter: Adapter, image: int | tuple[int, int]) -> Picture:
+    """The picture of a workload: the largest square one of so many tokens at most, or one of that many pixels."""
     if isinstance(image, tuple):
-        return blank(adapter, *image, max_tokens=MAX_TOKENS)
+        return blank(adapter, *image, max_tokens=2 * MAX_TOKENS)
     return _square(adapter, image)
 
 

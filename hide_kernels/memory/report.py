@@ -135,15 +135,18 @@ class MemoryReport:
             names.sort(key=lambda name: -max(sample.groups.get(name, 0) for sample in self.timeline))
             heights = [[sample.groups.get(name, 0) / 1e9 for sample in self.timeline] for name in names]
             axes.stackplot(steps, heights, labels=names, step="post")
-            axes.legend(loc="upper left", fontsize="small")
+            figure.legend(loc="outside right upper", fontsize="small")
         else:
             axes.fill_between(steps, [sample.live / 1e9 for sample in self.timeline], step="post")
-        marked = {""}
+        marked, free = {""}, steps[0]
         for sample in self.timeline:
             # A stage of many calls has its name once.
             if sample.stage not in marked:
                 marked.add(sample.stage)
                 axes.axvline(sample.step, color="0.6", linewidth=0.5)
+                if sample.step < free:
+                    continue
+                free = sample.step + (steps[-1] - steps[0]) // 40
                 axes.text(
                     sample.step, 1.0, sample.stage, transform=axes.get_xaxis_transform(), fontsize="small", rotation=30
                 )
