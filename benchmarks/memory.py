@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,10 @@ def versions() -> dict[str, str]:
 def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequence[ResultTable]) -> str:
     """docs/memory.md."""
     at = {flow: runs[flow, LARGE] for flow in FLOWS}
-    kept, alive, published, last, ours = at.values()
+    _, alive, published, last, ours = at.values()
     peak = {flow: gigabytes(run.report.peak) for flow, run in at.items()}
     matrix = next(owner for owner in alive.owners if owner.dtype == "float32")
+    search = next(stage for stage in last.report.stages if stage.name == "search")
     logits = next(owner for owner in published.owners if owner.group == "logits")
     floor = ours.groups["weights"] + _cache_bytes(ours.tokens)
     parts = [
@@ -88,16 +90,16 @@ def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequ
         _exponents_table(runs).markdown(),
         "## The paper's 96 GB and 20 GB",
         f"The paper says that memory falls by 75 %, from 96 GB to 20 GB. At {LARGE:,} image tokens:",
-        f"- **96 GB is eager attention with one layer's matrix alive: {peak['eager, one layer alive']} GB.** The matrix "
-        f"of 28 heads over {alive.tokens + 46:,} tokens is there as bfloat16 scores, and twice in float32 while the "
-        f"softmax runs ({gigabytes(matrix.bytes)} GB each). The vision encoder is not eager in this figure: one of its "
-        f"four full layers alone would take {4 * 16 * (4 * LARGE) ** 2 * 2 / 1e9:,.0f} GB for the softmax's two float32 "
-        "copies.",
-        f"- **Maps of all layers would be {peak['eager, all layers kept']} GB**, which is what `output_attentions=True` "
-        "returns; transformers 5 also keeps what each attention of the vision encoder returns.",
+        f"- **96 GB is eager attention with one layer's matrix alive: {peak['eager, one layer alive']} GB.** The "
+        f"matrix of 28 heads over {alive.tokens + 46:,} tokens is there as bfloat16 scores, and twice in float32 while "
+        f"the softmax runs ({gigabytes(matrix.bytes)} GB each). The vision encoder is not eager in this figure: one of "
+        f"its four full layers alone would take {2 * 4 * 16 * (4 * LARGE) ** 2 / 1e9:,.0f} GB for the softmax's two "
+        "float32 copies.",
+        f"- **Maps of all layers would be {peak['eager, all layers kept']} GB**, which is what "
+        "`output_attentions=True` returns; transformers 5 also keeps what the vision encoder's attention returns.",
         f"- **20 GB is fused attention with rows of one layer and the last token's logits: "
-        f"{peak['published, last logits']} GB**, {gigabytes(runs['published, last logits', LARGE].report.stages[2].peak)} in "
-        f"the search pass. The published script asks for the logits of all tokens in that pass, "
+        f"{peak['published, last logits']} GB**, {gigabytes(search.peak)} of them in the search pass. "
+        "The published script asks for the logits of all tokens in that pass, "
         f"{gigabytes(logits.bytes)} GB, and needs **{peak['published']} GB**.",
         f"- So the fall holds ({1 - last.report.peak / alive.report.peak:.0%}; "
         f"{1 - published.report.peak / alive.report.peak:.0%} as the script is), and it is a fall from a way of "
@@ -112,8 +114,8 @@ def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequ
         *(_owners_table(run).markdown() for run in at.values()),
         "## On smaller cards",
         "int8 and int4 are weight-only formats as torchao's, predicted: every linear layer but the head; int8 turns a "
-        "layer's weight into bfloat16 for its product, int4 (groups of 128) reads packed weights in the kernel. Replies "
-        "are then those of the quantised model.",
+        "layer's weight into bfloat16 for its product, int4 (groups of 128) reads packed weights in the kernel. "
+        "Replies are then those of the quantised model.",
         _quantised_table(quantised).markdown(),
         *(table.markdown() for table in fitted),
     ]  # fmt: skip
@@ -134,7 +136,7 @@ def _sizes_table(runs: Runs) -> ResultTable:
 
 def _exponents_table(runs: Runs) -> ResultTable:
     sizes = sorted({tokens for _, tokens in runs})
-    pairs = list(zip(sizes, sizes[1:], strict=False))
+    pairs = list(pairwise(sizes))
     rows = [(flow, *(f"{exponent(runs[flow, a], runs[flow, b]):.2f}" for a, b in pairs)) for flow in FLOWS]
     header = ("flow", *(f"{a:,} to {b:,}" for a, b in pairs))
     return ResultTable("Exponent of growth of what comes on top of the weights", header, rows)

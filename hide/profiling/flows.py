@@ -20,7 +20,6 @@ from hide.session import Prefix
 from hide_kernels.integrations.transformers import capture_attention_rows
 from hide_kernels.memory import Owner, stage
 
-
 # Modules of a vision encoder and what follows it, by their path or by their class where they are called alone.
 _VISION = re.compile("visual|Vision[A-Z]|vision_tower|projector")
 

@@ -57,21 +57,45 @@ def read_config(model: str | Path) -> Any:
     return config
 
 
-def build(config: Any, dtype: torch.dtype, weights: str = "bf16") -> Adapter:
-    """A model of random weights with its adapter, on torch's default device; it has no tokenizer.
+def build(config: Any, dtype: torch.dtype, weights: str | None = None) -> Adapter:
+    """A model with its adapter, on torch's default device; it has no tokenizer.
 
     Args:
         config: as `read_config` gives it.
         dtype: of the weights that are not quantised, and of activations.
-        weights: "bf16" for none quantised; "int8" and "int4" as `quantise`.
+        weights: `None` for random values. Else storages without values, for predictions: "bf16" for none quantised,
+            "int8" and "int4" as `quantise`.
     """
     adapter = adapter_class(type(config).model_type)
-    model: Any = getattr(transformers, adapter.model_class)._from_config(config, dtype=dtype)
-    if weights != "bf16":
-        quantise(model, weights)
+    make = getattr(transformers, adapter.model_class)._from_config
+    if weights is None:
+        model: Any = make(config, dtype=dtype)
+    else:
+        device = torch.get_default_device()
+        # Weights before they are quantised or shared are never on the device.
+        with torch.device("meta"):
+            model = make(config, dtype=dtype)
+            if weights != "bf16":
+                quantise(model, weights)
+        _materialise(model, device)
     processor = next(found for name in adapter.processors if (found := getattr(transformers, name, None)))
     # Prompts are made of ids here, so that no tokenizer is needed.
     return adapter(model, SimpleNamespace(chat_template=""), processor())  # type: ignore[arg-type]
+
+
+def _materialise(model: nn.Module, device: torch.device) -> None:
+    """Storages without values for what is on the meta device; what is shared stays so."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[parameter] = nn.Parameter(empty, requires_grad=False)
+                setattr(module, name, made[parameter])
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(buffer, torch.empty_like(buffer, device=device))
 
 
 def parameter_count(config: Any) -> int:
@@ -124,7 +148,7 @@ def eager_decoder(adapter: Adapter) -> Iterator[None]:
 # -- weight-only quantisation ---------------------------------------------------------------------------------------
 
 
-def quantise(model: nn.Module, weights: str) -> None:
+def quantise(model: Any, weights: str) -> None:
     """Replace the `nn.Linear` layers, but for the output head, by storages of quantised ones and what they allocate.
 
     As torchao's weight-only formats without compilation. "int8": a weight is turned into the activations' dtype for
@@ -143,6 +167,9 @@ def quantise(model: nn.Module, weights: str) -> None:
 
 class Int8Linear(nn.Module):
     """Storages of an int8 weight and a scale for each output channel."""
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -101,7 +101,9 @@ class Profile:
                 )
         device = self.measured[0].report.device
         return ResultTable(
-            f"Measured on {device} beside predicted, GB", ("stage", "measured", "predicted", "difference", "ended"), rows
+            f"Measured on {device} beside predicted, GB",
+            ("stage", "measured", "predicted", "difference", "ended"),
+            rows,
         )
 
 

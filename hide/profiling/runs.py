@@ -41,6 +41,9 @@ class Settings(NamedTuple):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, want one of {', '.join(known)}")
 
 
+PLAIN = Settings()
+
+
 @dataclass(frozen=True)
 class FlowRun:
     """One flow's report. tokens: of the picture. seconds: that it took."""
@@ -69,9 +72,7 @@ def at_peak(report: MemoryReport) -> dict[str, int]:
     return dict(sorted(((n, b) for n, b in sample.groups.items() if b > 0), key=lambda item: -item[1]))
 
 
-def predict_flow(
-    config: Any, flow: str, work: Workload, settings: Settings = Settings(), *, owners: bool = True
-) -> FlowRun:
+def predict_flow(config: Any, flow: str, work: Workload, settings: Settings = PLAIN, *, owners: bool = True) -> FlowRun:
     """Predict a flow on a model that is never made; on any machine.
 
     Args:
@@ -102,12 +103,11 @@ def measure_flow(adapter: Any, flow: str, work: Workload, *, owners: bool = Fals
     start = time.perf_counter()
     tokens = picture_of(adapter, work.image).tokens
     with profile(adapter.model, owners=owners, groups=_measured_group if owners else None) as recording:
+        ended = None
         try:
             FLOWS[flow].run(adapter, work)
         except (torch.OutOfMemoryError, MemoryError) as error:
             ended = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        else:
-            ended = None
     report = recording.report if ended is None else dataclasses.replace(recording.report, error=ended)
     return FlowRun(flow, tokens, report, time.perf_counter() - start)
 
@@ -227,12 +227,13 @@ def largest_within(peak: Callable[[int], int | None], budget: int, most: int) ->
             # Half a step aside, in turn: the answer is enclosed from both sides soon.
             size = _on_the_line(known, low, high, budget) + (step if asked % 2 else 0)
         elif high > most and len(known) > 1:
-            size = min(4 * low, _on_the_line(known, *sorted(known)[-2:], budget) + step)
+            one, other = sorted(known)[-2:]
+            size = min(4 * low, _on_the_line(known, one, other, budget) + step)
         else:
             # Where the line misleads, halving ends it.
             size = (low + high) // 2
         size = min(max(size, low + 1), high - 1, most)
-    return low, low == most or (0 < low and high <= most and high not in known)
+    return low, low == most or (low > 0 and high <= most and high not in known)
 
 
 def _on_the_line(known: dict[int, int], one: int, other: int, budget: int) -> int:

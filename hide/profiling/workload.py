@@ -80,9 +80,7 @@ def scene(adapter: Adapter, work: Workload) -> Scene:
     # A word stands between the pictures, as the tokens of their ends and beginnings do.
     head = [WORD] * HEAD_TOKENS + [adapter.image_token] * tokens + [WORD]
     search = torch.tensor([head + [WORD] * work.text], device=device)
-    answer = torch.tensor(
-        [[*head, *[adapter.image_token] * collage.tokens, *[WORD] * (work.text + 1)]], device=device
-    )
+    answer = torch.tensor([[*head, *[adapter.image_token] * collage.tokens, *[WORD] * (work.text + 1)]], device=device)
     pictures = Pictures((image,))
     rows = range(len(head), search.shape[1])
     prompt = SearchPrompt(search, adapter.image_tokens(search, pictures), rows, 0, ("",) * work.text)
