@@ -323,8 +323,6 @@ class HiDe:
         with clock("prefix"):
             session = self._open(*loaded)
             clock.tokens["prefix"] = session.length
-        # The pixels that the encoder took are no longer needed.
-        del loaded
         with session:
             return self._ask(session, question, plain, clock)
 

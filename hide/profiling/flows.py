@@ -102,8 +102,12 @@ def ours(adapter: Adapter, work: Workload) -> None:
 def _forward_inputs(adapter: Adapter, given: Scene, *, answer: bool) -> dict[str, Tensor]:
     """Arguments of the model's own forward; the scene's own pixels would be on the host."""
     if answer:
-        return adapter._inputs(given.answer, given.image + given.collage)
-    return adapter._inputs(given.search.input_ids, given.image)
+        inputs = adapter._inputs(given.answer, given.image + given.collage)
+    else:
+        inputs = adapter._inputs(given.search.input_ids, given.image)
+    # All ones, which transformers drops, unless it looks at fake tensors.
+    del inputs["attention_mask"]
+    return inputs
 
 
 def _layer(adapter: Adapter, work: Workload) -> int:

@@ -95,9 +95,12 @@ def picture_of(adapter: Adapter, image: int | tuple[int, int]) -> Picture:
 
 
 def _square(adapter: Adapter, tokens: int) -> Picture:
-    """The largest square picture of at most so many tokens."""
+    """The largest square picture of at most so many tokens, or the smallest one of a family whose tiles have more."""
     side = math.isqrt(tokens) * (_cell(adapter) or CELL)
-    return blank(adapter, side, side, max_tokens=min(tokens, MAX_TOKENS))
+    try:
+        return blank(adapter, side, side, max_tokens=min(tokens, 2 * MAX_TOKENS))
+    except ValueError:
+        return blank(adapter, CELL, CELL, max_tokens=2 * MAX_TOKENS)
 
 
 def blank(adapter: Adapter, height: int, width: int, *, max_tokens: int) -> Picture:
