@@ -26,6 +26,7 @@ from hide.console import (
     quiet,
 )
 from hide.evaluation.commands import calibrate, entities, evaluate
+from hide.profiling.commands import profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -174,6 +175,7 @@ def attend(
 app.command("eval")(evaluate)
 app.command()(calibrate)
 app.command()(entities)
+app.command()(profile)
 
 
 @app.command()

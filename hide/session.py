@@ -21,6 +21,7 @@ from hide.kv_cache import PreallocatedCache
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.memory import stage
 
 # Prompts that are answered side by side; more of them are taken in turn.
 SIDE_BY_SIDE = 16
@@ -73,11 +74,12 @@ class Prefix:
         self._branched = False
         features = None
         if pictures is not None:
-            with _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
+            with stage("encode"), _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
                 features = model.encode(pictures)
             self.pictures = pictures.without_pixels()
-        # No logits are wanted of a prefix, and its features live on as keys and values.
-        Branch(self, self.ids, self.pictures, features, start=0).run()
+        with stage("prefill"):
+            # No logits are wanted of a prefix, and its features live on as keys and values.
+            Branch(self, self.ids, self.pictures, features, start=0).run()
 
     @property
     def closed(self) -> bool:
@@ -115,7 +117,7 @@ class Prefix:
         self._check(ids, pictures)
         every, features = self.pictures, None
         if pictures is not None:
-            with _advised(f"encoding {len(pictures.items)} more images"):
+            with stage("encode"), _advised(f"encoding {len(pictures.items)} more images"):
                 features = self.model.encode(pictures)
             every = pictures.without_pixels() if every is None else every + pictures.without_pixels()
         self._branched = True

@@ -123,7 +123,7 @@ def capture_module_rows(
     Raises:
         ValueError: as `capture_attention_rows`.
     """
-    capture = _Capture(getattr(module, "layer_idx", None) or 0, list(rows), key_spans, causal, "mean", False)
+    capture = _Capture(getattr(module, "layer_idx", None) or 0, list(rows), key_spans, causal, "mean", False, None)
     with _routed(module, capture):
         yield CapturedRows([capture])
     capture.check_complete()

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# Owners in a table; JSON has all that were kept.
+_SHOWN = 20
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
@@ -101,7 +103,8 @@ class MemoryReport:
         lines += _aligned(rows, "<>>>>>")
         if self.owners:
             held = [
-                [shown(o.bytes), str(o.count), f"x {list(o.shape)} {o.dtype}", o.group, _made(o)] for o in self.owners
+                [shown(o.bytes), str(o.count), f"x {list(o.shape)} {o.dtype}", o.group, _made(o)]
+                for o in self.owners[:_SHOWN]
             ]
             lines += ["", f"alive at the peak ({self.peak_stage or 'outside stages'}):", *_aligned(held, ">><<<")]
         lines += [f"note: {note}" for note in self.notes]
@@ -132,15 +135,18 @@ class MemoryReport:
             names.sort(key=lambda name: -max(sample.groups.get(name, 0) for sample in self.timeline))
             heights = [[sample.groups.get(name, 0) / 1e9 for sample in self.timeline] for name in names]
             axes.stackplot(steps, heights, labels=names, step="post")
-            axes.legend(loc="upper left", fontsize="small")
+            figure.legend(loc="outside right upper", fontsize="small")
         else:
             axes.fill_between(steps, [sample.live / 1e9 for sample in self.timeline], step="post")
-        marked = {""}
+        marked, free = {""}, steps[0]
         for sample in self.timeline:
             # A stage of many calls has its name once.
             if sample.stage not in marked:
                 marked.add(sample.stage)
                 axes.axvline(sample.step, color="0.6", linewidth=0.5)
+                if sample.step < free:
+                    continue
+                free = sample.step + (steps[-1] - steps[0]) // 40
                 axes.text(
                     sample.step, 1.0, sample.stage, transform=axes.get_xaxis_transform(), fontsize="small", rotation=30
                 )

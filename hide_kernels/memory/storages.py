@@ -26,8 +26,8 @@ from hide_kernels.memory.report import Owner, Sample
 MAX_SAMPLES = 2048
 # Operators of roots whose group is "weights".
 _WEIGHTS = ("parameter", "buffer")
-# Kinds of owners listed for each stage.
-MAX_OWNERS = 20
+# Kinds of owners kept for each stage: a model's weights alone can be thirty.
+MAX_OWNERS = 64
 # Frames of these are not where a tensor was made.
 _INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__, "<frozen")
 # Turns the data of torch.tensor(...) into a tensor: what it is given is new.
