@@ -94,6 +94,17 @@ def test_with_out_and_a_workspace_a_call_allocates_nothing(case, launched, monke
             attention_rows(query, key, out=out, workspace=memory[: size - 1], **arguments)
 
 
+@warnings
+@pytest.mark.parametrize("keys_of", [(30, 20, 1, 3), (139, 200, 1, 77)], ids=["one chunk", "several"])
+def test_rows_of_no_sample_have_lse_minus_infinity_whatever_the_memory_held(keys_of, launched):
+    query, key, arguments = ServingCase("rest", keys_of=keys_of).inputs(torch.float16)
+    arguments["backend"] = "triton"
+    used = torch.full((attention_rows_workspace(query, key, **arguments),), 7.0)
+    rows, lse = attention_rows(query, key, return_lse=True, workspace=used, **arguments)
+    assert (lse[:, -2:] == -torch.inf).all() and (rows[-2:] == 0).all() and lse[:, :-2].isfinite().all()
+    assert ("combine_lse" in {launch.kernel.fn.__name__ for launch in launched}) == (max(keys_of) > 100)
+
+
 TENSOR_CORES = {(8, 0): "mma", (9, 0): "wgmma", (10, 0): "tcgen05"}
 LAYOUTS = {"packed": {"packed": True}, "paged": {"packed": True, "block_size": 16}, "dense queries": {"block_size": 64}}
 
