@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from hide_kernels import attention_rows, attention_rows_workspace
 from hide_kernels.attention_rows import triton_launch
-from hide_kernels.testing.cases import SERVING_CASES, ServingCase, error_of
+from hide_kernels.testing.cases import SERVING_CASES, Case, ServingCase, error_of
 from hide_kernels.testing.interpreter import interpreted
 from hide_kernels.testing.offline import SHARED_LIMIT, compilations, compile_launch, planned
 
@@ -44,6 +44,10 @@ def test_a_sequence_has_the_same_bits_in_any_batch_and_64_bit_offsets_change_non
     assert launched[-1].arguments["WIDE"]
     assert torch.equal(wide.rows, together.rows) and torch.equal(wide.lse, together.lse)
     bounds = torch.tensor([0, 4]).int()
+    wide_table = torch.full((3, 40), -1, dtype=torch.int32)
+    wide_table[:, : arguments["block_table"].shape[1]] = arguments["block_table"]
+    sliced = {**arguments, "block_table": wide_table[:, : arguments["block_table"].shape[1]]}
+    assert torch.equal(attention_rows(query, key, backend="triton", **sliced).rows, together.rows)
     one = {"cu_seqlens_q": bounds, **{name: arguments[name][2:] for name in ("block_table", "kv_lens")}}
     alone = attention_rows(query[4:8], key, return_lse=True, backend="triton", **{**arguments, **one})
     assert torch.equal(alone.rows, together.rows[4:8]) and torch.equal(alone.lse, together.lse[:, 4:8])
@@ -55,7 +59,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch_and_64_bit_offsets_change_non
     [
         ServingCase("packed"), ServingCase("paged", block_size=16, keys_of=(300, 30, 1, 77)),
         ServingCase("rows summed", arguments={"row_reduction": "sum", "softmax": False}),
-        ServingCase("dense queries", block_size=16, rows_of=()),
+        ServingCase("dense queries", block_size=16, rows_of=()), Case("dense", length=300),
     ],
     ids=lambda case: case.name,
 )  # fmt: skip
@@ -94,15 +98,44 @@ def test_with_out_and_a_workspace_a_call_allocates_nothing(case, launched, monke
             attention_rows(query, key, out=out, workspace=memory[: size - 1], **arguments)
 
 
+def test_the_workspace_serves_the_chunk_of_rows_that_needs_most(launched, monkeypatch):
+    monkeypatch.setattr(triton_launch, "ROWS_AT_ONCE", 300)
+    monkeypatch.setattr(triton_launch, "INTERPRETED", triton_launch.Card((9, 0), 2))
+    sizes = []
+    plan = triton_launch.plan
+    monkeypatch.setattr(triton_launch, "plan", lambda *a, **k: ([], sizes.append(a) or plan(*a, **k)[1]))
+    query, key, _ = Case("chunks", batch=1, rows=301, length=1_000).inputs(torch.float16)
+    size = attention_rows_workspace(query, key, backend="triton")
+    attention_rows(query, key, workspace=torch.zeros(size), backend="triton")
+    assert len(sizes) == 2
+    first = attention_rows_workspace(query[:, :, :300], key, backend="triton")
+    last = attention_rows_workspace(query[:, :, 300:], key, backend="triton")
+    assert size == max(first, last)
+
+
+@warnings
+@pytest.mark.parametrize("keys_of", [(30, 20, 1, 3), (139, 200, 1, 77)], ids=["one chunk", "several"])
+def test_rows_of_no_sample_have_lse_minus_infinity_whatever_the_memory_held(keys_of, launched):
+    query, key, arguments = ServingCase("rest", keys_of=keys_of).inputs(torch.float16)
+    arguments["backend"] = "triton"
+    used = torch.full((attention_rows_workspace(query, key, **arguments),), 7.0)
+    rows, lse = attention_rows(query, key, return_lse=True, workspace=used, **arguments)
+    assert (lse[:, -2:] == -torch.inf).all() and (rows[-2:] == 0).all() and lse[:, :-2].isfinite().all()
+    assert ("combine_lse" in {launch.kernel.fn.__name__ for launch in launched}) == (max(keys_of) > 100)
+
+
 TENSOR_CORES = {(8, 0): "mma", (9, 0): "wgmma", (10, 0): "tcgen05"}
-LAYOUTS = {"packed": {"packed": True}, "paged": {"packed": True, "block_size": 16}, "dense queries": {"block_size": 64}}
+PAGED = {"packed": True, "block_size": 16}
 
 
 @pytest.mark.parametrize("capability", TENSOR_CORES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("depth, rows", [(80, 16), (128, 32), (256, 8)])
+@pytest.mark.parametrize(
+    "layout, depth, rows",
+    [({"packed": True}, 128, 32), (PAGED, 128, 32), (PAGED, 80, 16), ({"block_size": 64}, 256, 8)],
+    ids=str,
+)
 def test_16_bit_kernels_use_no_stack_fit_the_card_and_its_tensor_cores(capability, layout, depth, rows):
-    for launch in planned(capability, depth=depth, rows=rows, batch=2, masked=True, **LAYOUTS[layout]):
+    for launch in planned(capability, depth=depth, rows=rows, batch=2, masked=True, **layout):
         usage = compile_launch(launch, capability)
         assert usage.stack <= (0 if depth <= 128 else 32), usage
         assert usage.shared <= SHARED_LIMIT[capability], usage

@@ -111,7 +111,8 @@ def attention_rows(
         out: contiguous or strided tensor of the result's shape and dtype to write into.
         accumulate: add to `out` instead of overwriting it (sum over layers).
         workspace: (n,) float32, n at least `attention_rows_workspace(...)` of the same arguments: with it and `out` a
-            call allocates nothing (but the lse that `return_lse` asks for).
+            call allocates nothing (but the lse that `return_lse` asks for, and copies of index tensors and queries
+            whose last stride is not one).
         process_group: ranks that share the call, all of which make it; says with `shard` what each of them holds.
         shard: "heads": as many of the heads as every other rank, and their weights, with the same rows and keys;
             "mean" and weights then sum over all heads of all ranks, on every rank, and lse, "none" and "kv_group" are
@@ -171,11 +172,10 @@ def attention_rows(
         raise ValueError(f"shard: got {shard!r}, want 'heads' or 'keys'")
     direct = not (torch.compiler.is_compiling() or recorded or any(type(x) is not Tensor for x in differentiable))
     if workspace is not None:
-        _check_tensor(
-            "workspace", workspace, (*getattr(workspace, "shape", ())[:1],) or (0,), (torch.float32,), query.device
-        )
-        if not workspace.is_contiguous():
-            raise ValueError(f"workspace: got strides {workspace.stride()}, want contiguous memory")
+        _check_tensor("workspace", workspace, tuple(getattr(workspace, "shape", ())), (torch.float32,), query.device)
+        if workspace.dim() != 1 or not workspace.is_contiguous():
+            shape = f"shape {tuple(workspace.shape)}, strides {workspace.stride()}"
+            raise ValueError(f"workspace: got {shape}, want one contiguous dimension")
     if process_group is not None:
         if not direct:
             raise ValueError("process_group: got one in a call that is compiled or records gradients, want None")

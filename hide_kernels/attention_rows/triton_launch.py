@@ -84,12 +84,12 @@ def attention_rows_triton(
 
 def workspace_elements(query: Tensor, key: Tensor, request: RowRequest) -> int:
     """Most float32 elements that a call without lse takes beside its results."""
-    first = next(_row_chunks(query, request), None)  # the others have as many rows or fewer
-    if first is None or not request.softmax:
-        return 0
-    shared, _ = _shared_arguments(first[0], key, first[1])
-    chunks = _split(first[0], shared, first[1], _card(query.device), None)[3]
-    return math.prod(first[1].lse_shape) * (1 if chunks == 1 else 1 + chunks)
+    most = 0
+    for some_query, some, _ in _row_chunks(query, request) if request.softmax else ():
+        shared, _ = _shared_arguments(some_query, key, some)
+        chunks = _split(some_query, shared, some, _card(query.device), None)[3]
+        most = max(most, math.prod(some.lse_shape) * (1 if chunks == 1 else 1 + chunks))
+    return most
 
 
 def _row_chunks(query: Tensor, request: RowRequest) -> Iterator[tuple[Tensor, RowRequest, slice]]:
@@ -292,12 +292,13 @@ def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[
     low = 1 << (depth.bit_length() - 1)
     high = 0 if low == depth else max(16, 1 << (depth - low - 1).bit_length())
     positions = request.q_positions if request.causal or request.window is not None else None
-    starts, lens, cu_q, cu_k, pages = (
+    starts, lens, cu_q, cu_k = (
         None if x is None else x.contiguous()
-        for x in (
-            request.kv_starts, request.kv_lens, request.cu_seqlens_q, request.cu_seqlens_k, request.block_table,
-        )
-    )  # fmt: skip
+        for x in (request.kv_starts, request.kv_lens, request.cu_seqlens_q, request.cu_seqlens_k)
+    )
+    pages = request.block_table
+    if pages is not None and pages.stride(1) != 1:
+        pages = pages.contiguous()
     arguments = {
         "query": query,
         "key": key,
@@ -313,7 +314,7 @@ def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[
         "rows": most_rows,
         "length": request.length,
         "page_shift": 0 if pages is None else key.shape[1].bit_length() - 1,
-        "stride_tb": 0 if pages is None else pages.shape[1],
+        "stride_tb": 0 if pages is None else pages.stride(0),
         **{name: stride // align for name, stride in strides.items()},
         "stride_pb": 0 if positions is None or cu_q is not None else positions.stride(0),
         "stride_pr": 0 if positions is None else positions.stride(-1),
