@@ -125,9 +125,9 @@ def rows_config(
     bucket = next((most for most in (8, 16, 32) if rows <= most), 64 if dense or depth <= 128 else 32)
     config = ROWS_SLICED if sliced else ROWS[family(capability), 128 if depth <= 128 else 256, bucket]
     if not (dense or sliced):
-        config = replace(config, block_n=NARROW, registers=224)
+        config = replace(config, block_n=NARROW, registers=255)
         if depth > 128:
-            config = replace(config, warps=8, unroll=0, registers=255)
+            config = replace(config, warps=8, unroll=0)
     if group == 1:
         return replace(ROWS_ONE_HEAD, slice=config.slice, stages=config.stages)
     # A tile needs 16 queries; more heads than the group has would be idle.
