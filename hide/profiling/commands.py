@@ -24,7 +24,7 @@ def profile(
     image: Annotated[str | None, typer.Option(help="Pixels instead of tokens: 7680x4320, width first.")] = None,
     flow: Annotated[str, typer.Option(help="eager, published, ours, or all.")] = "all",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    chunk: Annotated[int, typer.Option(help="Tokens that a session sends through the decoder at once.")] = 4096,
+    chunk: Annotated[int, typer.Option(help="Tokens that a session sends through the decoder at once.")] = 2048,
     collage: Annotated[int, typer.Option(help="Tokens of the collage, at most.")] = 1024,
     weights: Annotated[
         str | None, typer.Option(help="bf16 (none quantised), int8 or int4; default: bf16, and all for --fit.")

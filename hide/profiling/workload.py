@@ -38,7 +38,7 @@ class Workload:
     image: int | tuple[int, int]
     collage: int = 1024
     text: int = 30
-    chunk: int = 4096
+    chunk: int = 2048
     layer: int | None = None
 
     def __post_init__(self) -> None:
