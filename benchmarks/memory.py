@@ -84,7 +84,7 @@ def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequ
         f"{versions()['transformers']}: no GPU, no weights. `hide profile` does the same for other models and sizes, "
         "and says what fits on a card. No figure here was measured on a GPU. GB are 10^9 bytes; CUDA's context, "
         "workspaces and what its allocator loses between blocks come on top.",
-        "A square picture, a collage of 1,024 tokens at most, 30 tokens of text, pieces of 4,096 tokens. The flows:",
+        "A square picture, a collage of 1,024 tokens at most, 30 tokens of text, pieces of 2,048 tokens. The flows:",
         "\n".join(f"- **{name}**: {flow.about}." for name, flow in FLOWS.items()),
         _sizes_table(runs).markdown(),
         _exponents_table(runs).markdown(),
