@@ -397,7 +397,7 @@ class SessionPool:
     """Sessions of several pictures, least recently used ones closed when they hold more than `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
-        """budget: bytes of keys, values and features, in all; the newest session is kept even if it alone has more."""
+        """budget: bytes of keys, values and sources, in all; the newest session is kept even if it alone has more."""
         if budget < 0:
             raise ValueError(f"budget: got {budget}, want bytes, 0 or more")
         self.budget = budget

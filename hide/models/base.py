@@ -89,11 +89,6 @@ class Features(NamedTuple):
     embeddings: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.embeddings.nbytes + sum(layer.nbytes for layer in self.deepstack)
-
     def part(self, first: int, last: int) -> Features:
         """Those of the image tokens from `first` to `last`, half-open."""
         return Features(self.embeddings[first:last], tuple(layer[first:last] for layer in self.deepstack))
