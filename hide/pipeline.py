@@ -19,10 +19,10 @@ from hide.config import PRESETS, HiDeConfig
 from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, entity_request, parse_entities
 from hide.images import ImageLike, load_image, to_image, to_tensor
 from hide.models import load
-from hide.models.base import Adapter, Pictures, Reply, SearchPrompt
+from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide.models.qwen2_5_vl import MAX_ASPECT
 from hide.questions import Question
-from hide.session import ImageSession, Prefix
+from hide.session import ImageSession, Prefix, encode
 from hide.tags import CLOSE_TAG, OPEN_TAG
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps
@@ -231,7 +231,9 @@ class HiDe:
 
         Close it, or use it in a `with` block, to free its keys and values.
         """
-        return self._open(*self._loaded(images))
+        read, sources, pictures = self._loaded(images)
+        pictures, features = encode(self.model, pictures)
+        return self._session(read, sources, pictures, features)
 
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
@@ -316,12 +318,12 @@ class HiDe:
         if isinstance(image, ImageSession):
             return self._ask(self._own(image), question, plain, clock)
         with clock("read and resize"):
-            loaded = self._loaded(image)
+            images, sources, pictures = self._loaded(image)
         with clock("prefix"):
-            session = self._open(*loaded)
+            pictures, features = encode(self.model, pictures)
+            session = self._session(images, sources, pictures, features)
             clock.tokens["prefix"] = session.length
-        # What the encoder ate is as large as what it made of it.
-        del loaded
+        del features
         with session:
             return self._ask(session, question, plain, clock)
 
@@ -397,9 +399,17 @@ class HiDe:
         pictures = self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=most)
         return dataclasses.replace(pictures, joined=self.config.collage_in_span)
 
-    def _open(self, images: Sequence[Image.Image], sources: Sequence[Tensor], pictures: Pictures) -> ImageSession:
-        chunk = self.config.prefill_chunk
-        return ImageSession(self.model, pictures, images=images, sources=sources, prefill_chunk=chunk)
+    def _session(
+        self, images: Sequence[Image.Image], sources: Sequence[Tensor], pictures: Pictures, features: Features
+    ) -> ImageSession:
+        return ImageSession(
+            self.model,
+            pictures,
+            features=features,
+            images=images,
+            sources=sources,
+            prefill_chunk=self.config.prefill_chunk,
+        )
 
     @contextmanager
     def _opened(self, images: Shown) -> Iterator[ImageSession]:

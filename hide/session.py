@@ -29,6 +29,16 @@ SIDE_BY_SIDE = 16
 MIN_CHUNK = 64
 
 
+def encode(model: Adapter, pictures: Pictures) -> tuple[Pictures, Features]:
+    """The pictures without their pixels, which may be larger than their keys and values, and what a `Prefix` needs.
+
+    Raises `MemoryError` with sizes and advice.
+    """
+    with stage("encode"), _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
+        features = model.encode(pictures)
+    return pictures.without_pixels(), features
+
+
 class Prefix:
     """Tokens that many prompts begin with, sent through the model once.
 
@@ -41,6 +51,7 @@ class Prefix:
         ids: Tensor,
         pictures: Pictures | None = None,
         *,
+        features: Features | None = None,
         prefill_chunk: int = 2048,
         room: int = 256,
     ) -> None:
@@ -50,6 +61,8 @@ class Prefix:
             model: an adapter of `hide.models`.
             ids: (1, P) int64 tokens.
             pictures: those whose tokens stand in `ids`.
+            features: of the pictures, as `encode` gives them: whoever has called it can let go of the pixels before
+                the prefill; `None`: they are encoded here.
             prefill_chunk: tokens that go through the decoder at once, so that its activations do not grow with the
                 image; halved and tried again where memory is short.
             room: tokens that branches may add before the cache is copied, once, to grow by what they need.
@@ -72,10 +85,9 @@ class Prefix:
         self._chunk = prefill_chunk
         self._cache: PreallocatedCache | None = PreallocatedCache(model.num_layers, self.length + room)
         self._branched = False
-        features = None
+        if pictures is not None and features is None:
+            pictures, features = encode(model, pictures)
         if pictures is not None:
-            with stage("encode"), _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
-                features = model.encode(pictures)
             self.pictures = pictures.without_pixels()
         with stage("prefill"):
             # No logits are wanted of a prefix, and its features live on as keys and values.
@@ -117,9 +129,8 @@ class Prefix:
         self._check(ids, pictures)
         every, features = self.pictures, None
         if pictures is not None:
-            with stage("encode"), _advised(f"encoding {len(pictures.items)} more images"):
-                features = self.model.encode(pictures)
-            every = pictures.without_pixels() if every is None else every + pictures.without_pixels()
+            pictures, features = encode(self.model, pictures)
+            every = pictures if every is None else every + pictures
         self._branched = True
         try:
             with _advised(f"keys and values of {ids.shape[1] + room} tokens"):
@@ -352,6 +363,7 @@ class ImageSession(Prefix):
         model: Adapter,
         pictures: Pictures,
         *,
+        features: Features | None = None,
         images: Sequence[Image.Image] = (),
         sources: Sequence[Tensor] = (),
         prefill_chunk: int = 2048,
@@ -362,7 +374,8 @@ class ImageSession(Prefix):
         images: what the pictures were made from. sources: their pixels, (H, W, 3 or 4) uint8, which collages are cut
             out of, where the model is.
         """
-        super().__init__(model, model.image_prefix(pictures), pictures, prefill_chunk=prefill_chunk, room=room)
+        ids = model.image_prefix(pictures)
+        super().__init__(model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room)
         self.images, self.sources = tuple(images), tuple(sources)
 
     @property

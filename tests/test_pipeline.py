@@ -1,6 +1,7 @@
 """HiDe's steps one by one and together, on a random-weight Qwen2.5-VL."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from hide.entities import Entities
 from hide.images import on_colour, to_tensor
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityMaps, EntityRows, preset_for
-from hide.session import ImageSession, Prefix
+from hide.session import Branch, ImageSession, Prefix
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
 from hide_kernels import collage_of_maps, token_maps
@@ -433,3 +434,23 @@ def test_a_collage_takes_no_more_tokens_than_the_model_has_positions_for(adapter
         assert len(hide._collage_pictures([large, large], session).tokens) == 2
         assert sum(hide._collage_pictures([large, large], session).tokens) <= 60
     assert free == 100 and 40 < tight <= 60
+
+
+@pytest.mark.parametrize("way", ["ask", "open"])
+def test_nobody_holds_the_encoders_input_during_the_prefill(hide, images, monkeypatch, way):
+    pixels, alive = [], []
+    preprocess, run = Qwen25VL.preprocess, Branch.run
+
+    def noted(self, *args, **kwargs):
+        pictures = preprocess(self, *args, **kwargs)
+        pixels.extend(weakref.ref(picture.pixels) for picture in pictures.items)
+        return pictures
+
+    def looked(self, *args, **kwargs):
+        alive.append([reference() is not None for reference in pixels])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen25VL, "preprocess", noted)
+    monkeypatch.setattr(Branch, "run", looked)
+    hide.ask(images, QUESTION, plain=False) if way == "ask" else hide.open(images).close()
+    assert alive[0] == [False, False]

@@ -16,7 +16,7 @@ from torch import Tensor
 from hide.models.base import Adapter
 from hide.profiling.models import eager_decoder
 from hide.profiling.workload import CELL, Scene, Workload, scene
-from hide.session import Prefix
+from hide.session import Prefix, encode
 from hide_kernels.integrations.transformers import capture_attention_rows
 from hide_kernels.memory import Owner, stage
 
@@ -84,9 +84,12 @@ def ours(adapter: Adapter, work: Workload) -> None:
         rows, columns = given.image.grids[0]
         # Collages are cut out of the picture itself.
         source = torch.zeros(rows * CELL, columns * CELL, 3, dtype=torch.uint8, device=adapter.model.device)
-    search, answer, collage, shown = given.search, given.answer, given.collage, given.image.without_pixels()
-    session = Prefix(adapter, search.input_ids[:, : given.prefix], given.image, prefill_chunk=work.chunk)
+    search, answer, collage = given.search, given.answer, given.collage
+    head = search.input_ids[:, : given.prefix]
+    shown, features = encode(adapter, given.image)
     del given
+    session = Prefix(adapter, head, shown, features=features, prefill_chunk=work.chunk)
+    del features
     with session:
         with stage("search"), session.branch(search.input_ids) as branch:
             branch.rows(search, layers=[layer], causal=False)
