@@ -11,17 +11,20 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from hide.evaluation.tables import ResultTable
+from hide.models import qwen2_5_vl
 from hide.profiling.flows import FLOWS
 from hide.profiling.models import WEIGHTS, read_config
 from hide.profiling.output import fit_table, gigabytes, made_by
 from hide.profiling.runs import FlowRun, Settings, fits, predict_flow
-from hide.profiling.workload import Workload
+from hide.profiling.workload import MAX_TOKENS, Workload
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "memory.md"
@@ -50,6 +53,17 @@ def all_runs(sizes: Sequence[int] = SIZES, flows: Sequence[str] = tuple(FLOWS)) 
     return found
 
 
+def steps_to_ours(ours: FlowRun) -> dict[str, FlowRun]:
+    """Ours as it grew, at `LARGE` tokens: each is the one before it and what its name says."""
+    config = read_config(MODEL)
+    with mock.patch.object(qwen2_5_vl, "in_slices", nullcontext):
+        found = {
+            name: predict_flow(config, "ours", Workload(LARGE, chunk=chunk))
+            for name, chunk in (("one prefill for all steps", MAX_TOKENS), ("the decoder in pieces", 2048))
+        }
+    return {**found, "the vision encoder in slices": ours}
+
+
 def beside_weights(run: FlowRun) -> int:
     """Bytes at the peak that are not the weights'."""
     return run.report.peak - run.groups["weights"]
@@ -68,7 +82,12 @@ def versions() -> dict[str, str]:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequence[ResultTable]) -> str:
+def page(
+    runs: Runs,
+    grown: dict[str, FlowRun],
+    quantised: Sequence[tuple[str, int, FlowRun]],
+    fitted: Sequence[ResultTable],
+) -> str:
     """docs/memory.md."""
     at = {flow: runs[flow, LARGE] for flow in FLOWS}
     _, alive, published, last, ours = at.values()
@@ -112,6 +131,11 @@ def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequ
         f"the stage \"{ours.report.peak_stage}\".",
         f"## Who holds it, at {LARGE:,} tokens",
         *(_owners_table(run).markdown() for run in at.values()),
+        "## How ours got there",
+        "Each row is the one above it and one thing more. The tables are of what held most before and after it; the "
+        "last is ours above.",
+        _growth_table(grown).markdown(),
+        *(_owners_table(run, name).markdown() for name, run in list(grown.items())[:-1]),
         "## On smaller cards",
         "int8 and int4 are weight-only formats as torchao's, predicted: every linear layer but the head; int8 turns a "
         "layer's weight into bfloat16 for its product, int4 (groups of 128) reads packed weights in the kernel. "
@@ -142,12 +166,19 @@ def _exponents_table(runs: Runs) -> ResultTable:
     return ResultTable("Exponent of growth of what comes on top of the weights", header, rows)
 
 
-def _owners_table(run: FlowRun) -> ResultTable:
+def _growth_table(grown: dict[str, FlowRun]) -> ResultTable:
+    names = ("encode", "prefill")
+    peaks = {name: {stage.name: stage.peak for stage in run.report.stages} for name, run in grown.items()}
+    rows = [(name, *(gigabytes(found[stage]) for stage in names)) for name, found in peaks.items()]
+    return ResultTable(f"Ours at {LARGE:,} tokens, peak of each stage in GB", ("with", *names), rows)
+
+
+def _owners_table(run: FlowRun, name: str | None = None) -> ResultTable:
     rows = [
         (made_by(owner), gigabytes(owner.bytes), str(owner.count), f"{list(owner.shape)} {owner.dtype}")
         for owner in run.owners[:OWNERS]
     ]
-    title = f"{run.flow}: {gigabytes(run.report.peak)} GB, in {run.report.peak_stage}"
+    title = f"{name or run.flow}: {gigabytes(run.report.peak)} GB, in {run.report.peak_stage}"
     return ResultTable(title, ("made by", "GB", "how many", "tensor"), rows)
 
 
@@ -213,7 +244,8 @@ def main() -> int:
     for card in CARDS:
         found = fits(config, FIT_FLOWS, card, work, Settings(), progress=lambda what: print(what, file=sys.stderr))
         fitted.append(fit_table(found, card, work))
-    PAGE.write_text(page(all_runs(), quantised, fitted), encoding="utf-8")
+    runs = all_runs()
+    PAGE.write_text(page(runs, steps_to_ours(runs["ours", LARGE]), quantised, fitted), encoding="utf-8")
     return 0
 
 
