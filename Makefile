@@ -28,7 +28,7 @@ test: $(STAMP) lint build/kernels  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2
 
 # The kernels hub's client. Not in .venv, where transformers would use it, and without what only its signatures need.
-build/kernels: Makefile
+build/kernels: Makefile | $(STAMP)
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ kernels==0.17.2
 
 REPO_ID ?= OWNER/hide-kernels

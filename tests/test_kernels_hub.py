@@ -213,6 +213,16 @@ def test_the_sources_are_the_packages_own_and_their_content_is_their_name(layout
     assert (tmp_path / "again" / name).read_bytes() == (layout / name).read_bytes()
 
 
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="folder: got .* want a new one"):
+        write_layout(ROOT / "build.toml", tmp_path, "you/hide-kernels")
+    assert (tmp_path / "notes").read_text() == "mine"
+    write_layout(ROOT / "build.toml", tmp_path / "new", "you/hide-kernels")
+    write_layout(ROOT / "build.toml", tmp_path / "new", "me/hide-kernels")
+    assert "me/hide-kernels" in (tmp_path / "new" / "CARD.md").read_text()
+
+
 def test_another_content_has_another_name(layout, tmp_path, monkeypatch):
     from hide_kernels.integrations import kernels_hub
 

@@ -61,17 +61,21 @@ From hide-kernels {package_version}.
 
 
 def write_layout(build_toml: Path, folder: Path, repo_id: str) -> list[Path]:
-    """Write the repository that `build_toml` describes into `folder`, whose former content goes.
+    """Write the repository that `build_toml` describes into `folder`, where a former one goes.
 
     `torch-ext` is what kernel-builder builds from, `build` what it would make of that and the `kernels` client loads:
     one variant per backend, with the name of its content. Returns the variants' folders.
+
+    Raises `ValueError` for a folder that holds something else.
     """
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / "CARD.md").exists():
+            raise ValueError(f"folder: got {folder}, which holds something else, want a new one or a former layout")
+        shutil.rmtree(folder)
     general = tomllib.loads(build_toml.read_text())["general"]
     module = general["name"].replace("-", "_")
     sources = _sources()
     content = hashlib.sha256(b"".join(path.encode() + text for path, text in sources.items())).hexdigest()[:8]
-    if folder.exists():
-        shutil.rmtree(folder)
     _write(folder, {"build.toml": build_toml.read_bytes(), "CARD.md": _card(general, repo_id).encode()})
     # kernel-builder makes `_ops.py` by itself.
     _write(folder / "torch-ext" / module, {path: text for path, text in sources.items() if path != "_ops.py"})
