@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-transformers-4 wheels docs fuzz sanitize lint format bench static-report clean
+.PHONY: help install demo test test-transformers-4 hub wheels docs fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
@@ -24,8 +24,16 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
 	$(BIN)/hide ask hide/examples/scene.jpg "Is the heart on the left or right side of the circle?" --report demo
 
-test: $(STAMP) lint  ## linters, type checks and all tests
+test: $(STAMP) lint build/kernels  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2
+
+# The kernels hub's client. Not in .venv, where transformers would use it, and without what only its signatures need.
+build/kernels: Makefile | $(STAMP)
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ kernels==0.17.2
+
+REPO_ID ?= OWNER/hide-kernels
+hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hub; REPO_ID=you/hide-kernels
+	$(BIN)/python -m hide_kernels.integrations.kernels_hub build/hub --repo-id $(REPO_ID)
 
 # Beside the installed one, for the tests that run models.
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2

@@ -101,10 +101,10 @@ def _launches(device: str, argument: str) -> Predicate:
 
     def refuses(arguments: Mapping[str, Any]) -> str | None:
         try:
-            from hide_kernels import native
+            from .native import missing
         except ImportError as error:
             return f"{error.name} is not installed"
-        return _elsewhere(device, arguments.get(argument), argument) or native.missing(device)
+        return _elsewhere(device, arguments.get(argument), argument) or missing(device)
 
     return refuses
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hide_kernels import backends
-from hide_kernels.attention_rows.api import run
-from hide_kernels.attention_rows.backward import attention_rows_backward
-from hide_kernels.attention_rows.request import RowRequest
+from . import backends
+from ._ops import add_op_namespace_prefix
+from .attention_rows.api import run
+from .attention_rows.backward import attention_rows_backward
+from .attention_rows.request import RowRequest
 
 # Spans are flat, start and stop in turn, with the number of spans of each sample. `weights` replaces the word
 # `head_reduction`. The second result is the lse that was computed: empty for raw scores and where one was given.
@@ -72,7 +73,7 @@ def _request(
     )
 
 
-@torch.library.custom_op("hide_kernels::attention_rows", mutates_args=(), schema=SCHEMA)
+@torch.library.custom_op(add_op_namespace_prefix("attention_rows"), mutates_args=(), schema=SCHEMA)
 def attention_rows(query, key, *arguments):  # type: ignore[no-untyped-def]
     """The operator: arguments of `SCHEMA` -> (rows, lse); lse is empty where none is computed."""
     *masks, lse, weights = arguments[:8]

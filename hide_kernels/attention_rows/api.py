@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hide_kernels import backends
-from hide_kernels.attention_rows.reference import attention_rows_reference
-from hide_kernels.attention_rows.request import HeadReduction, RowRequest, Spans
+from .. import backends
+from .._ops import ops
+from .reference import attention_rows_reference
+from .request import HeadReduction, RowRequest, Spans
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -179,7 +180,7 @@ def attention_rows(
     if process_group is not None:
         if not direct:
             raise ValueError("process_group: got one in a call that is compiled or records gradients, want None")
-        from hide_kernels.attention_rows.sharded import sharded_rows
+        from .sharded import sharded_rows
 
         assert name is not None
         return AttentionRows(
@@ -188,7 +189,7 @@ def attention_rows(
     if direct:
         assert name is not None
         return AttentionRows(*run(name, query, key, request, lse, return_lse, out, accumulate, workspace))
-    result, computed = torch.ops.hide_kernels.attention_rows(
+    result, computed = ops.attention_rows(
         query,
         key,
         request.q_positions,
@@ -233,7 +234,7 @@ def attention_rows_workspace(
     request = _validated(query, key, **arguments)
     if _resolve(backend, query, key, request) != "triton" or lse is not None:
         return 0
-    from hide_kernels.attention_rows.triton_launch import workspace_elements
+    from .triton_launch import workspace_elements
 
     return workspace_elements(query, key, request)
 
@@ -319,7 +320,7 @@ def run(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows and lse (or `None`) of a validated request, by the backend of this name. Records no gradients."""
     if name == "triton":
-        from hide_kernels.attention_rows.triton_launch import attention_rows_triton
+        from .triton_launch import attention_rows_triton
 
         return attention_rows_triton(query, key, request, lse, return_lse, out, accumulate, workspace)
     return attention_rows_reference(query, key, request, lse, return_lse, out, accumulate)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hide_kernels.attention_rows.reference import BLOCK_ELEMENTS, blocks, visible_keys
-from hide_kernels.attention_rows.request import RowRequest
+from .reference import BLOCK_ELEMENTS, blocks, visible_keys
+from .request import RowRequest
 
 # Fewest keys per block, however many rows there are.
 KEYS_AT_LEAST = 128

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hide_kernels.attention_rows.request import RowRequest
+from .request import RowRequest
 
 # Scores held at once, in elements: 16 MB in float32.
 BLOCK_ELEMENTS = 1 << 22

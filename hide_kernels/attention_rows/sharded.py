@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hide_kernels.attention_rows import api
-from hide_kernels.attention_rows.request import RowRequest
+from . import api
+from .request import RowRequest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hide_kernels.attention_rows import triton_kernels as kernels
-from hide_kernels.attention_rows.request import RowRequest
-from hide_kernels.attention_rows.triton_configs import LseConfig, RowsConfig, chunk_keys, lse_config, rows_config
-from hide_kernels.launch import Launch, on_device
+from ..launch import Launch, on_device
+from . import triton_kernels as kernels
+from .request import RowRequest
+from .triton_configs import LseConfig, RowsConfig, chunk_keys, lse_config, rows_config
 
 LOG2_E = 1 / math.log(2)
 ROWS_AT_ONCE = 512  # bounds the partial results of the first pass

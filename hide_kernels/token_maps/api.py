@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hide_kernels import backends
+from .. import backends
 
 FLAT = 1e-6
 """A map whose range is at most this part of its magnitude is constant: less is rounding in float32."""
@@ -77,13 +77,13 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
 
     # Imported here so that importing the package loads neither Triton nor SciPy nor CuPy.
     if name == "triton":
-        from hide_kernels.token_maps.triton_launch import token_maps_triton as implementation
+        from .triton_launch import token_maps_triton as implementation
     elif name == "cupy":
-        from hide_kernels.token_maps.cupy import token_maps_cupy as implementation
+        from .cupy import token_maps_cupy as implementation
     elif name == "cucim":
-        from hide_kernels.token_maps.cupy import token_maps_cucim as implementation
+        from .cupy import token_maps_cucim as implementation
     else:
-        from hide_kernels.token_maps.reference import token_maps_reference as implementation
+        from .reference import token_maps_reference as implementation
     return TokenMaps(*implementation(rows, prior_rows, float(sigma), FLAT))
 
 

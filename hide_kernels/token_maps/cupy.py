@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hide_kernels.token_maps.arrays import choose, purify
+from .arrays import choose, purify
 
 Result = tuple[tuple[Tensor, ...], Tensor, Tensor]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from hide_kernels.token_maps.arrays import choose, purify
+from .arrays import choose, purify
 
 
 def token_maps_reference(

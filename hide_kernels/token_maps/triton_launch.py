@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hide_kernels.launch import Launch, on_device
-from hide_kernels.token_maps import triton_kernels as kernels
+from ..launch import Launch, on_device
+from . import triton_kernels as kernels
 
 IMAGES_AT_ONCE = 8
 # Tiles: of the scan, of the smoothing (lines and columns), of what follows (cells and tokens).

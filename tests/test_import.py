@@ -1,0 +1,168 @@
+"""Importing the packages: nothing optional is needed, nothing heavy is loaded before its time, nothing is said."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import hide_kernels
+
+OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
+HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
+NEED_TRITON = {
+    "hide_kernels.attention_rows.triton_kernels",
+    "hide_kernels.attention_rows.triton_launch",
+    "hide_kernels.testing.interpreter",
+    "hide_kernels.testing.offline",
+    "hide_kernels.token_maps.triton_kernels",
+    "hide_kernels.token_maps.triton_launch",
+}
+
+NO_NETWORK = """
+import sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
+        raise RuntimeError(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+"""
+
+# As on a machine where they are not installed: not found by imports nor by those who look first.
+WITHOUT_OPTIONAL = f"""
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {OPTIONAL} else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+def run(*scripts, command=()):
+    """What a fresh process without GPU and network prints, which says nothing else."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join((NO_NETWORK, *scripts)), *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr + done.stdout
+    return done.stdout
+
+
+LAZY = """
+import json
+
+def loaded(names):
+    return [name for name in names if name in sys.modules]
+
+found = {}
+import hide
+found["hide"] = loaded([*HEAVY, "torch", "numpy"])
+from hide import cli
+found["hide --help"] = loaded([*HEAVY, "torch", "numpy"])
+import hide_kernels
+[getattr(hide_kernels, name) for name in hide_kernels.__all__]
+found["hide_kernels"] = loaded(HEAVY)
+import hide.config
+found["HiDeConfig"] = loaded(HEAVY)
+import torch
+found["device"] = torch.cuda.is_initialized()
+print(json.dumps(found))
+"""
+
+
+def test_what_is_heavy_is_loaded_by_those_who_use_it():
+    found = json.loads(run(f"HEAVY = {HEAVY}", LAZY))
+    assert found == {"hide": [], "hide --help": [], "hide_kernels": [], "HiDeConfig": [], "device": False}
+
+
+COMPUTE = """
+import torch
+from hide_kernels import attention_rows, collage, regions, token_maps
+
+def compute():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 4, 5, 32, generator=generator), torch.randn(1, 2, 143, 32, generator=generator)
+    rows = attention_rows(query, key, key_spans=[(4, 130)]).rows[0]
+    maps = token_maps([rows.view(5, 9, 14)], prior_rows=2, sigma=1.0)
+    found = regions(maps.maps[0], 0.4)
+    image = torch.randint(0, 256, (90, 140, 3), dtype=torch.uint8, generator=generator)
+    picture = collage(image, 10 * found.boxes[0, : found.counts[0]].long())
+    tensors = [rows, *maps.maps, maps.image_index, maps.valid, *found, *picture[:2]]
+    return [[list(tensor.shape), tensor.double().sum().item()] for tensor in tensors]
+"""
+
+PUBLIC = """
+import json
+import hide, hide_kernels
+
+names = [getattr(package, name) for package in (hide_kernels, hide) for name in package.__all__]
+print(json.dumps([len(names), compute()]))
+"""
+
+
+def test_without_anything_optional_the_public_names_are_there_and_compute_the_same():
+    names, computed = json.loads(run(WITHOUT_OPTIONAL, COMPUTE, PUBLIC))
+    assert names == len(hide_kernels.__all__) + 4
+    here = {}
+    exec(COMPUTE, here)
+    assert computed == here["compute"]()
+    assert all(total for _, total in computed[:2])
+
+
+@pytest.mark.parametrize("command, text", [("--help", "doctor"), ("doctor", "triton not installed")])
+def test_without_anything_optional_the_command_line_answers(command, text):
+    output = run(WITHOUT_OPTIONAL, "from hide.cli import app; app()", command=[command])
+    assert text in " ".join(output.split())
+
+
+EACH_ALONE = """
+import gc, importlib, json, os, pkgutil
+import hide, hide_kernels
+
+def outcome(name):
+    try:
+        importlib.import_module(name)
+        return "imported"
+    except BaseException as error:
+        return str(error)
+
+packages = [(package.__path__, package.__name__ + ".") for package in (hide_kernels, hide)]
+names = [module.name for package in packages for module in pkgutil.walk_packages(*package)]
+# What others wrote is slow to import: it is loaded once, then ours is forgotten, and each module starts from there.
+for name in names:
+    outcome(name)
+for name in [name for name in sys.modules if name.partition(".")[0] in ("hide", "hide_kernels")]:
+    del sys.modules[name]
+gc.freeze()
+outcomes = {}
+for name in names:
+    reading, writing = os.pipe()
+    if not os.fork():
+        os.write(writing, outcome(name).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        outcomes[name] = pipe.read()
+    os.wait()
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported():
+    outcomes = json.loads(run(WITHOUT_OPTIONAL, EACH_ALONE).splitlines()[-1])
+    failed = {name: outcome for name, outcome in outcomes.items() if outcome != "imported"}
+    assert failed == dict.fromkeys(NEED_TRITON, "No module named 'triton'")
+    assert len(outcomes) > 100
