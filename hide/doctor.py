@@ -39,6 +39,8 @@ PACKAGES = (
     ("rich", ("rich",), "the command line", True),
     ("triton", ("triton", "pytorch-triton"), "GPU kernels; comes with a CUDA build of PyTorch", False),
     ("flash_attn", ("flash-attn",), "FlashAttention in the model itself; extra [flash]", False),
+    ("torchao", ("torchao",), "int8 and int4 weights; extra [quant]", False),
+    ("accelerate", ("accelerate",), "loads those layer by layer; extra [quant]", False),
     ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "image work on the GPU; extra [cuda12] or [cuda13]", False),
     ("cucim", ("cucim-cu13", "cucim-cu12", "cucim"), "image work on the GPU; extra [cuda12] or [cuda13]", False),
 )
