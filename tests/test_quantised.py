@@ -20,7 +20,7 @@ from hide import HiDe
 from hide.cli import app
 from hide.models.quantised import INT4_GROUP, WEIGHTS, check, quantise, quantised_layers
 from hide.models.vision_slices import in_slices
-from hide.profiling.models import Int4Linear, build, read_config
+from hide.profiling.models import Int4Linear, Int8Linear, build, read_config
 from hide.session import ImageSession
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import draw_scene
@@ -29,7 +29,7 @@ from hide_kernels.memory import predict, profile, stage
 pytest.importorskip("torchao")
 pytest.importorskip("accelerate")
 
-from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # noqa: E402
+from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 QUESTION = "What is the color of the star?"
 CPU = torch.device("cpu")
@@ -157,7 +157,9 @@ def test_the_demo_question_has_the_same_answer_and_rows_close_by(plain):
     scene = draw_scene(3, 420, 300, objects=3).image
     rows = {}
     for name, adapter in (("plain", plain), ("int8", eight), ("rounded", with_model(plain, dequantised(eight.model)))):
-        rows[name] = HiDe(adapter, HiDe.from_pretrained(CHECKPOINT, preset="tiny").config).attention_rows(scene, "star.")
+        rows[name] = HiDe(adapter, HiDe.from_pretrained(CHECKPOINT, preset="tiny").config).attention_rows(
+            scene, "star."
+        )
     plain_rows, int8_rows, rounded = (rows[name].rows[0] for name in ("plain", "int8", "rounded"))
     torch.testing.assert_close(int8_rows, rounded, atol=1e-6, rtol=1e-4)
     assert 1e-6 < (int8_rows - plain_rows).abs().max() < 0.05 * plain_rows.max()
@@ -173,7 +175,9 @@ def test_a_step_of_fixed_shapes_decodes_what_generate_does(loaded):
     pictures = preprocessed(adapter)
     ids = adapter.input_ids(QUESTION, pictures)
     with ImageSession(adapter, pictures) as session:
-        assert session.reply(ids, max_new_tokens=5, static=True) == adapter.generate_ids(ids, pictures, max_new_tokens=5)
+        assert session.reply(ids, max_new_tokens=5, static=True) == adapter.generate_ids(
+            ids, pictures, max_new_tokens=5
+        )
 
 
 @torch.no_grad()
@@ -322,3 +326,27 @@ def test_settings_that_are_everybodys_stay_as_they_are():
         hide.models.load(CHECKPOINT, device="cpu", weights=weights)
     assert (compiler.coordinate_descent_tuning, compiler.force_fuse_int_mm_with_mul) == before == (False, False)
     assert torch.get_float32_matmul_precision() == precision
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_on_a_gpu_layers_have_the_predicted_bytes_and_a_graph_replays_generates_reply(weights):
+    full = hide.models.load(CHECKPOINT, device="cpu", dtype="bfloat16")
+    expected = nn.Linear(384, 128, dtype=torch.bfloat16)
+    expected = {"int8": Int8Linear, "int4": Int4Linear}[weights](expected)
+    adapter = hide.models.load(CHECKPOINT, device="cuda", weights=weights)
+    named = {name for name, layer in adapter.model.named_modules() if is_quantised(layer)}
+    assert named == set(quantised_layers(full.model, weights)) and adapter.dtype is torch.bfloat16
+    assert bytes_of(adapter.model.model.visual.blocks[0].mlp.down_proj) == bytes_of(expected)
+    assert adapter.static_decode
+    pictures = preprocessed(adapter)
+    ids = adapter.input_ids(QUESTION, pictures)
+    with ImageSession(adapter, pictures) as session:
+        replies = [session.reply(ids, max_new_tokens=6, static=static) for static in (True, False)]
+    assert replies[0] == replies[1]
+    prompt = adapter.search_prompt("star.", pictures)
+    rows, exact = (one.search_rows(prompt, pictures, layers=[0], causal=False)[0].cpu() for one in (adapter, full))
+    assert (rows - exact).abs().max() < (0.05 if weights == "int8" else 0.5) * exact.max()
