@@ -67,7 +67,9 @@ def quiet() -> None:
 
     from transformers.utils import logging
 
-    for name in ("torchao", "torch.utils._pytree"):
+    from hide.doctor import NOISY
+
+    for name in NOISY:
         getLogger(name).setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
