@@ -349,4 +349,4 @@ def test_on_a_gpu_layers_have_the_predicted_bytes_and_a_graph_replays_generates_
     assert replies[0] == replies[1]
     prompt = adapter.search_prompt("star.", pictures)
     rows, exact = (one.search_rows(prompt, pictures, layers=[0], causal=False)[0].cpu() for one in (adapter, full))
-    assert (rows - exact).abs().max() < (0.05 if weights == "int8" else 0.5) * exact.max()
+    assert (rows - exact).abs().max() < (0.05 if weights == "int8" else 0.15) * exact.max()
