@@ -113,10 +113,10 @@ def page(runs: Runs, quantised: Sequence[tuple[str, int, FlowRun]], fitted: Sequ
         f"## Who holds it, at {LARGE:,} tokens",
         *(_owners_table(run).markdown() for run in at.values()),
         "## On smaller cards",
-        "Predicted for [`weights=\"int8\"` and `\"int4\"`](quantised_weights.md), as torchao lays them out: every linear "
-        "layer but the head; int8 turns a layer's weight into bfloat16 for its product, int4 (groups of 64, input "
-        "channels filled up to multiples of 1,024) reads packed weights in the kernel. Replies are then those of the "
-        "quantised model.",
+        "Predicted for [`weights=\"int8\"` and `\"int4\"`](quantised_weights.md), as torchao lays them out: every "
+        "linear layer but the head; int8 turns a layer's weight into bfloat16 for its product, int4 (groups of 64, "
+        "input channels filled up to multiples of 1,024) reads packed weights in the kernel. Replies are then those of "
+        "the quantised model.",
         _quantised_table(quantised).markdown(),
         *(table.markdown() for table in fitted),
     ]  # fmt: skip
