@@ -137,9 +137,10 @@ def page(
         _growth_table(grown).markdown(),
         *(_owners_table(run, name).markdown() for name, run in list(grown.items())[:-1]),
         "## On smaller cards",
-        "int8 and int4 are weight-only formats as torchao's, predicted: every linear layer but the head; int8 turns a "
-        "layer's weight into bfloat16 for its product, int4 (groups of 128) reads packed weights in the kernel. "
-        "Replies are then those of the quantised model.",
+        "Predicted for [`weights=\"int8\"` and `\"int4\"`](quantised_weights.md), as torchao lays them out: every "
+        "linear layer but the head; int8 turns a layer's weight into bfloat16 for its product, int4 (groups of 64, "
+        "input channels filled up to multiples of 1,024) reads packed weights in the kernel. Replies are then those of "
+        "the quantised model.",
         _quantised_table(quantised).markdown(),
         *(table.markdown() for table in fitted),
     ]  # fmt: skip

@@ -21,6 +21,7 @@ from hide.console import (
     PresetOption,
     SigmaOption,
     ThresholdOption,
+    WeightsOption,
     errors,
     load_model,
     quiet,
@@ -55,6 +56,7 @@ def ask(
     threshold: ThresholdOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
@@ -75,7 +77,7 @@ def ask(
 
         quiet()
         status.update(f"loading {model or 'the embedded model'}")
-        hide = load_model(model, preset, layer, sigma, threshold, device, dtype)
+        hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights)
         result = hide.ask(image, question, options=option or None, progress=status.update)
         status.update("drawing")
         document = result.to_dict()
@@ -131,6 +133,7 @@ def attend(
     tokens: Annotated[int, typer.Option(help="Draw so many tokens of the reply, at least 1.")] = 8,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.npz.")] = Path("hide-attend"),
 ) -> None:
     """Draw what each token of a TEXT, and of the reply to it, attends to in an IMAGE. No HiDe in it.
@@ -145,7 +148,7 @@ def attend(
 
         quiet()
         status.update(f"loading {model or 'the embedded model'}")
-        hide = load_model(model, device=device, dtype=dtype)
+        hide = load_model(model, device=device, dtype=dtype, weights=weights)
         status.update("attending")
         wanted = _layer_list(layers) if layers else hide.config.layers or range(hide.model.num_layers)
         found = attention_of(hide.model, image, text, layers=wanted, new_tokens=tokens)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from hide.models.quantised import Weights
     from hide.pipeline import HiDe
 
 ModelOption = Annotated[
@@ -31,6 +32,9 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cuda, cuda:1, cpu; default: CUDA where there is one.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra [quant].")
+]
 
 EMBEDDED = "the embedded model: it knows drawn scenes only (star, ring, moon, ... in eight colors)"
 
@@ -43,6 +47,7 @@ def load_model(
     threshold: float | None = None,
     device: str | None = None,
     dtype: str = "auto",
+    weights: str | None = None,
 ) -> HiDe:
     """The checkpoint, or without one the embedded model, with its preset and what the options change of it."""
     from hide.pipeline import HiDe
@@ -52,13 +57,20 @@ def load_model(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if model is None:
         model, preset = str(CHECKPOINT), preset or "tiny"
-    return HiDe.from_pretrained(model, preset=preset, device=device, dtype=dtype, **changes)
+    known = cast("Weights | None", weights)
+    return HiDe.from_pretrained(model, preset=preset, device=device, dtype=dtype, weights=known, **changes)
 
 
 def quiet() -> None:
-    """No progress bars and warnings of transformers between ours."""
+    """No progress bars and warnings of transformers, and of torchao, which it imports, between ours."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
+    from hide.doctor import NOISY
+
+    for name in NOISY:
+        getLogger(name).setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -20,6 +20,7 @@ from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, en
 from hide.images import ImageLike, load_image, to_image, to_tensor
 from hide.models import load
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
+from hide.models.quantised import Weights
 from hide.models.qwen2_5_vl import MAX_ASPECT
 from hide.questions import Question
 from hide.session import ImageSession, Prefix, encode
@@ -209,6 +210,7 @@ class HiDe:
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        weights: Weights | None = None,
         extractor: Extractor | None = None,
         **changes: Any,
     ) -> HiDe:
@@ -216,11 +218,11 @@ class HiDe:
 
         Args:
             preset: a name in `hide.PRESETS`; `None`: the one that fits the model.
-            device, dtype, attn_implementation: as `hide.models.load`.
+            device, dtype, attn_implementation, weights: as `hide.models.load`.
             extractor: as in the constructor.
             changes: fields of `HiDeConfig` that replace the preset's.
         """
-        model = load(path, device=device, dtype=dtype, attn_implementation=attn_implementation)
+        model = load(path, device=device, dtype=dtype, attn_implementation=attn_implementation, weights=weights)
         config, notes = preset_for(model, preset)
         return cls(model, dataclasses.replace(config, **changes), extractor=extractor, notes=notes)
 

@@ -26,8 +26,8 @@ from hide.profiling.models import (
     configurations,
     fused_attention,
     parameter_count,
-    quantise,
     read_config,
+    storages,
 )
 from hide.profiling.runs import Settings, fits, largest_within, measure_flow, parse_bytes, parse_pixels, predict_flow
 from hide.profiling.workload import Workload, scene
@@ -250,9 +250,10 @@ def bytes_of(module):
 
 
 def test_quantised_layers_have_the_storages_of_codes_and_scales():
-    for weights, codes, scales in (("int8", 256 * 384, 384 * 2), ("int4", 256 * 384 // 2, 2 * 384 * 2 * 2)):
+    # The 256 input channels of int4 are filled up to 1,024, and 64 of them share a scale and a zero point.
+    for weights, codes, scales in (("int8", 256 * 384, 384 * (4 + 1)), ("int4", 1024 * 384 // 2, 16 * 384 * 2 * 2)):
         model = Head().bfloat16()
-        quantise(model, weights)
+        storages(model, weights)
         assert bytes_of(model.first) == codes + scales + 384 * 2
         assert type(model.head) is nn.Linear and model.first(torch.zeros(3, 256, dtype=torch.bfloat16)).shape == (
             3,
@@ -265,7 +266,7 @@ def test_quantised_layers_have_the_storages_of_codes_and_scales():
 
 def test_int8_turns_one_weight_at_a_time_into_the_activations_dtype():
     model = Head().bfloat16()
-    quantise(model, "int8")
+    storages(model, "int8")
     x = torch.zeros(3, 256, dtype=torch.bfloat16)
     with predict(model, x, rounding=1) as recording:
         model.first(x)
@@ -278,7 +279,7 @@ def test_int8_turns_one_weight_at_a_time_into_the_activations_dtype():
     torch.testing.assert_close(quantised(x + 1), exact)
 
 
-def test_the_7b_with_int4_weights_takes_a_third():
+def test_the_7b_with_int4_weights_takes_two_fifths():
     config = read_config(memory.MODEL)
     sizes = {}
     for weights in ("bf16", "int8", "int4"):
@@ -287,11 +288,16 @@ def test_the_7b_with_int4_weights_takes_a_third():
             sizes[weights] = recording.report.live / 1e9
             assert recording.report.peak <= recording.report.live * 1.01, "the full weights are never there"
             del adapter
-    linear = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 3584 * 18944) / 1e9
-    vision = 32 * (4 * 1280**2 + 3 * 1280 * 3420) / 1e9 + (5120**2 + 5120 * 3584) / 1e9
+    hidden, wide = 3584, 18944
+    linear = 28 * (2 * hidden * hidden + 2 * 512 * hidden + 3 * hidden * wide) / 1e9
+    vision = 32 * (4 * 1280**2 + 3 * 1280 * 3420) / 1e9 + (5120**2 + 5120 * hidden) / 1e9
     assert sizes["bf16"] - sizes["int8"] == pytest.approx(linear + vision, rel=2e-3)
-    packed = vision - 32 * 1280 * 3420 / 1e9
-    assert sizes["bf16"] - sizes["int4"] == pytest.approx((linear + packed) * (1.5 - 4 / 128), rel=2e-3)
+    # Of the vision encoder's feed-forward layers, 3,420 channels are neither whole groups nor whole rows.
+    packed = vision - 32 * 3 * 1280 * 3420 / 1e9
+    filled = 28 * (4096 * (2 * hidden + 2 * 512 + 2 * wide) + 19456 * hidden) / 1e9
+    filled += (32 * 2048 * 4 * 1280 + 5120 * (5120 + hidden)) / 1e9
+    assert sizes["int4"] == pytest.approx(sizes["bf16"] - 2 * (linear + packed) + filled * (0.5 + 4 / 64), rel=2e-3)
+    assert sizes["int4"] < 0.45 * sizes["bf16"]
 
 
 # -- what fits --------------------------------------------------------------------------------------------------------
@@ -390,7 +396,8 @@ def test_json_is_json_and_a_fit_needs_no_size():
         (["--weights", "int2"], "bf16, int8, int4"),
         (["--attention", "ring"], "flash, sdpa"),
         (["--chunk", "0"], "chunk: got 0"),
-        (["--weights", "int4", "--measure"], "predicted only"),
+        (["--weights", "int4", "--measure", "--device", "cpu"], "measure on a GPU"),
+        (["--weights", "int8", "--dtype", "float16", "--measure", "--device", "cpu"], "int8 weights do not take"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(arguments, text):

@@ -25,6 +25,7 @@ from hide.console import (
     PresetOption,
     SigmaOption,
     ThresholdOption,
+    WeightsOption,
     errors,
     load_model,
     quiet,
@@ -66,6 +67,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, summary.md and report.html; a killed run goes on there.")
     ] = Path("hide-eval"),
@@ -102,12 +104,13 @@ def evaluate(
         samples = functools.partial(_samples, data, limit)
         samples()
         load = functools.partial(
-            _load_corrupted, corrupt_entities, data, model, preset, layer, sigma, threshold, device, dtype
+            _load_corrupted, corrupt_entities, data, model, preset, layer, sigma, threshold, device, dtype, weights
         )
         hide = load()
         settings = {
             "data": data,
             "model": model or "embedded",
+            "weights": weights,
             "methods": asked,
             "corrupt_entities": corrupt_entities,
             **dataclasses.asdict(hide.config),
@@ -148,6 +151,7 @@ def calibrate(
     layer: LayerOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
         "hide-calibrate"
     ),
@@ -176,7 +180,7 @@ def calibrate(
         chosen = samples(limit)
         if not chosen:
             raise ValueError(f"data: {data} has no boxes, and without them there is nothing to calibrate by")
-        hide = load_model(model, preset, layer, None, None, device, dtype)
+        hide = load_model(model, preset, layer, None, None, device, dtype, weights)
         task = bar.add_task("layers", total=len(chosen))
         layers = experiments.layer_sweep(hide, chosen, progress=functools.partial(bar.advance, task))
         config = dataclasses.replace(hide.config, layers=tuple(layer or [experiments.best_layer(layers)]))
@@ -191,13 +195,14 @@ def calibrate(
         found: dict[str, Any] = {
             "data": data,
             "model": model or "embedded",
+            "weights": weights,
             "questions": len(chosen),
             **experiments.to_dict(layers, grid),
             "recommended": {"layers": config.layers, "sigma": sigma, "threshold": threshold},
         }
         if answers:
             task = bar.add_task("answers", total=answers)
-            settings = {"data": data, "model": model or "embedded", **dataclasses.asdict(config)}
+            settings = {"data": data, "model": model or "embedded", "weights": weights, **dataclasses.asdict(config)}
             with ResultFile(out / "answers.jsonl", settings) as results:
                 ask = functools.partial(ask_here, HiDe(hide.model, config), methods=list(METHODS))
                 run(ask, samples(answers), results, progress=lambda _: bar.advance(task))
@@ -223,6 +228,7 @@ def entities(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = None,
     misses: Annotated[bool, typer.Option("--misses", help="Print every question that differs.")] = False,
 ) -> None:
     """Precision and recall of entity extraction, by rules and, with --model, by the model.
@@ -242,7 +248,7 @@ def entities(
         extractors: dict[str, Any] = {"rules": entities_by_rules}
         if model is not None:
             quiet()
-            hide = load_model(model, device=device, dtype=dtype)
+            hide = load_model(model, device=device, dtype=dtype, weights=weights)
             hide.config = dataclasses.replace(hide.config, entities_from="model")
             extractors[model] = hide.entities
         rows, wrong = [], {}

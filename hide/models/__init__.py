@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hide.models.base import Adapter
+    from hide.models.quantised import Weights
 
 FAMILIES = {
     "qwen2_5_vl": "hide.models.qwen2_5_vl:Qwen25VL",
@@ -26,7 +27,12 @@ def adapter_class(model_type: str) -> type[Adapter]:
 
 
 def load(
-    path: str | Path, *, device: str | None = None, dtype: str = "auto", attn_implementation: str | None = None
+    path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    weights: Weights | None = None,
 ) -> Adapter:
     """Load a checkpoint folder or hub name with the adapter of its family.
 
@@ -36,10 +42,13 @@ def load(
         dtype: "float32", "bfloat16", "float16"; "auto": the checkpoint's on a GPU, float32 on a CPU.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; `None`: FlashAttention on a GPU that has it, else
             sdpa.
+        weights: "int8" or "int4": quantise the linear layers but the output head while they are loaded, by torchao
+            (extra `quant`); `None`: as the checkpoint has them. Then "auto" is bfloat16 on a GPU.
 
     Raises:
         FileNotFoundError, OSError: there is no such checkpoint.
-        ValueError: a family that HiDe does not know, or a device or dtype that does not exist here.
+        ValueError: a family that HiDe does not know, a device or dtype that does not exist here, or weights that are
+            not served there or quantised already.
     """
     from transformers import AutoConfig
 
@@ -58,4 +67,6 @@ def load(
             "Attention rows of any model: hide_kernels.integrations.transformers.capture_attention_rows"
         )
     adapter = adapter_class(model_type)
-    return adapter.from_pretrained(path, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    return adapter.from_pretrained(
+        path, device=device, dtype=dtype, attn_implementation=attn_implementation, weights=weights
+    )

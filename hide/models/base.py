@@ -19,11 +19,12 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
+from hide.models.quantised import Weights, check, loading
 from hide_kernels import ImageTokens, rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows, continuing, decoder_attention, slides
 
@@ -178,6 +179,7 @@ class Adapter(ABC):
         device: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        weights: Weights | None = None,
     ) -> Self:
         """As `hide.models.load`; safetensors only, no remote code."""
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -185,8 +187,17 @@ class Adapter(ABC):
             raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
-        if dtype == "auto" and target.type == "cpu":
-            dtype = "float32"
+        if dtype == "auto" and (weights is not None or target.type == "cpu"):
+            dtype = "float32" if target.type == "cpu" else "bfloat16"
+        quantised = {}
+        if weights is not None:
+            check(weights, getattr(torch, dtype), target)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            # Each layer goes to its device by itself and is quantised there: the full weights are never in one place.
+            quantised = {
+                "quantization_config": loading(getattr(transformers, cls.model_class), config, weights, target),
+                "device_map": {"": target},
+            }
         if attn_implementation is None:
             flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
             attn_implementation = "flash_attention_2" if flash else "sdpa"
@@ -196,6 +207,7 @@ class Adapter(ABC):
             attn_implementation=attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
+            **quantised,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.chat_template is None:
@@ -219,7 +231,7 @@ class Adapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Of activations, and of the weights that are not quantised."""
         return self.model.dtype
 
     @property

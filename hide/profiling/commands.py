@@ -91,6 +91,7 @@ def _profile(
 ) -> Profile:
     import torch
 
+    from hide.models.quantised import check, quantise
     from hide.profiling.flows import flows_of
     from hide.profiling.models import DTYPES, WEIGHTS, build, parameter_count, read_config
     from hide.profiling.output import Profile
@@ -101,8 +102,15 @@ def _profile(
         raise ValueError("image: got --tokens and --image, want one of them")
     settings = Settings(dtype, weights or "bf16", attention)
     settings.check()
-    if measure and settings.weights != "bf16":
-        raise ValueError(f"weights: {weights} is predicted only; measure with bf16")
+    quantised = settings.weights != "bf16"
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if measure:
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+        if quantised:
+            check(settings.weights, DTYPES[dtype], target)
+        if settings.weights == "int4" and target.type == "cpu":
+            raise ValueError("weights: a GPU's int4 is predicted, and a CPU's is laid out otherwise; measure on a GPU")
     names, budget = flows_of(flow), None if fit is None else parse_bytes(fit)
     size: int | tuple[int, int] = parse_pixels(image) if image else 16384 if tokens is None else tokens
     work = Workload(size, collage=collage, chunk=chunk)
@@ -114,12 +122,11 @@ def _profile(
             status.update(f"predicting: {name}")
             runs.append(predict_flow(config, name, work, settings))
     if measure:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
         status.update(f"building the model on {target}")
-        with target:
+        with torch.device("cpu") if quantised else target:
             adapter = build(config, DTYPES[dtype])
+        if quantised:
+            quantise(adapter.model, settings.weights, target)
         for name in names:
             status.update(f"measuring: {name}")
             measured.append(measure_flow(adapter, name, work))

@@ -19,11 +19,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide.models import FAMILIES, adapter_class
 from hide.models.base import Adapter
+from hide.models.quantised import INT4_GROUP, quantised_layers
+from hide.models.quantised import WEIGHTS as QUANTISED
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WEIGHTS = ("bf16", "int8", "int4")
-# Input channels that share a scale and a zero point; torchao's default for int4.
-INT4_GROUP = 128
+WEIGHTS = ("bf16", *QUANTISED)
+# Input channels that CUDA's int4 kernel takes together.
+INT4_COLUMNS = 1024
 FLASH = "flash_attention_2"
 
 
@@ -64,7 +66,7 @@ def build(config: Any, dtype: torch.dtype, weights: str | None = None) -> Adapte
         config: as `read_config` gives it.
         dtype: of the weights that are not quantised, and of activations.
         weights: `None` for random values. Else storages without values, for predictions: "bf16" for none quantised,
-            "int8" and "int4" as `quantise`.
+            "int8" and "int4" as `storages`.
     """
     adapter = adapter_class(type(config).model_type)
     make = getattr(transformers, adapter.model_class)._from_config
@@ -76,7 +78,7 @@ def build(config: Any, dtype: torch.dtype, weights: str | None = None) -> Adapte
         with torch.device("meta"):
             model = make(config, dtype=dtype)
             if weights != "bf16":
-                quantise(model, weights)
+                storages(model, weights)
         _materialise(model, device)
     processor = next(found for name in adapter.processors if (found := getattr(transformers, name, None)))
     # Prompts are made of ids here, so that no tokenizer is needed.
@@ -148,25 +150,21 @@ def eager_decoder(adapter: Adapter) -> Iterator[None]:
 # -- weight-only quantisation ---------------------------------------------------------------------------------------
 
 
-def quantise(model: Any, weights: str) -> None:
-    """Replace the `nn.Linear` layers, but for the output head, by storages of quantised ones and what they allocate.
+def storages(model: Any, weights: str) -> None:
+    """Replace the layers that `quantised_layers` names by storages of quantised ones and what they allocate on a GPU.
 
-    As torchao's weight-only formats without compilation. "int8": a weight is turned into the activations' dtype for
-    the product, which is then scaled. "int4": a kernel reads packed weights, scales and zero points, so that nothing
-    is dequantised in memory; layers whose input channels do not divide by 128 stay as they are.
+    As torchao's formats run without compilation. "int8": a weight is turned into the activations' dtype for the
+    product, which is then scaled. "int4": a kernel reads packed weights, scales and zero points, so that nothing is
+    dequantised in memory.
     """
     kind = {"int8": Int8Linear, "int4": Int4Linear}[weights]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear or layer is head:
-                continue
-            if kind is Int8Linear or layer.in_features % INT4_GROUP == 0:
-                setattr(parent, name, kind(layer))
+    for name, layer in quantised_layers(model, weights).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, kind(layer))
 
 
 class Int8Linear(nn.Module):
-    """Storages of an int8 weight and a scale for each output channel."""
+    """Storages of an int8 weight, and a scale and a zero point for each output channel."""
 
     codes: Tensor
     scales: Tensor
@@ -176,26 +174,32 @@ class Int8Linear(nn.Module):
         rows, columns = layer.weight.shape
         self.in_features, self.out_features, self.bias = columns, rows, layer.bias
         self.register_buffer("codes", torch.zeros(rows, columns, dtype=torch.int8))
-        self.register_buffer("scales", layer.weight.new_ones(rows))
+        self.register_buffer("scales", torch.ones(rows))
+        # Kept, though all are zero.
+        self.register_buffer("zeros", torch.zeros(rows, dtype=torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.linear(x, self.codes.to(x.dtype)) * self.scales
-        return y if self.bias is None else y + self.bias
+        y = functional.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Int4Linear(nn.Module):
     """Storages of two weights a byte, and a scale and a zero point for each group of input channels.
 
-    Its forward allocates the result and computes nothing.
+    Input channels are filled up to a multiple of 1,024, of weights and activations. Its forward allocates what the
+    kernel takes and the result, and computes nothing.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         rows, columns = layer.weight.shape
         self.in_features, self.out_features, self.bias = columns, rows, layer.bias
-        self.register_buffer("codes", torch.zeros(rows, columns // 2, dtype=torch.uint8))
-        self.register_buffer("scales_and_zeros", layer.weight.new_ones(columns // INT4_GROUP, rows, 2))
+        self.columns = -(-columns // INT4_COLUMNS) * INT4_COLUMNS
+        self.register_buffer("codes", torch.zeros(rows, self.columns // 2, dtype=torch.uint8))
+        self.register_buffer("scales_and_zeros", layer.weight.new_ones(self.columns // INT4_GROUP, rows, 2))
 
     def forward(self, x: Tensor) -> Tensor:
+        filled = x.new_empty(*x.shape[:-1], self.columns)
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        del filled
+        return y if self.bias is None else y.add_(self.bias)
