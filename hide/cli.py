@@ -18,6 +18,7 @@ from hide.console import (
     DtypeOption,
     LayerOption,
     ModelOption,
+    OffloadOption,
     PresetOption,
     SigmaOption,
     ThresholdOption,
@@ -55,6 +56,7 @@ def ask(
     threshold: ThresholdOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    offload_kv: OffloadOption = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
@@ -75,7 +77,7 @@ def ask(
 
         quiet()
         status.update(f"loading {model or 'the embedded model'}")
-        hide = load_model(model, preset, layer, sigma, threshold, device, dtype)
+        hide = load_model(model, preset, layer, sigma, threshold, device, dtype, offload_kv)
         result = hide.ask(image, question, options=option or None, progress=status.update)
         status.update("drawing")
         document = result.to_dict()

@@ -22,6 +22,7 @@ from hide.console import (
     DtypeOption,
     LayerOption,
     ModelOption,
+    OffloadOption,
     PresetOption,
     SigmaOption,
     ThresholdOption,
@@ -66,6 +67,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
+    offload_kv: OffloadOption = False,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, summary.md and report.html; a killed run goes on there.")
     ] = Path("hide-eval"),
@@ -102,7 +104,7 @@ def evaluate(
         samples = functools.partial(_samples, data, limit)
         samples()
         load = functools.partial(
-            _load_corrupted, corrupt_entities, data, model, preset, layer, sigma, threshold, device, dtype
+            _load_corrupted, corrupt_entities, data, model, preset, layer, sigma, threshold, device, dtype, offload_kv
         )
         hide = load()
         settings = {
