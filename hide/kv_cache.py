@@ -315,6 +315,10 @@ class OffloadedCache(PreallocatedCache):
                 "generate (static=False)"
             )
 
+    def copy_for(self, batch: int, capacity: int) -> PreallocatedCache:
+        """`ValueError`: a copy for several sequences would be as large on the device as what was kept off it."""
+        raise ValueError("copy_for: keys and values are in host memory; take the sequences one after another")
+
     def _reserve(self, layer: HostLayer, capacity: int) -> None:
         if not layer.is_initialized:
             layer.reserve(capacity)

@@ -165,8 +165,8 @@ def fits(
 ) -> list[Fit]:
     """The largest picture, 3:2, of each flow with each kind of weights.
 
-    Where a session's peak is in its prefill, smaller pieces are tried too, and where that is not all that there is,
-    keys and values on the host. No picture is larger than `FIT_TOKENS`.
+    Where a session's peak is in its prefill, smaller pieces are tried too; where it is then not in the encoder, which
+    is done before there are any, keys and values on the host. No picture is larger than `FIT_TOKENS`.
 
     budget: bytes; the CUDA context and lost blocks need room beside it. work: its `image` is not used.
     """
@@ -183,8 +183,9 @@ def fits(
             tried = work
             if tried.chunk > SMALL_CHUNK and stage_of_peak == "prefill" and not fit.limited:
                 tried = dataclasses.replace(tried, chunk=SMALL_CHUNK)
-                found.append(_largest(config, flow, budget, tried, own)[0])
-            if found[-1].tokens and not (found[-1].limited or tried.offload):
+                fit, stage_of_peak = _largest(config, flow, budget, tried, own)
+                found.append(fit)
+            if fit.tokens and stage_of_peak != "encode" and not (fit.limited or tried.offload):
                 found.append(_largest(config, flow, budget, dataclasses.replace(tried, offload=True), own)[0])
     return found
 
