@@ -116,7 +116,7 @@ def page(runs: Runs, quantised: Quantised, fitted: Sequence[ResultTable]) -> str
         "## On smaller cards",
         "int8 and int4 are weight-only formats as torchao's, predicted: every linear layer but the head; int8 turns a "
         "layer's weight into bfloat16 for its product, int4 (groups of 128) reads packed weights in the kernel. "
-        "Replies are then those of the quantised model. Keys and values on the host ([offload](sessions.md)) leave two "
+        "Replies are then those of the quantised model. Keys and values on the host ([how](sessions.md)) leave two "
         "layers' on the device; replies are the same, and every step brings them over the bus.",
         _quantised_table(quantised).markdown(),
         *(table.markdown() for table in fitted),

@@ -214,7 +214,7 @@ class Bench:
             "published flow (b)": self.published,
             "shared prefix (c)": lambda: self.ours(1),
             "shared prefix, five questions": lambda: self.ours(5),
-            "shared prefix, keys on the host": lambda: self.ours(5, offload=True),
+            "five questions, keys on the host": lambda: self.ours(5, offload=True),
         }
 
     def rows(self) -> tuple[list[Tensor], list[Tensor]]:

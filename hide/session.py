@@ -385,7 +385,9 @@ class ImageSession(Prefix):
             out of, where the model is.
         """
         ids = model.image_prefix(pictures)
-        super().__init__(model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room, offload=offload)
+        super().__init__(
+            model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room, offload=offload
+        )
         self.images, self.sources = tuple(images), tuple(sources)
 
     @property

@@ -141,7 +141,9 @@ class Machine(TorchDispatchMode):
             return
         size = buffer.permute(2, 0, 1, 3)[0].numel()
         start = tensor.storage_offset() // size
-        end = (tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) // size + 1
+        end = (
+            tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        ) // size + 1
         mine = self.clocks[self.who]
         # Whatever is asked for comes after all that the host has done and waited for.
         for other, time in self.clocks["host"].items():

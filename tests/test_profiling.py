@@ -412,7 +412,19 @@ def test_the_command_prints_and_writes_stages_owners_and_pictures(tmp_path):
 
 
 def test_the_command_keeps_keys_and_values_on_the_host():
-    arguments = ("--model", TINY, "--tokens", "400", "--collage", "64", "--dtype", "float32", "--flow", "ours", "--json")
+    arguments = (
+        "--model",
+        TINY,
+        "--tokens",
+        "400",
+        "--collage",
+        "64",
+        "--dtype",
+        "float32",
+        "--flow",
+        "ours",
+        "--json",
+    )
     plain, offloaded = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--offload-kv",)))
     held = [
         {stage["name"]: stage["live"] for stage in document["flows"][0]["stages"]}["prefill"]
