@@ -18,6 +18,7 @@ from hide.console import (
     DtypeOption,
     LayerOption,
     ModelOption,
+    OffloadOption,
     PresetOption,
     SigmaOption,
     ThresholdOption,
@@ -57,6 +58,7 @@ def ask(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
+    offload_kv: OffloadOption = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
@@ -77,7 +79,7 @@ def ask(
 
         quiet()
         status.update(f"loading {model or 'the embedded model'}")
-        hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights)
+        hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
         result = hide.ask(image, question, options=option or None, progress=status.update)
         status.update("drawing")
         document = result.to_dict()

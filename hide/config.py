@@ -37,6 +37,8 @@ class HiDeConfig:
     collage_in_span: whether collages join the pictures as one image of the prompt, instead of following them as images
         of their own; only where the family can (InternVL).
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large picture, the same result.
+    offload_kv: keys and values of the pictures lie in host memory, and two layers' at a time on the GPU: less memory,
+        the same result, and every step brings them all over the bus (docs/sessions.md).
     letter_request: what a question with lettered options ends with; its reply may stand between tags (`hide.tags`).
     max_new_tokens: bound on a generated answer.
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
@@ -59,6 +61,7 @@ class HiDeConfig:
     fill: tuple[int, int, int] | None = WHITE
     collage_in_span: bool = False
     prefill_chunk: int = 2048
+    offload_kv: bool = False
     letter_request: str = LETTER_REQUEST
     max_new_tokens: int = 1024
     max_entity_tokens: int = 256

@@ -35,6 +35,9 @@ DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat
 WeightsOption = Annotated[
     str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra [quant].")
 ]
+OffloadOption = Annotated[
+    bool, typer.Option("--offload-kv", help="Keep keys and values in host memory: fits more, takes longer.")
+]
 
 EMBEDDED = "the embedded model: it knows drawn scenes only (star, ring, moon, ... in eight colors)"
 
@@ -48,12 +51,14 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     weights: str | None = None,
+    offload_kv: bool = False,
 ) -> HiDe:
     """The checkpoint, or without one the embedded model, with its preset and what the options change of it."""
     from hide.pipeline import HiDe
     from hide.tiny import CHECKPOINT
 
     given = {"layers": tuple(layer) if layer else None, "sigma": sigma, "threshold": threshold}
+    given["offload_kv"] = offload_kv or None
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if model is None:
         model, preset = str(CHECKPOINT), preset or "tiny"

@@ -1,16 +1,20 @@
 """A KV cache in buffers that are allocated once: tokens are written in place, and going back costs nothing.
 
 transformers' own `DynamicCache` copies all keys and values for every new token (0.94 GB for a 7B model at 16k tokens),
-and cutting it down to a length differs between its versions.
+and cutting it down to a length differs between its versions. With `offloading=True` it also sends every layer back to
+the host whole in every step.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from hide_kernels.memory import host_memory
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -27,9 +31,7 @@ class PreallocatedLayer(DynamicLayer):
         """Allocate; transformers 4.57 passes the keys alone."""
         value_states = key_states if value_states is None else value_states
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers = [
-            states.new_empty(*states.shape[:2], self.capacity, states.shape[3]) for states in (key_states, value_states)
-        ]
+        self._buffers = [self._room(states, self.capacity) for states in (key_states, value_states)]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -44,7 +46,7 @@ class PreallocatedLayer(DynamicLayer):
         self.reserve(end)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
-        return self._set_length(end)
+        return self.set_length(end)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens; more than there is costs one copy."""
@@ -53,11 +55,11 @@ class PreallocatedLayer(DynamicLayer):
         capacity = -(-capacity // 256) * 256
         if self.is_initialized:
             # Both are there before anything changes: where memory is short, the old ones stay in force.
-            grown = [old.new_empty(*old.shape[:2], capacity, old.shape[3]) for old in self._buffers]
+            grown = [self._room(old, capacity) for old in self._buffers]
             for new, old in zip(grown, self._buffers, strict=True):
                 new[:, :, : self.length] = old[:, :, : self.length]
             self._buffers = grown
-            self._set_length(self.length)
+            self.set_length(self.length)
         self.capacity = capacity
 
     def clear_room(self) -> None:
@@ -68,7 +70,7 @@ class PreallocatedLayer(DynamicLayer):
     def rewind(self, length: int) -> None:
         """Forget all tokens from `length` on."""
         if self.length > length:
-            self._set_length(length)
+            self.set_length(length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers asks: a negative number of tokens to remove; 4.57 also the length that is to be left."""
@@ -79,19 +81,28 @@ class PreallocatedLayer(DynamicLayer):
         """Tokens that are there."""
         return self.length
 
-    def _set_length(self, length: int) -> tuple[Tensor, Tensor]:
+    def set_length(self, length: int) -> tuple[Tensor, Tensor]:
+        """Let the first `length` tokens of the buffers be those that are there."""
         self.length = length
         keys, values = (buffer[:, :, :length] for buffer in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
 
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        """A buffer for `capacity` tokens such as those of `like`."""
+        return like.new_empty(*like.shape[:2], capacity, like.shape[3])
+
 
 class PreallocatedCache(DynamicCache):
     """Cache of a decoder of `layers` layers with room for `capacity` tokens."""
 
+    offloaded: ClassVar[bool] = False
+    """Whether keys and values are the host's."""
+    _layer: ClassVar[type[PreallocatedLayer]] = PreallocatedLayer
+
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__()
-        self.layers: list[Any] = [PreallocatedLayer(capacity) for _ in range(layers)]
+        self.layers: list[Any] = [self._layer(capacity) for _ in range(layers)]
         # All layers are there: transformers must not append any.
         self.layer_class_to_replicate = None
 
@@ -129,3 +140,215 @@ class PreallocatedCache(DynamicCache):
             layer.slot = slot
             if slot is not None:
                 layer.clear_room()
+
+
+# -- on the host ------------------------------------------------------------------------------------------------------
+
+
+class HostLayer(PreallocatedLayer):
+    """As `PreallocatedLayer`, in host memory, pinned where the model is on CUDA; `device` is the model's."""
+
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        # Only pinned memory is copied while the host goes on; PyTorch frees it after the copies that it is part of.
+        pinned = self.device.type == "cuda"
+        with host_memory():
+            return _token_by_token(like, capacity, torch.device("cpu"), pin_memory=pinned)
+
+
+class CopyStream:
+    """Copies between one device and the host, in their order, beside what the device computes; plain ones on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def wait_for_compute(self) -> None:
+        """Later copies begin when all that was computed up to here is done."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def let_compute_wait(self) -> None:
+        """What is computed from here on begins when all copies are done; the host does not wait."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """The host waits for all copies."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        """One of the two is the host's; both are contiguous, so that nothing else is allocated."""
+        if self._stream is None:
+            to.copy_(source)
+        else:
+            with torch.cuda.stream(self._stream):
+                to.copy_(source, non_blocking=True)
+
+    def share(self, buffer: Tensor) -> Tensor:
+        """A new buffer of the device, whose memory is not used for anything else before copies to and from it are
+        done."""
+        if self._stream is not None:
+            buffer.record_stream(self._stream)
+        return buffer
+
+
+class Turns:
+    """Two pairs of device buffers for keys and values, in which layers of one device and shape are attended to in turn.
+
+    While a layer's kernels run on one pair, the next layer's tokens are copied into the other. Two waits keep order:
+
+    - Compute waits for all copies before it touches a pair (`take`).
+    - Copies wait for all compute that was asked for up to then before they read or overwrite one (`fetch`, `store`).
+      The pair that is overwritten is never the one that was taken last: its reader is asked for after `take`, that of
+      the other pair, the layer before, was asked for already.
+
+    Copies run in their order. So a layer's new tokens have left their pair before it is overwritten, and are on the
+    host before the host's are fetched again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.copies = CopyStream(device)
+        self._device = device
+        self.pairs: list[list[Tensor]] = []
+        # Which layer's tokens lie in each pair. They stay the layer's after rewinds: all it gets goes through `store`.
+        self._held: list[int | None] = [None, None]
+        self._last = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both pairs."""
+        return sum(buffer.nbytes for pair in self.pairs for buffer in pair)
+
+    def reserve(self, needed: int, layer: HostLayer) -> None:
+        """Room for `needed` tokens, and then for as many as the layer has room for."""
+        if self.pairs and self.pairs[0][0].shape[2] >= needed:
+            return
+        # All are there before anything changes: where memory is short, the old ones stay in force.
+        grown = [
+            [_token_by_token(buffer, layer.capacity, self._device) for buffer in layer._buffers] for _ in self._held
+        ]
+        self.pairs = [[self.copies.share(buffer) for buffer in pair] for pair in grown]
+        self._held = [None, None]
+
+    def take(self, index: int, layer: HostLayer) -> list[Tensor]:
+        """The pair with the layer's tokens, for what is computed next, up to the next `take`."""
+        self.fetch(index, layer)
+        self.copies.let_compute_wait()
+        self._last = self._held.index(index)
+        return self.pairs[self._last]
+
+    def fetch(self, index: int, layer: HostLayer) -> None:
+        """Begin to copy the layer's tokens into the pair that was not taken last, unless one has them."""
+        if index in self._held:
+            return
+        free = 1 - self._last
+        # Forgotten first: a copy that fails leaves the pair with neither's tokens.
+        self._held[free] = None
+        self.copies.wait_for_compute()
+        for mine, theirs in zip(self.pairs[free], layer._buffers, strict=True):
+            self.copies.copy(_tokens(mine, 0, layer.length), _tokens(theirs, 0, layer.length))
+        self._held[free] = index
+
+    def store(self, layer: HostLayer, start: int, end: int) -> None:
+        """Begin to copy new tokens from the pair that was taken to the host."""
+        self.copies.wait_for_compute()
+        for mine, theirs in zip(self.pairs[self._last], layer._buffers, strict=True):
+            self.copies.copy(_tokens(theirs, start, end), _tokens(mine, start, end))
+
+
+class OffloadedCache(PreallocatedCache):
+    """As `PreallocatedCache`, with keys and values in host memory and room for two layers on each device.
+
+    Each forward brings every layer's earlier tokens to the device and takes its new ones to the host. An early exit
+    leaves a copy of a layer that nobody asked for; it is good for the next time, or overwritten.
+    """
+
+    offloaded = True
+    _layer = HostLayer
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        super().__init__(layers, capacity)
+        self._turns: dict[tuple[Any, ...], Turns] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the devices: of the pairs alone."""
+        return sum(turns.nbytes for turns in self._turns.values())
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes on the host: keys and values of all layers. Pinned blocks are powers of two: up to twice as many."""
+        return super().nbytes
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write a layer's new tokens; all its keys and values, which hold until its attention was asked for."""
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        start, end = layer.length, layer.length + key_states.shape[2]
+        self._reserve(layer, end)
+        turns = self._turns_of(layer)
+        pair = turns.take(layer_idx, layer)
+        for buffer, states in zip(pair, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        turns.store(layer, start, end)
+        layer.set_length(end)
+        following = (layer_idx + 1) % len(self.layers)
+        if self.layers[following].length:
+            self._turns_of(self.layers[following]).fetch(following, self.layers[following])
+        keys, values = (buffer[:, :, :end] for buffer in pair)
+        return keys, values
+
+    def reserve(self, capacity: int) -> None:
+        """Room for `capacity` tokens in every layer and in the pairs."""
+        for layer in self.layers:
+            self._reserve(layer, capacity)
+
+    def set_slot(self, slot: Tensor | None) -> None:
+        """`ValueError` for a slot: tokens are copied to places that the host must know."""
+        if slot is not None:
+            raise ValueError(
+                "slot: keys and values are in host memory, and fixed shapes want them on the device; use the model's "
+                "generate (static=False)"
+            )
+
+    def copy_for(self, batch: int, capacity: int) -> PreallocatedCache:
+        """`ValueError`: a copy for several sequences would be as large on the device as what was kept off it."""
+        raise ValueError("copy_for: keys and values are in host memory; take the sequences one after another")
+
+    def _reserve(self, layer: HostLayer, capacity: int) -> None:
+        if not layer.is_initialized:
+            layer.reserve(capacity)
+            return
+        turns = self._turns_of(layer)
+        if capacity > layer.capacity:
+            # The host reads what copies may still be writing.
+            turns.copies.finish()
+        layer.reserve(capacity)
+        turns.reserve(capacity, layer)
+
+    def _turns_of(self, layer: HostLayer) -> Turns:
+        """Those of the layer's device and shape; layers on several devices have pairs on each."""
+        shapes = ((*buffer.shape[:2], buffer.shape[3], buffer.dtype) for buffer in layer._buffers)
+        kind = (layer.device, *shapes)
+        if kind not in self._turns:
+            self._turns[kind] = Turns(layer.device)
+        return self._turns[kind]
+
+
+def _token_by_token(like: Tensor, capacity: int, device: torch.device, *, pin_memory: bool = False) -> Tensor:
+    """Room for `capacity` tokens such as those of `like`, (B, heads, capacity, D), with all of a token in one place.
+
+    Some tokens in a row are then contiguous: one copy over the bus.
+    """
+    batch, heads, _, channels = like.shape
+    whole = torch.empty(capacity, batch, heads, channels, dtype=like.dtype, device=device, pin_memory=pin_memory)
+    return whole.permute(1, 2, 0, 3)
+
+
+def _tokens(buffer: Tensor, start: int, end: int) -> Tensor:
+    """(end - start, B, heads, D), contiguous."""
+    return buffer.permute(2, 0, 1, 3)[start:end]

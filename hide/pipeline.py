@@ -411,6 +411,7 @@ class HiDe:
             images=images,
             sources=sources,
             prefill_chunk=self.config.prefill_chunk,
+            offload=self.config.offload_kv,
         )
 
     @contextmanager

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.decoding import GreedyDecoder
-from hide.kv_cache import PreallocatedCache
+from hide.kv_cache import OffloadedCache, PreallocatedCache
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows
@@ -54,6 +54,7 @@ class Prefix:
         features: Features | None = None,
         prefill_chunk: int = 2048,
         room: int = 256,
+        offload: bool = False,
     ) -> None:
         """Encode the pictures and prefill.
 
@@ -66,6 +67,8 @@ class Prefix:
             prefill_chunk: tokens that go through the decoder at once, so that its activations do not grow with the
                 image; halved and tried again where memory is short.
             room: tokens that branches may add before the cache is copied, once, to grow by what they need.
+            offload: keys and values lie in host memory, and two layers' at a time on the device. Every forward brings
+                them over the bus; replies are decoded by the model's own `generate`.
 
         Raises:
             ValueError: more than one sequence, or pictures without a token.
@@ -83,7 +86,8 @@ class Prefix:
         self.length = ids.shape[1]
         self.pictures: Pictures | None = None
         self._chunk = prefill_chunk
-        self._cache: PreallocatedCache | None = PreallocatedCache(model.num_layers, self.length + room)
+        kind = OffloadedCache if offload else PreallocatedCache
+        self._cache: PreallocatedCache | None = kind(model.num_layers, self.length + room)
         self._branched = False
         if pictures is not None and features is None:
             pictures, features = encode(model, pictures)
@@ -100,7 +104,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held: keys and values."""
+        """Memory of the devices that is held: keys and values, with `offload` the buffers of two layers."""
         return self._cache.nbytes if self._cache is not None else 0
 
     @property
@@ -158,11 +162,16 @@ class Prefix:
     def replies(self, prompts: Sequence[Tensor], *, max_new_tokens: int) -> list[list[int]]:
         """The greedy replies to several prompts without further pictures, decoded side by side.
 
+        With `offload` one after another: side by side, each has a copy of the prefix on the device.
+
         Args:
             prompts: (1, L_i) int64 each, all of which begin with the prefix.
 
-        Raises `ValueError` as `branch`, and for a generation config that only the model's `generate` serves.
+        Raises `ValueError` as `branch`, and side by side for a generation config that only the model's `generate`
+        serves.
         """
+        if self.cache.offloaded:
+            return [self.reply(ids, max_new_tokens=max_new_tokens) for ids in prompts]
         found: list[list[int]] = []
         for first in range(0, len(prompts), SIDE_BY_SIDE):
             with _advised(f"{SIDE_BY_SIDE} replies side by side"):
@@ -308,7 +317,7 @@ class Branch:
         """The tokens of the greedy reply.
 
         static: decode with fixed shapes, on a GPU as one CUDA graph, instead of by the model's own `generate`; `None`:
-            on one GPU, where attention and generation config allow it and nothing captures rows.
+            on one GPU, where attention and generation config allow it, nothing captures rows and nothing is offloaded.
 
         Raises:
             ValueError: `static` where only `generate` serves. MemoryError: with sizes and advice.
@@ -318,7 +327,7 @@ class Branch:
         if self.at < last:
             self.run(last)
         if static is None:
-            static = self._model.static_decode and not self._model.captured
+            static = self._model.static_decode and not (self._model.captured or self._cache.offloaded)
         try:
             with _advised(f"a reply of {max_new_tokens} tokens behind {self.ids.shape[1]}"):
                 self._cache.reserve(self.ids.shape[1] + max_new_tokens)
@@ -368,6 +377,7 @@ class ImageSession(Prefix):
         sources: Sequence[Tensor] = (),
         prefill_chunk: int = 2048,
         room: int = 256,
+        offload: bool = False,
     ) -> None:
         """Encode and prefill; as `Prefix`.
 
@@ -375,12 +385,14 @@ class ImageSession(Prefix):
             out of, where the model is.
         """
         ids = model.image_prefix(pictures)
-        super().__init__(model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room)
+        super().__init__(
+            model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room, offload=offload
+        )
         self.images, self.sources = tuple(images), tuple(sources)
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held: keys, values and the sources."""
+        """Memory of the devices that is held: as a `Prefix`, and the sources."""
         return super().nbytes + sum(source.nbytes for source in self.sources)
 
     def close(self) -> None:
@@ -410,7 +422,8 @@ class SessionPool:
     """Sessions of several pictures, least recently used ones closed when they hold more than `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
-        """budget: bytes of keys, values and sources, in all; the newest session is kept even if it alone has more."""
+        """budget: bytes of keys, values and sources on the devices, in all; the newest session is kept even if it alone
+        has more. Sessions with `offload` count for two layers and the sources: the host's memory has no bound here."""
         if budget < 0:
             raise ValueError(f"budget: got {budget}, want bytes, 0 or more")
         self.budget = budget
@@ -464,8 +477,9 @@ def _check_tokens(model: Adapter, ids: Tensor, pictures: Pictures | None) -> Non
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or PyTorch's CPU allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "you tried to allocate" in str(error)
+    """Whether a device, PyTorch's CPU allocator or that of pinned memory had no memory left."""
+    said = ("you tried to allocate", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def _advice(what: str, error: BaseException) -> MemoryError:

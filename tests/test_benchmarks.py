@@ -183,6 +183,8 @@ def test_the_shared_prefix_is_judged_per_token_per_question_and_against_the_publ
     assert not shared_prefix.within_limit(rows(1.17, 2.9, 2.4))
     assert not shared_prefix.within_limit(rows(1.15, 3.1, 2.4))
     assert not shared_prefix.within_limit(rows(1.15, 2.9, 2.2))
+    host = {**rows(1.15, 2.5, 2.4)[0], "seconds": 3.0}
+    assert shared_prefix.ratios([*rows(1.15, 2.5, 2.4), host])["keys on the host over on the device"] == 1.2
 
 
 def test_a_result_file_becomes_markdown_and_pictures(tmp_path):

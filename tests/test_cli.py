@@ -7,6 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
+from hide.kv_cache import OffloadedCache
 from hide.models import FAMILIES, adapter_class
 from hide.tiny.scenes import draw_scene
 
@@ -36,6 +37,19 @@ def test_ask_prints_entities_boxes_answers_times_and_saves_pictures(picture, tmp
             assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 20, f"{name} shows nothing"
     with Image.open(tmp_path / "image_0_collage.png") as collage:
         assert list(collage.size) == document["collages"][0]
+
+
+def test_keys_and_values_on_the_host_give_the_same_answer(picture, tmp_path, monkeypatch):
+    made, real = [], OffloadedCache.__init__
+    monkeypatch.setattr(OffloadedCache, "__init__", lambda *a: (made.append(a), real(*a))[1])
+    documents = []
+    for arguments in ((), ("--offload-kv",)):
+        assert not made
+        result = run("ask", picture, QUESTION, "--out", str(tmp_path), "--json", *arguments)
+        assert result.exit_code == 0, result.output
+        documents.append(json.loads(result.stdout))
+        documents[-1].pop("seconds")
+    assert made and documents[0] == documents[1]
 
 
 def test_json_output_is_json_and_settings_reach_the_method(picture, tmp_path):

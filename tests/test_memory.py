@@ -14,7 +14,7 @@ from random_models import llm, prompt, qwen2_5_vl, rope
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hide_kernels.memory import predict, profile, stage
+from hide_kernels.memory import host_memory, predict, profile, stage
 
 KIB = 1024
 
@@ -314,6 +314,39 @@ def test_storages_that_change_size_are_counted_anew():
             x.resize_(0)
     grow, shrink = recording.report.stages
     assert (grow.peak, grow.live, shrink.live) == (16 * KIB, 12 * KIB, 0)
+
+
+@pytest.mark.parametrize("record", [profile, predict], ids=["measured", "predicted"])
+def test_what_is_the_hosts_is_not_counted_by_one_memory(record):
+    with record(owners=True, **({"rounding": 1} if record is predict else {})) as recording:
+        kept = torch.ones(1001, dtype=torch.uint8)
+        with host_memory():
+            host = torch.ones(70_000) + 1
+            with host_memory():
+                more = torch.ones(9)
+            inner = kept + 1
+        # Used, viewed and resized outside it stays the host's; what is made of it is not.
+        device = host[:10] * more[0]
+        host.resize_(90_000)
+        host[:5] = 3
+        assert recording.report.live == 1001 + 40
+        del host
+        assert recording.report.live == 1001 + 40
+        del kept, inner
+    report = recording.report
+    # The number that was written was a tensor for a moment.
+    assert (report.live, report.peak, report.start) == (device.nbytes, 1001 + 40 + 4, 0)
+    assert sum(owner.bytes for owner in report.owners) == report.peak
+
+
+def test_memory_of_the_host_is_marked_in_any_code_and_after_an_error():
+    with host_memory():
+        assert torch.ones(3).sum() == 3
+    with profile(device="cpu") as recording:
+        with pytest.raises(KeyError), host_memory():
+            raise KeyError
+        kept = torch.ones(25)
+    assert recording.report.live == kept.nbytes
 
 
 def test_wrapper_subclasses_count_what_is_inside():

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks import memory
 from hide.cli import app
 from hide.models import FAMILIES
 from hide.models.qwen2_5_vl import Qwen25VL
+from hide.profiling import runs
 from hide.profiling.flows import FLOWS, flows_of, owner_group
 from hide.profiling.models import (
     Int4Linear,
@@ -29,7 +31,16 @@ from hide.profiling.models import (
     read_config,
     storages,
 )
-from hide.profiling.runs import Settings, fits, largest_within, measure_flow, parse_bytes, parse_pixels, predict_flow
+from hide.profiling.runs import (
+    FlowRun,
+    Settings,
+    fits,
+    largest_within,
+    measure_flow,
+    parse_bytes,
+    parse_pixels,
+    predict_flow,
+)
 from hide.profiling.workload import Workload, scene
 from hide.tiny import CHECKPOINT
 from hide_kernels.memory import predict
@@ -154,10 +165,13 @@ def tiny():
     return build(read_config(TINY), torch.float32)
 
 
-@pytest.mark.parametrize("flow", FLOWS)
-def test_a_flows_prediction_is_its_measurement(tiny, flow):
-    predicted = predict_flow(read_config(TINY), flow, SMALL, Settings("float32", attention="sdpa")).report
-    measured = measure_flow(tiny, flow, SMALL, owners=True)
+OFFLOADED = dataclasses.replace(SMALL, offload=True)
+
+
+@pytest.mark.parametrize("flow, work", [*((flow, SMALL) for flow in FLOWS), ("ours", OFFLOADED)])
+def test_a_flows_prediction_is_its_measurement(tiny, flow, work):
+    predicted = predict_flow(read_config(TINY), flow, work, Settings("float32", attention="sdpa")).report
+    measured = measure_flow(tiny, flow, work, owners=True)
     stages = {stage.name: stage.peak for stage in predicted.stages}
     for stage in measured.report.stages:
         # What the operators take inside, and 512 bytes of each tensor, are not in both.
@@ -337,6 +351,39 @@ def test_a_fit_is_the_largest_picture_that_the_prediction_allows():
     assert fit.tokens == (width // 28) * (height // 28) and not fit.limited
 
 
+def test_a_fit_tries_smaller_pieces_and_keys_and_values_on_the_host_where_they_hold_more(monkeypatch):
+    """Of a card of 12 GB, with 9.4 GB of weights and sizes about as a 7B's."""
+
+    def predict_flow(config, flow, work, settings, owners):
+        tokens = work.image[0] * work.image[1] // 28**2
+        fixed = {"int8": 9_400, "bf16": 16_600}[settings.weights] * 10**6
+        held = 57_344 * tokens * (2 if work.offload else 28) // 28
+        stages = {"encode": encoder * tokens, "prefill": held + 110_000 * work.chunk + 7_200 * tokens}
+        stage = max(stages, key=stages.get)
+        report = SimpleNamespace(peak=fixed + stages[stage], peak_stage=stage)
+        return FlowRun(flow, tokens, report, 0.0)
+
+    monkeypatch.setattr(runs, "predict_flow", predict_flow)
+
+    def fitted(work, budget=12 * 10**9, kinds=("int8",)):
+        found = fits(None, ["ours"], budget, work, Settings(), kinds)
+        assert all(fit.peak <= budget for fit in found if fit.tokens)
+        return [(fit.chunk, fit.offload) for fit in found], [fit.tokens for fit in found]
+
+    encoder = 40_000
+    tried, tokens = fitted(Workload(1))
+    assert tried == [(2048, False), (1024, False), (1024, True)]
+    assert tokens[1] > 1.03 * tokens[0] and tokens[2] > 1.5 * tokens[1]
+    assert fitted(Workload(1, chunk=512))[0] == [(512, False), (512, True)]
+    # As asked for; all that there is; nothing, however small.
+    assert fitted(Workload(1, offload=True))[0] == [(2048, True)]
+    assert fitted(Workload(1), 24 * 10**9)[0] == [(2048, False)]
+    assert fitted(Workload(1), kinds=("bf16",)) == ([(2048, False), (1024, False)], [0, 0])
+    # While pictures are encoded there are no keys yet.
+    encoder = 200_000
+    assert fitted(Workload(1))[0] == [(2048, False)]
+
+
 @pytest.mark.parametrize("text, size", [("24GB", 24 * 10**9), ("1.5 gib", 3 * 2**29), ("900mb", 9 * 10**8)])
 def test_sizes_of_cards(text, size):
     assert parse_bytes(text) == size
@@ -368,6 +415,32 @@ def test_the_command_prints_and_writes_stages_owners_and_pictures(tmp_path):
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
     page = (tmp_path / "profile.html").read_text()
     assert page.count("data:image") == 1 and "http" not in page.replace("http-equiv", "") and "answer/encode" in page
+
+
+def test_the_command_keeps_keys_and_values_on_the_host():
+    arguments = (
+        "--model",
+        TINY,
+        "--tokens",
+        "400",
+        "--collage",
+        "64",
+        "--dtype",
+        "float32",
+        "--flow",
+        "ours",
+        "--json",
+    )
+    plain, offloaded = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--offload-kv",)))
+    held = [
+        {stage["name"]: stage["live"] for stage in document["flows"][0]["stages"]}["prefill"]
+        for document in (plain, offloaded)
+    ]
+    # Six layers of 15 + 400 + 1 + 256 tokens in float32; two of them stay.
+    text = read_config(TINY).get_text_config()
+    channels = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    assert held[0] - held[1] == pytest.approx(4 * 2 * channels * 4 * 672, rel=0.01)
+    assert (plain["workload"]["offload"], offloaded["workload"]["offload"]) == (False, True)
 
 
 def test_json_is_json_and_a_fit_needs_no_size():

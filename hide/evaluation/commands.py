@@ -22,6 +22,7 @@ from hide.console import (
     DtypeOption,
     LayerOption,
     ModelOption,
+    OffloadOption,
     PresetOption,
     SigmaOption,
     ThresholdOption,
@@ -68,6 +69,7 @@ def evaluate(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
+    offload_kv: OffloadOption = False,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, summary.md and report.html; a killed run goes on there.")
     ] = Path("hide-eval"),
@@ -104,7 +106,18 @@ def evaluate(
         samples = functools.partial(_samples, data, limit)
         samples()
         load = functools.partial(
-            _load_corrupted, corrupt_entities, data, model, preset, layer, sigma, threshold, device, dtype, weights
+            _load_corrupted,
+            corrupt_entities,
+            data,
+            model,
+            preset,
+            layer,
+            sigma,
+            threshold,
+            device,
+            dtype,
+            weights,
+            offload_kv,
         )
         hide = load()
         settings = {

@@ -25,6 +25,9 @@ def profile(
     flow: Annotated[str, typer.Option(help="eager, published, ours, or all.")] = "all",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(help="Tokens that a session sends through the decoder at once.")] = 2048,
+    offload_kv: Annotated[
+        bool, typer.Option("--offload-kv", help="A session keeps keys and values on the host; --fit tries it anyway.")
+    ] = False,
     collage: Annotated[int, typer.Option(help="Tokens of the collage, at most.")] = 1024,
     weights: Annotated[
         str | None, typer.Option(help="bf16 (none quantised), int8 or int4; default: bf16, and all for --fit.")
@@ -52,7 +55,20 @@ def profile(
     with errors(console), console.status("loading transformers") as status:
         quiet()
         found = _profile(
-            status, model, tokens, image, flow, dtype, chunk, collage, weights, attention, measure, device, fit
+            status,
+            model,
+            tokens,
+            image,
+            flow,
+            dtype,
+            chunk,
+            offload_kv,
+            collage,
+            weights,
+            attention,
+            measure,
+            device,
+            fit,
         )
         paths: list[Path] = []
         if out is not None:
@@ -82,6 +98,7 @@ def _profile(
     flow: str,
     dtype: str,
     chunk: int,
+    offload_kv: bool,
     collage: int,
     weights: str | None,
     attention: str,
@@ -113,7 +130,7 @@ def _profile(
             raise ValueError("weights: a GPU's int4 is predicted, and a CPU's is laid out otherwise; measure on a GPU")
     names, budget = flows_of(flow), None if fit is None else parse_bytes(fit)
     size: int | tuple[int, int] = parse_pixels(image) if image else 16384 if tokens is None else tokens
-    work = Workload(size, collage=collage, chunk=chunk)
+    work = Workload(size, collage=collage, chunk=chunk, offload=offload_kv)
     config = read_config(model)
     runs, measured, fitted = [], [], []
     # What fits is asked without a size, unless one is given.

@@ -88,7 +88,7 @@ def ours(adapter: Adapter, work: Workload) -> None:
     head = search.input_ids[:, : given.prefix]
     shown, features = encode(adapter, given.image)
     del given
-    session = Prefix(adapter, head, shown, features=features, prefill_chunk=work.chunk)
+    session = Prefix(adapter, head, shown, features=features, prefill_chunk=work.chunk, offload=work.offload)
     del features
     with session:
         with stage("search"), session.branch(search.input_ids) as branch:

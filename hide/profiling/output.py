@@ -42,7 +42,8 @@ class Profile:
     def heading(self) -> str:
         """What was profiled, in one line."""
         held = self.settings.dtype if self.settings.weights == "bf16" else f"{self.settings.weights} weights"
-        return f"{self.model}, {self.parameters / 1e9:.2f} billion parameters, {held}"
+        where = ", keys and values of sessions on the host" if self.work.offload else ""
+        return f"{self.model}, {self.parameters / 1e9:.2f} billion parameters, {held}{where}"
 
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -153,13 +154,15 @@ def fit_table(fits: Sequence[Fit], budget: int, work: Workload) -> ResultTable:
                 fit.flow,
                 fit.weights,
                 "-" if fit.chunk is None else str(fit.chunk),
+                "host" if fit.offload else "device",
                 most,
                 f"{width} x {height}" if fit.tokens else "-",
                 gigabytes(fit.peak),
             )
         )
     title = f"The largest picture in {gigabytes(budget)} GB, with a collage of {work.collage:,} tokens at most"
-    return ResultTable(title, ("flow", "weights", "pieces", "image tokens", "pixels, 3:2", "peak"), rows)
+    header = ("flow", "weights", "pieces", "keys and values on", "image tokens", "pixels, 3:2", "peak")
+    return ResultTable(title, header, rows)
 
 
 def _flow(run: FlowRun) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Fit(NamedTuple):
 
     chunk: `None` where the flow has no pieces. tokens: 0 where not even a small picture fits. size: (width, height) in
     pixels. peak: bytes, at that size, or at the smallest. limited: the model takes no more
-    tokens, or no more were tried.
+    tokens, or no more were tried. offload: keys and values are on the host.
     """
 
     flow: str
@@ -134,6 +134,7 @@ class Fit(NamedTuple):
     size: tuple[int, int]
     peak: int
     limited: bool
+    offload: bool = False
 
 
 def parse_bytes(text: str) -> int:
@@ -164,7 +165,8 @@ def fits(
 ) -> list[Fit]:
     """The largest picture, 3:2, of each flow with each kind of weights.
 
-    Where a session's peak is in its prefill, smaller pieces are tried too. No picture is larger than `FIT_TOKENS`.
+    Where a session's peak is in its prefill, smaller pieces are tried too; where it is then not in the encoder, which
+    is done before there are any, keys and values on the host. No picture is larger than `FIT_TOKENS`.
 
     budget: bytes; the CUDA context and lost blocks need room beside it. work: its `image` is not used.
     """
@@ -174,18 +176,21 @@ def fits(
             own = settings._replace(weights=kind)
             if progress is not None:
                 progress(f"{flow}, {kind} weights")
-            chunk = work.chunk if flow == "ours" else None
-            fit, stage_of_peak = _largest(config, flow, budget, work, own, chunk)
+            fit, stage_of_peak = _largest(config, flow, budget, work, own)
             found.append(fit)
-            if chunk is not None and chunk > SMALL_CHUNK and stage_of_peak == "prefill" and not fit.limited:
-                smaller = dataclasses.replace(work, chunk=SMALL_CHUNK)
-                found.append(_largest(config, flow, budget, smaller, own, SMALL_CHUNK)[0])
+            if flow != "ours":
+                continue
+            tried = work
+            if tried.chunk > SMALL_CHUNK and stage_of_peak == "prefill" and not fit.limited:
+                tried = dataclasses.replace(tried, chunk=SMALL_CHUNK)
+                fit, stage_of_peak = _largest(config, flow, budget, tried, own)
+                found.append(fit)
+            if fit.tokens and stage_of_peak != "encode" and not (fit.limited or tried.offload):
+                found.append(_largest(config, flow, budget, dataclasses.replace(tried, offload=True), own)[0])
     return found
 
 
-def _largest(
-    config: Any, flow: str, budget: int, work: Workload, settings: Settings, chunk: int | None
-) -> tuple[Fit, str]:
+def _largest(config: Any, flow: str, budget: int, work: Workload, settings: Settings) -> tuple[Fit, str]:
     runs: dict[int, FlowRun] = {}
 
     def peak(size: int) -> int | None:
@@ -199,7 +204,17 @@ def _largest(
     size, limited = largest_within(peak, budget, math.isqrt(FIT_TOKENS * CELL**2 // (6 * STEP**2)))
     run = runs[max(size, 1)]
     pixels = (3 * size * STEP, 2 * size * STEP)
-    fit = Fit(flow, settings.weights, chunk, run.tokens if size else 0, pixels, run.report.peak, limited)
+    session = flow == "ours"
+    fit = Fit(
+        flow,
+        settings.weights,
+        work.chunk if session else None,
+        run.tokens if size else 0,
+        pixels,
+        run.report.peak,
+        limited,
+        session and work.offload,
+    )
     return fit, run.report.peak_stage
 
 

@@ -33,6 +33,7 @@ class Workload:
     image: tokens of a square picture, or (height, width) in pixels. collage: at most so many tokens, and no more than
     the picture's. text: tokens of the text behind the pictures, all of which are rows of the search prompt. chunk:
     tokens that go through the decoder at once in a session. layer: whose rows are wanted; `None`: the middle one.
+    offload: a session keeps keys and values on the host.
     """
 
     image: int | tuple[int, int]
@@ -40,6 +41,7 @@ class Workload:
     text: int = 30
     chunk: int = 2048
     layer: int | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         sides = self.image if isinstance(self.image, tuple) else (self.image,)

@@ -187,6 +187,20 @@ class Recorder:
         )
 
     @contextlib.contextmanager
+    def host_memory(self) -> Iterator[None]:
+        """As `hide_kernels.memory.host_memory`, for this recording."""
+        tracker = self._tracker
+        if tracker is None or self._allocator is not None:
+            # On CUDA tensors say by their device what is the host's.
+            yield
+            return
+        before, tracker.on_host = tracker.on_host, True
+        try:
+            yield
+        finally:
+            tracker.on_host = before
+
+    @contextlib.contextmanager
     def running(self, caller: str, *contexts: contextlib.AbstractContextManager[Any]) -> Iterator[Recorder]:
         """Record what runs inside, with `contexts` entered in order; the report stays whatever happens."""
         if _active.get() is not None:
@@ -218,6 +232,18 @@ def stage(name: str) -> Iterator[None]:
     """
     recorder = _active.get()
     with contextlib.nullcontext() if recorder is None else recorder.stage(name):
+        yield
+
+
+@contextlib.contextmanager
+def host_memory() -> Iterator[None]:
+    """Inside, new tensors are the host's, in any code: a prediction, and a measurement on the CPU, do not count them.
+
+    Both know one memory, which stands for a device's. For code that keeps tensors on the host on purpose, where on a
+    GPU they would not be the device's. Nothing changes where nothing records in this thread, or CUDA is measured.
+    """
+    recorder = _active.get()
+    with contextlib.nullcontext() if recorder is None else recorder.host_memory():
         yield
 
 

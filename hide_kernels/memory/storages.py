@@ -46,12 +46,15 @@ class Source(NamedTuple):
 
 
 class Block:
-    """One storage: bytes, the step it was made at (-1 before the recording), and its source if owners are recorded."""
+    """One storage: bytes, the step it was made at (-1 before the recording), and its source if owners are recorded.
 
-    __slots__ = ("born", "bytes", "reference", "source")
+    on_host: it is not counted, whatever its size.
+    """
 
-    def __init__(self, size: int, born: int, source: Source | None) -> None:
-        self.bytes, self.born, self.source = size, born, source
+    __slots__ = ("born", "bytes", "on_host", "reference", "source")
+
+    def __init__(self, size: int, born: int, source: Source | None, *, on_host: bool = False) -> None:
+        self.bytes, self.born, self.source, self.on_host = size, born, source, on_host
         self.reference: weakref.ref[Any] | None = None
 
 
@@ -95,6 +98,8 @@ class StorageTracker(TorchDispatchMode):
         self.device, self.rounding, self._owners, self.groups = device, rounding, owners, groups
         self.live = self.existing = self.step = 0
         self.stage = ""
+        # Whether new storages are the host's, and not counted.
+        self.on_host = False
         self.windows: list[Window] = []
         self.elsewhere: set[str] = set()
         self._blocks: dict[int, Block] = {}
@@ -141,9 +146,11 @@ class StorageTracker(TorchDispatchMode):
         for storage in _storages(tensor):
             size = -(-storage.nbytes() // self.rounding) * self.rounding
             block = self._blocks.get(storage._cdata)
-            if block is None:
+            if block is None and func is not None and self.on_host:
+                self._watch(storage, Block(0, self.step, None, on_host=True))
+            elif block is None:
                 self._add(storage, size, self._source(tensor, func, name, kind), func is None)
-            elif block.bytes != size:
+            elif block.bytes != size and not block.on_host:
                 # Both are there while the old one is copied.
                 del self._blocks[storage._cdata]
                 self._add(storage, size, block.source, False)
@@ -157,8 +164,7 @@ class StorageTracker(TorchDispatchMode):
             self.step += 1
             self.live += size
             block = Block(size, self.step, source)
-        block.reference = weakref.KeyedRef(storage, self._released, storage._cdata)
-        self._blocks[storage._cdata] = block
+        self._watch(storage, block)
         if source is not None:
             totals = self._existing_by_group if existed else self._by_group
             if existed:
@@ -170,6 +176,10 @@ class StorageTracker(TorchDispatchMode):
                 window.fallen.clear()
         if not existed:
             self._sample()
+
+    def _watch(self, storage: Any, block: Block) -> None:
+        block.reference = weakref.KeyedRef(storage, self._released, storage._cdata)
+        self._blocks[storage._cdata] = block
 
     def _release(self, key: int) -> None:
         block = self._blocks.pop(key, None)
