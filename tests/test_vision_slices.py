@@ -50,10 +50,19 @@ def test_no_block_projects_more_patches_at_once_than_asked(family):
         for block in model.model.visual.blocks
         for module in (block.attn.qkv, block.attn.proj, block.mlp)
     ]
+    norms = [module for module in model.model.visual.merger.modules() if "Norm" in type(module).__name__]
+    merged: list[int] = []
+    hooks += [
+        norm.register_forward_hook(
+            lambda module, inputs, output: merged.append(inputs[0].numel() // model.model.visual.config.hidden_size)
+        )
+        for norm in norms
+    ]
     with in_slices(model.model.visual, 40):
         features(model, torch.zeros(22 * 38, 6 * patch * patch), torch.tensor([[1, 22, 38]]))
     for hook in hooks:
         hook.remove()
+    assert merged[:-1] == [40] * (len(merged) - 1) and sum(merged) == 22 * 38
     assert max(seen) <= 40 and len(seen) > 3 * len(model.model.visual.blocks) * 20
 
 

@@ -1,14 +1,14 @@
-"""Qwen's vision encoder in slices: beyond residual, queries, keys and values nothing grows with the picture.
+"""Qwen's vision encoder in slices: beyond residual, keys and values nothing grows with the picture.
 
-The model's own forward runs, with its own positions, windows and merger; only its blocks work slice by slice. Windows
-are independent, so a slice is some of them, equal ones in one attention call. A block with full attention keeps
-queries, keys and values of all patches, and attends with a slice of queries at a time.
+The model's own forward runs, with its own positions and windows; only its blocks and mergers work slice by slice.
+Windows are independent, so a slice is some of them, equal ones in one attention call. A block with full attention keeps
+keys and values of all patches, and attends with a slice of queries at a time.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, pairwise
@@ -17,32 +17,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Patches at once: 2,048 tokens, enough to keep a GPU busy.
-PATCHES = 8192
+# Patches at once: 1,024 tokens, some thousand tiles of a product, enough to keep a GPU busy.
+PATCHES = 4096
 
 
 @contextmanager
 def in_slices(visual: Any, patches: int = PATCHES) -> Iterator[None]:
-    """Inside, the blocks of a Qwen2.5-VL or Qwen3-VL vision encoder run on about so many patches at a time.
+    """Inside, blocks and mergers of a Qwen2.5-VL or Qwen3-VL vision encoder run on about so many patches at a time.
 
     The result is the same up to the rounding of matrix products of other sizes. For inference: no gradients.
     """
-    if any(hasattr(block, "_hf_hook") for block in visual.blocks):
-        # Accelerate moves inputs to each block in its forward, which must run then.
+    group = visual.spatial_merge_size**2
+    mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+    parts = [*visual.blocks, *mergers]
+    if any(hasattr(part, "_hf_hook") for part in parts):
+        # Accelerate moves inputs to each of them in its forward, which must run then.
         yield
         return
-    before = [block.__dict__.get("forward") for block in visual.blocks]
+    before = [part.__dict__.get("forward") for part in parts]
     lengths: dict[int, tuple[Tensor, list[int]]] = {}
     try:
         for block in visual.blocks:
             block.forward = partial(_block, block, patches, lengths)
+        for merger in mergers:
+            # Whole groups of patches, each of which becomes one token.
+            merger.forward = partial(_merged, merger.forward, max(patches // group, 1) * group)
         yield
     finally:
-        for block, forward in zip(visual.blocks, before, strict=True):
+        for part, forward in zip(parts, before, strict=True):
             if forward is None:
-                del block.forward
+                del part.forward
             else:
-                block.forward = forward
+                part.forward = forward
 
 
 def _block(
@@ -97,19 +103,33 @@ def _attend_to_all(
         own = [slice(start + some.start, start + some.stop) for some in _pieces(length, patches)]
         parts: list[Tensor] = []
         for some in own:
-            made = _projected(block, hidden_states[some], positions, some)
+            made = _projected(block, hidden_states[some], positions, some)[1:]
             if not parts:
                 parts = [of.new_empty(length, *of.shape[1:]) for of in made]
             for part, of in zip(parts, made, strict=True):
                 part[some.start - start : some.stop - start] = of
-        query, key, value = (part.transpose(0, 1)[None] for part in parts)
+            # The next slice's are made while these would still be there.
+            del made, of
+        key, value = (part.transpose(0, 1)[None] for part in parts)
         for some in own:
-            here = slice(some.start - start, some.stop - start)
-            found = torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, here], key, value, scale=block.attn.scaling
-            )
+            # Made a second time, for 2 % of the encoder's work, rather than kept: only this slice changes below.
+            query = _projected(block, hidden_states[some], positions, some)[0].transpose(0, 1)[None]
+            found = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=block.attn.scaling)
             hidden_states[some] += block.attn.proj(found[0].transpose(0, 1).flatten(1))
+            del query, found
         start += length
+
+
+def _merged(forward: Callable[[Tensor], Tensor], patches: int, hidden_states: Tensor) -> Tensor:
+    """What a merger's own forward makes of (patches, channels), whose groups of patches are independent."""
+    made, at = hidden_states.new_empty(0), 0
+    for some in _pieces(len(hidden_states), patches):
+        part = forward(hidden_states[some])
+        if not at:
+            made = part.new_empty(len(hidden_states) * len(part) // len(hidden_states[some]), part.shape[1])
+        made[at : at + len(part)] = part
+        at += len(part)
+    return made
 
 
 def _projected(
