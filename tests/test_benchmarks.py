@@ -1,5 +1,6 @@
 """The benchmarks' own parts: baselines that say what they claim, a gate that closes, a result that can be read."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from PIL import Image
 from benchmarks import attention_rows as operator
 from benchmarks import (
     cpu,
+    end_to_end,
     gpu,
     measure,
+    measured_memory,
     regions_to_collage,
     render,
     rows_to_pixel_values,
@@ -63,32 +66,42 @@ def test_the_gate_names_the_calls_that_a_broken_implementation_gets_wrong(monkey
 def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(gpu, "environment", lambda: {**ENVIRONMENT})
+    monkeypatch.setattr(gpu, "gpu_state", lambda: {"clocks.sm": "1980"})
     monkeypatch.setattr(operator, "failures", lambda device: ["plain: 3.00 times the budget"])
-    monkeypatch.setattr(operator, "gpu_table", lambda seconds: pytest.fail("measured"))
+    monkeypatch.setattr(operator, "gpu_table", lambda *given: pytest.fail("measured"))
     monkeypatch.setattr(regions_to_collage, "failures", lambda device: [])
     fast = regions_to_collage.Row("whole", "48", "collage_of_maps", 9.0, 8.0, 10.0, 1000, 5, 1)._asdict()
-    monkeypatch.setattr(regions_to_collage, "gpu_table", lambda seconds: [fast])
+    monkeypatch.setattr(regions_to_collage, "gpu_table", lambda *given: [fast])
     monkeypatch.setattr(rows_to_pixel_values, "failures", lambda device: [])
     decoded = {**fast, "what": "decode", "largest": 3, "mean": 0.25}
-    monkeypatch.setattr(rows_to_pixel_values, "gpu_table", lambda seconds: [decoded])
+    monkeypatch.setattr(rows_to_pixel_values, "gpu_table", lambda *given: [decoded])
     monkeypatch.setattr(token_maps, "failures", lambda device: [])
     maps = token_maps.shape_rows(8, (32, 32), torch.device("cpu"))
-    monkeypatch.setattr(token_maps, "gpu_table", lambda seconds: maps)
+    monkeypatch.setattr(token_maps, "gpu_table", lambda *given: maps)
     monkeypatch.setattr(shared_prefix, "failures", lambda device: [])
     shared = shared_prefix.Row("shared prefix (c)", "7B", 1.5, {"prefix": 1.25, "answer": 0.25}, 900)._asdict()
-    monkeypatch.setattr(shared_prefix, "gpu_table", lambda seconds: [shared])
+    monkeypatch.setattr(shared_prefix, "gpu_table", lambda *given: [shared])
     monkeypatch.setattr(window_scores, "failures", lambda device: [])
     scores = {"variant": "window_scores", "milliseconds": measure.quantiles([0.25]), "new_bytes": 2_000_000}
-    monkeypatch.setattr(window_scores, "gpu_table", lambda seconds: [scores])
+    monkeypatch.setattr(window_scores, "gpu_table", lambda *given: [scores])
+    monkeypatch.setattr(end_to_end, "failures", lambda device: [])
+    monkeypatch.setattr(end_to_end, "gpu_table", lambda *given: 1 / 0)
+    monkeypatch.setattr(measured_memory, "failures", lambda device: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     (file,) = tmp_path.glob("*.json")
     assert file.name == "gpu-test-card-01234567.json"
-    operators = json.loads(file.read_text())["operators"]
+    found = json.loads(file.read_text())
+    operators = found["operators"]
+    assert found["environment"]["gpu after"] == {"clocks.sm": "1980"}
     assert operators["attention_rows"] == {"failures": ["plain: 3.00 times the budget"]}
-    assert operators["regions_to_collage"] == {"failures": [], "table": [fast]}
-    assert operators["token_maps"] == {"failures": [], "table": maps}
+    assert operators["regions_to_collage"]["table"] == [fast] and operators["token_maps"]["table"] == maps
+    # One that breaks takes no other with it.
+    assert operators["end_to_end"]["error"] == "ZeroDivisionError: division by zero"
+    assert operators["measured_memory"] == {"failures": ["ZeroDivisionError: division by zero"]}
+    page = file.with_suffix(".md").read_text()
+    assert "Not measured: ZeroDivisionError" in page and "- plain: 3.00 times the budget" in page
     printed = capsys.readouterr().out
     assert "rows to maps    8 x 32x32" in printed
     assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
@@ -132,6 +145,7 @@ def test_an_error_above_the_budget_at_a_measured_shape_gets_no_figures(monkeypat
     monkeypatch.setattr(operator, "cuda_times", lambda *a, **k: pytest.fail("measured"))
     want = torch.zeros(3, dtype=torch.float64)
     entry = operator._gpu_entry("attention_rows", lambda: torch.full((3,), 1e-3), want, budget=1e-4)
+    assert list(operator._gpu_entry("a baseline", lambda: 1 / 0, want, budget=1e-4)) == ["skipped"]
     assert list(entry) == ["failed"] and "above the budget" in entry["failed"]
     assert "above" in operator._gpu_entry("attention_rows", lambda: torch.full((3,), torch.nan), want, 1e-4)["failed"]
 
@@ -230,3 +244,50 @@ def test_window_scores_are_judged_by_time_and_memory():
     assert window_scores.within_limit(table(2.0, 100))
     assert not window_scores.within_limit(table(2.1, 100))
     assert not window_scores.within_limit(table(2.0, 101))
+
+
+def times_on_the_host(call, runs=50, capture=True):
+    call()
+    return measure.quantiles([1.0])
+
+
+TINY = end_to_end.SMALL._replace(
+    text={**end_to_end.SMALL.text, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}, layer=1,
+    image=(12, 14), collage=(5, 8), answer_tokens=2, entity_tokens=2,
+)  # fmt: skip
+
+
+def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, tmp_path):
+    """All of `benchmarks.gpu` but the gates, which have tests of their own, with small shapes and stubs for what only a
+    GPU has."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "environment", lambda: {**ENVIRONMENT})
+    monkeypatch.setattr(gpu, "gpu_state", dict)
+    for module in gpu.OPERATORS.values():
+        monkeypatch.setattr(module, "failures", lambda device: [])
+    monkeypatch.setattr(operator, "shapes", lambda: [SMALL, SMALL])
+    monkeypatch.setattr(operator, "REQUESTS", (70, 33))
+    monkeypatch.setattr(operator, "cuda_times", times_on_the_host)
+    monkeypatch.setattr(window_scores, "inputs", functools.partial(window_scores.inputs, keys=700))
+    monkeypatch.setattr(token_maps, "SHAPES", [(3, (9, 11))])
+    monkeypatch.setattr(token_maps, "GRID", (9, 11))
+    for name in regions_to_collage.SIZES:
+        monkeypatch.setitem(regions_to_collage.SIZES, name, (len(name) * 288, 1024))
+    monkeypatch.setitem(regions_to_collage.SIZES, "2K", (400, 700))
+    monkeypatch.setattr(rows_to_pixel_values, "PRIOR", 2)
+    monkeypatch.setattr(end_to_end, "LARGE_TOKENS", 400)
+    adapter = shared_prefix.model(TINY, "cpu")
+    for module in (shared_prefix, end_to_end, measured_memory):
+        monkeypatch.setattr(module, "seven_b", lambda device: adapter)
+    monkeypatch.setattr(shared_prefix, "SEVEN_B", TINY)
+    monkeypatch.setattr(end_to_end, "SEVEN_B", TINY)
+    monkeypatch.setattr(measured_memory, "SIZES", (100, 144))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--seconds", "60"])
+    code = gpu.main()
+    (file,) = tmp_path.glob("*.json")
+    operators = json.loads(file.read_text())["operators"]
+    print(json.dumps(operators)[:3000])
+    assert code == 0
