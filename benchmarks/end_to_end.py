@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import io
+import math
 import statistics
 import sys
 import tempfile
@@ -52,6 +53,8 @@ SIGMA, THRESHOLD = 3.0, 0.7
 # A peak's spread in parts of the grid's rows: with the smoothing, collages of 1,024 tokens of an 8K picture.
 SPREAD = 1 / 19
 QUESTIONS = 4
+# On a GPU: the largest first, and how often at most.
+PICTURES, RUNS = ("8K", "2K", "4K"), 5
 # Limits on a CPU: `ask` with and without the plain answer over the plain answer alone, each of four questions on one
 # session over it, and the published flow over `ask`, both with the plain answer.
 WITH_PLAIN, WITHOUT_PLAIN, OF_FOUR, PUBLISHED = 1.35, 1.25, 0.55, 2.3
@@ -141,7 +144,8 @@ def planted_boxes(grid: tuple[int, int], size: tuple[int, int]) -> list[tuple[li
     for place in PLACES:
         row, column = (int(part * length) for part, length in zip(place, grid, strict=True))
         cells = [[column - by, row - by, column + by + 1, row + by + 1] for by in (half - 1, half + 2)]
-        inner, outer = boxes_to_pixels(torch.tensor(cells), grid=grid, size=size).tolist()
+        inside = torch.tensor(cells).clamp(torch.zeros(4, dtype=torch.int64), torch.tensor([grid[1], grid[0]] * 2))
+        inner, outer = boxes_to_pixels(inside, grid=grid, size=size).tolist()
         found.append((inner, outer))
     return found
 
@@ -347,8 +351,10 @@ def check(bench: Bench) -> list[str]:
     return wrong
 
 
-def table(bench: Bench, runs: int) -> list[dict[str, Any]]:
-    """Every way: once for its memory, where what it shows is checked, then `runs` times in turn."""
+def table(bench: Bench, runs: int, seconds: float = math.inf) -> list[dict[str, Any]]:
+    """Every way: once for its memory, where what it shows is checked, then `runs` times in turn, or once and as often
+    as fits into the time."""
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         callable_ways = ways(bench, _saved(bench.image, folder))
         found: dict[str, dict[str, Any]] = {}
@@ -368,7 +374,9 @@ def table(bench: Bench, runs: int) -> list[dict[str, Any]]:
                 found[name] = {**_about(bench), "what": name, verdict: "; ".join(wrong)}
             else:
                 peaks[name], samples[name] = recording.report.peak, []
-        for _ in range(runs):
+        for run in range(runs):
+            if run and time.monotonic() > end:
+                break
             for name, own in samples.items():
                 own.append(callable_ways[name]())
     for name, own in samples.items():
@@ -402,21 +410,16 @@ def failures(device: str) -> list[str]:
 
 def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
     """The 7B with pictures of 16,384 tokens and fewer, as far as they fit into the time."""
-    end, rows, needed = time.monotonic() + seconds, [], 0.0
+    end, rows = time.monotonic() + seconds, []
     adapter = seven_b(device)
-    for name in ("8K", "2K", "4K"):
-        start = time.monotonic()
-        if start + needed > end:
+    for name in PICTURES:
+        left = end - time.monotonic()
+        if rows and left < 0:
             rows.append({"what": name, "skipped": "no time left"})
             continue
         bench = Bench(adapter, SEVEN_B, device, SIZES[name], LARGE_TOKENS)
-        rows += table(bench, 3 if rows else 1)
-        if not needed:
-            # The first, and largest, again where there is time for it and for the others.
-            spent = time.monotonic() - start
-            if (again := int((end - time.monotonic()) / spent) - 1) > 0:
-                rows = table(bench, min(3, again))
-            needed = spent
+        # Half of what is left, so that the smaller ones have theirs.
+        rows += table(bench, RUNS, left / 2)
     return rows
 
 

@@ -21,7 +21,7 @@ from benchmarks.shared_prefix import seven_b
 from hide.models.base import Adapter
 from hide.profiling.flows import FLOWS
 from hide.profiling.models import build, read_config
-from hide.profiling.runs import PLAIN, FlowRun, Settings, measure_flow, predict_flow
+from hide.profiling.runs import FlowRun, Settings, measure_flow, predict_flow
 from hide.profiling.workload import Workload
 
 NOTE = (
@@ -66,9 +66,10 @@ def small_model(device: str, settings: Settings) -> Adapter:
 
 def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
     """The 7B, ours and the smaller pictures first, as far as it fits into the time and the card."""
-    works = [Workload(tokens) for tokens in SIZES]
+    adapter, end = seven_b(device), time.monotonic() + seconds
     # Predictions of the two attentions are equal to a megabyte; this one does not take each window by itself.
-    return compared(seven_b(device), works, PLAIN, time.monotonic() + seconds)
+    settings = Settings(str(adapter.dtype).removeprefix("torch."), attention="flash")
+    return compared(adapter, [Workload(tokens) for tokens in SIZES], settings, end)
 
 
 def whole_table(device: str) -> list[dict[str, Any]]:
