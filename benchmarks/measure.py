@@ -130,13 +130,13 @@ def environment() -> dict[str, Any]:
 
 def gpu_state() -> dict[str, str]:
     """What nvidia-smi says of the first visible GPU: driver, clocks in MHz, watts, degrees; empty without it."""
-    fields = (
-        "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
-    )
+    fields = "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
     # Its own numbers of the cards take no notice of CUDA_VISIBLE_DEVICES.
-    card = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    queried = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={card}")
-    return dict(zip(fields.split(","), queried.split(", "), strict=False)) if queried else {}
+    for card in (f"GPU-{torch.cuda.get_device_properties(0).uuid}", "0"):
+        queried = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={card}")
+        if queried:
+            return dict(zip(fields.split(","), queried.split(", "), strict=False))
+    return {}
 
 
 def write(kind: str, result: dict[str, Any]) -> Path:

@@ -27,8 +27,8 @@ from hide.profiling.workload import Workload
 NOTE = (
     "On top of a prediction a measurement has: cuBLAS's workspaces (8.1 MiB, from sm_90 on 32 MiB, for each stream); "
     "blocks of the allocator that are larger than asked for (reserved has its cache too); masks that SDPA turns into "
-    "numbers, where a prediction has FlashAttention, which takes none; what the row kernels keep while they run. CUDA's "
-    "own context is in neither. Percentages: measured over predicted, of the whole flow and of each stage."
+    "numbers, where a prediction has FlashAttention, which takes none; what the row kernels keep while they run. "
+    "CUDA's own context is in neither. Percentages: measured over predicted, of the whole flow and of each stage."
 )
 SMALL = Path(hide.tiny.__file__).parent / "checkpoint"
 SMALL_WORK = Workload(400, collage=64, text=9, chunk=200)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,11 +179,34 @@ def test_new_memory_counts_what_is_alive_at_once():
     assert 4_000_000 <= measure.new_memory(call, "cpu") <= 4_010_000
 
 
+def test_the_state_of_the_card_is_asked_by_its_identity(monkeypatch):
+    asked = []
+
+    def output(*command):
+        asked.append(command[-1])
+        return None if "GPU-" in command[-1] else "570.1, P0, 1980, 2619, 1980, 120.5, 700.00, 41"
+
+    monkeypatch.setattr(measure, "_output", output)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="ab-12"))
+    state = measure.gpu_state()
+    assert asked == ["--id=GPU-ab-12", "--id=0"]
+    assert state["driver_version"] == "570.1" and state["power.limit"] == "700.00" and state["clocks.sm"] == "1980"
+    monkeypatch.setattr(measure, "_output", lambda *command: None)
+    assert measure.gpu_state() == {}
+
+
+def test_figures_that_json_has_no_word_for_become_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    path = measure.write("gpu", {"environment": ENVIRONMENT, "rows": [{"error": float("nan")}, (float("-inf"), 1.5)]})
+    assert json.loads(path.read_text())["rows"] == [{"error": "nan"}, ["-inf", 1.5]]
+
+
 def test_quantiles_are_of_the_samples():
     assert measure.quantiles([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "p20": pytest.approx(1.8), "p80": 4.2}
 
 
 def test_the_gate_of_the_shared_prefix_notices_other_rows_and_replies(monkeypatch):
+    monkeypatch.setattr(shared_prefix, "MID", TINY)
     assert shared_prefix.failures("cpu") == []
     rows, reply = ImageSession.search_rows, ImageSession.reply
     monkeypatch.setattr(ImageSession, "search_rows", lambda *a, **k: [of.roll(1, -1) for of in rows(*a, **k)])
