@@ -145,7 +145,7 @@ def oracle(query: Tensor, key: Tensor) -> Tensor:
     return total / query.shape[1]
 
 
-def gpu_table(seconds: float) -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
     """Microseconds, error and new memory of every variant at every shape, until the time is used up."""
     deadline = time.monotonic() + seconds
     table = []
@@ -153,10 +153,10 @@ def gpu_table(seconds: float) -> list[dict[str, Any]]:
         if time.monotonic() > deadline:
             table.append({**asdict(shape), "skipped": "out of time"})
             continue
-        query, key = shape.inputs(torch.bfloat16, "cuda")
+        query, key = shape.inputs(torch.bfloat16, device)
         want = oracle(query, key)
         _, lse = attention_rows(query, key, return_lse=True)
-        out = torch.zeros(want.shape, device="cuda")
+        out = torch.zeros(want.shape, device=device)
         variants: dict[str, Any] = {
             "attention_rows": lambda q=query, k=key: attention_rows(q, k).rows,
             "attention_rows, lse given": lambda q=query, k=key, given=lse: attention_rows(q, k, lse=given).rows,
@@ -175,7 +175,7 @@ def gpu_table(seconds: float) -> list[dict[str, Any]]:
             budget = error_budget(repeated_keys(query, key), want) if name.startswith("attention_rows") else math.inf
             table.append({**asdict(shape), "variant": name, **_gpu_entry(name, call, want, budget)})
     if time.monotonic() < deadline:
-        calls, want, plain = serving_calls(REQUESTS, torch.bfloat16, "cuda")
+        calls, want, plain = serving_calls(REQUESTS, torch.bfloat16, device)
         batch = {**asdict(ANCHOR), "model": f"{ANCHOR.model} x {len(REQUESTS)}", "keys": sum(REQUESTS)}
         for name, call in calls.items():
             budget = error_budget(plain, want) if name.startswith("attention_rows") else math.inf
@@ -185,14 +185,16 @@ def gpu_table(seconds: float) -> list[dict[str, Any]]:
 
 def _gpu_entry(name: str, call: Callable[[], Tensor], want: Tensor, budget: float) -> dict[str, Any]:
     captured = name != "published loop (a)"  # it copies to the host
+    # A baseline that cannot run is a result.
+    verdict = "failed" if name.startswith("attention_rows") else "skipped"
     try:
         error = (call().to(want.device, torch.float64) - want).abs().max().item()
         if not error <= budget:
-            return {"failed": f"error {error:.1e} above the budget of {budget:.1e}"}
-        memory = new_memory(call, "cuda")
+            return {verdict: f"error {error:.1e} above the budget of {budget:.1e}"}
+        memory = new_memory(call, want.device.type)
         times = cuda_times(call, runs=50 if captured else 5, capture=captured)
-    except Exception as failure:  # a baseline that cannot run is a result
-        return {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"}
+    except Exception as failure:
+        return {verdict: f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"}
     return {"microseconds": times, "graph": captured, "error": error, "new_bytes": memory}
 
 
@@ -274,8 +276,8 @@ def line(row: dict[str, Any]) -> str:
     where = f"{row['model']:<22} R {row['rows']:<4} N {row['keys']:<6} {row.get('dtype', 'bfloat16'):<9}"
     if "variant" not in row:
         return f"{where} {row['skipped']}"
-    if "failed" in row:
-        return f"{where} {row['variant']:<46} {row['failed']}"
+    if "error" not in row:
+        return f"{where} {row['variant']:<46} {row.get('failed') or row['skipped']}"
     unit = "us" if "microseconds" in row else "ms"
     times = row["microseconds"] if unit == "us" else row["milliseconds"]
     spread = f"{times['median']:9.1f} {unit} ({times['p20']:.1f} to {times['p80']:.1f})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import subprocess
@@ -100,30 +101,42 @@ def new_memory(call: Call, device: str) -> int:
 
 def environment() -> dict[str, Any]:
     """Code, machine and versions; what cannot be found out is `None`."""
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     found: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": _output("git", "rev-parse", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "flash_attn": _version("flash-attn"),
         "cuda": torch.version.cuda,
         "gpu": None,
     }
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
-        queried = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0")
         found["gpu"] = {
             "name": card.name,
             "capability": f"{card.major}.{card.minor}",
             "processors": card.multi_processor_count,
             "memory": card.total_memory,
-            **dict(zip(fields.split(","), (queried or "").split(", "), strict=False)),
+            **gpu_state(),
         }
     return found
+
+
+def gpu_state() -> dict[str, str]:
+    """What nvidia-smi says of the first visible GPU: driver, clocks in MHz, watts, degrees; empty without it."""
+    fields = "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    # Its own numbers of the cards take no notice of CUDA_VISIBLE_DEVICES.
+    for card in (f"GPU-{torch.cuda.get_device_properties(0).uuid}", "0"):
+        queried = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={card}")
+        if queried:
+            return dict(zip(fields.split(","), queried.split(", "), strict=False))
+    return {}
 
 
 def write(kind: str, result: dict[str, Any]) -> Path:
@@ -133,8 +146,17 @@ def write(kind: str, result: dict[str, Any]) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", f"{kind} {machine} {(found['git'] or 'unknown')[:8]}".lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _output(*command: str) -> str | None:

@@ -14,7 +14,7 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,14 +87,18 @@ def failures(device: str) -> list[str]:
     return []
 
 
-def gpu_table(seconds: float) -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
     """All measurements on the GPU, as far as they fit into the time; each is checked before it is timed."""
     end, rows = time.monotonic() + seconds, []
-    for part in (_whole_rows, _collage_rows, _regions_rows):
+    for part in PARTS:
         if time.monotonic() > end:
             rows.append({"what": part.__name__, "skipped": "no time left"})
             continue
-        rows += [row._asdict() for row in part(torch.device("cuda"))]
+        for row in part(torch.device(device)):
+            rows.append(row._asdict())
+            if time.monotonic() > end:
+                rows.append({"what": f"the rest of {part.__name__}", "skipped": "no time left"})
+                break
     return rows
 
 
@@ -118,8 +122,7 @@ def line(row: dict[str, Any]) -> str:
     return f"{what}{spread}  {row['bytes'] / 1e6:.2f} MB{counts}"
 
 
-def _regions_rows(device: torch.device) -> list[Row]:
-    rows = []
+def _regions_rows(device: torch.device) -> Iterator[Row]:
     for number in (8, 48, 100, 400):
         for grid in ((64, 64), (95, 170), (128, 128), (200, 200)):
             maps = synthetic_maps(number, grid).to(device)
@@ -130,8 +133,7 @@ def _regions_rows(device: torch.device) -> list[Row]:
                 if run() != want:
                     raise AssertionError(f"regions, {name}: wrong boxes")
                 timed = functools.partial(regions, maps, THRESHOLD, backend=name) if name in OURS else run
-                rows.append(measure("maps to boxes", f"{number} x {grid[0]}x{grid[1]}", name, timed, moved, device))
-    return rows
+                yield measure("maps to boxes", f"{number} x {grid[0]}x{grid[1]}", name, timed, moved, device)
 
 
 OURS = ("cuda", "cpp", "cupy", "scipy")
@@ -355,13 +357,16 @@ def _count(run: Callable[[], Any]) -> tuple[int, int]:
     return launches, syncs - 1
 
 
+PARTS: tuple[Callable[[torch.device], Iterable[Row]], ...] = (_whole_rows, _collage_rows, _regions_rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="only the whole way, which has a limit")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    parts = (_whole_rows,) if arguments.quick else (_whole_rows, _collage_rows, _regions_rows)
+    parts = PARTS[:1] if arguments.quick else PARTS
     rows = [row._asdict() for part in parts for row in part(torch.device(arguments.device))]
     for row in rows:
         print(line(row))

@@ -31,6 +31,8 @@ def provenance(found: dict[str, Any]) -> str:
     machine = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']}, threads: {found['threads']}"
     dirty = ", with changes" if found["dirty"] else ""
     versions = f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}"
+    if "transformers" in found:
+        versions = f"transformers {found['transformers']}, {versions}"
     return f"{machine}; {versions}; commit {(found['git'] or 'unknown')[:8]}{dirty}; {found['time'][:10]}"
 
 
@@ -42,25 +44,89 @@ def markdown(result: dict[str, Any]) -> str:
         if entry.get("failures"):
             lines += ["Not measured, because checks failed:", "", *(f"- {failure}" for failure in entry["failures"])]
             continue
+        if "table" not in entry:
+            lines.append(f"Not measured: {entry.get('error') or entry.get('skipped') or 'the run ended before'}.")
+            continue
         module = importlib.import_module(f"benchmarks.{name}")
+        if note := getattr(module, "NOTE", None):
+            lines += [note, ""]
+        if name == "end_to_end":
+            lines += [*stage_table(entry["table"]), ""]
         lines += ["```text", *(module.line(row).rstrip() for row in entry["table"]), "```"]
     return "\n".join(lines) + "\n"
 
 
+def stage_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Seconds of each way of `end_to_end`, by stage, with tokens and memory."""
+    timed = [row for row in rows if "seconds" in row]
+    stages = list(dict.fromkeys(stage for row in timed for stage in row["stages"]))
+    lines = [f"| | picture | seconds | {' | '.join(stages)} | tokens | peak, GB |", "|---" * (len(stages) + 5) + "|"]
+    for row in timed:
+        spent = " | ".join(f"{row['stages'][stage]:.3f}" if stage in row["stages"] else "" for stage in stages)
+        lines.append(
+            f"| {row['what']} | {row['picture']} | {row['seconds']:.2f} | {spent} | {row['tokens']:,} "
+            f"| {row['peak'] / 1e9:.2f} |"
+        )
+    return lines
+
+
 def pictures(result: dict[str, Any], stem: Path) -> list[Path]:
-    """Latency over keys, and the roofline, of attention_rows on a GPU; none where the result has no such rows."""
+    """Pictures of what the result has: latency over keys and the roofline of attention_rows on a GPU, stages and
+    latency over tokens of whole questions."""
+    tables = {name: entry.get("table", []) for name, entry in result["operators"].items()}
+    figures = _rows_figures([row for row in tables.get("attention_rows", []) if "microseconds" in row])
+    figures |= _questions_figures([row for row in tables.get("end_to_end", []) if "seconds" in row])
+    written = []
+    for name, figure in figures.items():
+        written.append(stem.with_name(f"{stem.name}-{name}.png"))
+        figure.savefig(written[-1], dpi=120)
+    return written
+
+
+def _questions_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["operators"].get("attention_rows", {}).get("table", []) if "microseconds" in row]
     if not rows:
-        return []
+        return {}
+    largest = max(row["image_tokens"] for row in rows)
+    bars = [row for row in rows if row["image_tokens"] == largest]
+    stages = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = stages.subplots()
+    names = [row["what"] for row in bars]
+    left = [0.0] * len(bars)
+    for stage in dict.fromkeys(stage for row in bars for stage in row["stages"]):
+        spent = [row["stages"].get(stage, 0.0) for row in bars]
+        axes.barh(names, spent, left=left, label=stage)
+        left = [a + b for a, b in zip(left, spent, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", title=f"{bars[0]['model']}, {bars[0]['picture']}, {largest:,} image tokens")
+    stages.legend(loc="outside right upper", fontsize=7)
+    figures = {"end_to_end": stages}
+    if any(row["image_tokens"] != largest for row in rows):
+        figures["end_to_end-tokens"] = over_tokens = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = over_tokens.subplots()
+        for name in names:
+            own = sorted((row["image_tokens"], row["seconds"]) for row in rows if row["what"] == name)
+            axes.plot(*zip(*own, strict=True), marker="o", label=name)
+        axes.set(xlabel="image tokens", ylabel="seconds", title=bars[0]["model"], ylim=(0, None))
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    return figures
+
+
+def _rows_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return {}
     model, wanted = rows[0]["model"], rows[0]["rows"]
     latency = Figure(figsize=(7, 4.5), layout="constrained")
     axes = latency.subplots()
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = sorted((r["keys"], r["microseconds"]["median"]) for r in rows
                      if r["variant"] == variant and r["model"] == model and r["rows"] == wanted)  # fmt: skip
-        axes.plot(*zip(*own, strict=True), marker="o", label=variant)
+        if own:
+            axes.plot(*zip(*own, strict=True), marker="o", label=variant)
     axes.set(xscale="log", yscale="log", xlabel="keys", ylabel="microseconds", title=f"{model}, {wanted} rows")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
@@ -77,11 +143,7 @@ def pictures(result: dict[str, Any], stem: Path) -> list[Path]:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of keys and rows", ylabel="TFLOP/s",
              title="attention_rows, both passes")  # fmt: skip
     axes.grid(alpha=0.3)
-    written = []
-    for name, figure in (("latency", latency), ("roofline", roofline)):
-        written.append(stem.with_name(f"{stem.name}-{name}.png"))
-        figure.savefig(written[-1], dpi=120)
-    return written
+    return {"latency": latency, "roofline": roofline}
 
 
 def render(path: Path) -> list[Path]:
@@ -112,23 +174,32 @@ def cpu_section(result: dict[str, Any]) -> str:
         if rows:
             lines += ["", f"{title}, {rows[0]['shape']}:", "", "| | ms |", "|---|---|"]
             lines += [f"| {row['implementation']} | {row['median'] / 1e3:,.1f} |" for row in rows]
-    if "shared_prefix" in tables:
-        rows = tables["shared_prefix"]
+    if rows := tables.get("shared_prefix", []):
         lines += ["", f"One question on a {rows[0]['model']} model with random weights, seconds of the process:", ""]
+        lines += ["| | seconds | tokens |", "|---|---|---|"]
+        lines += [f"| {row['what']} | {row['seconds']:.2f} | {row['tokens']:,} |" for row in rows]
+    if rows := [row for row in tables.get("end_to_end", []) if "seconds" in row]:
+        about = f"{rows[0]['picture']} picture of {rows[0]['image_tokens']:,} tokens on a {rows[0]['model']} model"
+        lines += ["", f"A question from the decoded picture to the answer, a {about}, seconds of the process:", ""]
         lines += ["| | seconds | tokens |", "|---|---|---|"]
         lines += [f"| {row['what']} | {row['seconds']:.2f} | {row['tokens']:,} |" for row in rows]
     return "\n".join(lines)
 
 
 def gpu_section(result: dict[str, Any]) -> str:
-    """The README's words about a GPU result: where it is, and its first operator's rows."""
+    """The README's words about a GPU result: where it is, whole questions, and rows of `attention_rows`."""
     stem = next(path for path in RESULTS.glob("gpu-*.json") if json.loads(path.read_text()) == result).stem
     head = (
         f"{provenance(result['environment'])}. All of it: [benchmarks/results/{stem}.md](benchmarks/results/{stem}.md)."
     )
-    shown = [importlib.import_module("benchmarks.attention_rows").line(row).rstrip()
-             for row in result["operators"].get("attention_rows", {}).get("table", [])[:8]]  # fmt: skip
-    return "\n".join([head, "", "```text", *shown, "```"])
+    tables = {name: entry.get("table", []) for name, entry in result["operators"].items()}
+    lines = [head]
+    if whole := tables.get("end_to_end"):
+        lines += ["", *stage_table(whole)]
+    if rows := tables.get("attention_rows"):
+        module = importlib.import_module("benchmarks.attention_rows")
+        lines += ["", "```text", *(module.line(row).rstrip() for row in rows[:8]), "```"]
+    return "\n".join(lines)
 
 
 def readme(text: str) -> str:

@@ -38,14 +38,14 @@ def failures(device: str) -> list[str]:
     return failed
 
 
-def gpu_table(seconds: float) -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
     """All measurements on the GPU, as far as they fit into the time."""
     end, table = time.monotonic() + seconds, []
     for tokens, grid in SHAPES:
         if time.monotonic() > end:
             table.append({"what": f"rows to maps, {tokens} of {grid}", "skipped": "no time left"})
             continue
-        table += shape_rows(tokens, grid, torch.device("cuda"))
+        table += shape_rows(tokens, grid, torch.device(device))
     return table
 
 

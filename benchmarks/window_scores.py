@@ -103,9 +103,9 @@ def whole_table(device: str, runs: int = 7) -> list[dict[str, Any]]:
     return table
 
 
-def gpu_table(seconds: float) -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
     """As `whole_table`; takes a second or two."""
-    return whole_table("cuda")
+    return whole_table(device)
 
 
 def within_limit(table: list[dict[str, Any]]) -> bool:

@@ -1,0 +1,493 @@
+"""`HiDe.ask` from a decoded picture to the answer, beside a plain answer and the published flow.
+
+`python -m benchmarks.end_to_end` uses a mid-size Qwen2.5-VL with random weights on the CPU, `--device cuda` the real
+configuration of the 7B with an 8K picture. Random weights see nothing, so what a trained model would see is planted:
+every step runs and is timed as it is, but the entities that the model names are set aside for known ones, and to the
+attention rows that were captured peaks at known places are added. The published flow gets the same. Nothing is timed
+before the boxes are the planted ones, the collage is that of the references on the CPU, bit for bit, and the replies
+are those of the published flow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import dataclasses
+import functools
+import io
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.regions_to_collage import SIZES, on_white, picture
+from benchmarks.shared_prefix import (
+    MID,
+    QUESTION,
+    SEVEN_B,
+    Scale,
+    clock,
+    model,
+    search_with_logits,
+    seven_b,
+    without_tf32,
+)
+from hide import HiDe, HiDeConfig
+from hide.entities import Entities, entity_request
+from hide.images import to_tensor
+from hide.models.base import Picture, Pictures
+from hide.models.qwen2_5_vl import LOADER_CELL, LOADER_MIN_TOKENS, Qwen25VL, token_grid
+from hide.pipeline import EntityRows, HiDeResult
+from hide.questions import Question
+from hide.session import ImageSession
+from hide_kernels import collage, regions, token_maps
+from hide_kernels.collage import boxes_to_pixels
+from hide_kernels.memory import profile
+
+# What the model is taken to have named, and where each thing is, in parts of the grid's rows and columns.
+ENTITIES = Entities(("star", "ring"))
+PLACES = ((0.25, 0.25), (0.7, 0.7))
+# Where every row has a peak that means nothing, for the prior to take away.
+SINK = (0.8, 0.1)
+SIGMA, THRESHOLD = 3.0, 0.7
+# A peak's spread in parts of the grid's rows: with the smoothing, collages of 1,024 tokens of an 8K picture.
+SPREAD = 1 / 19
+QUESTIONS = 4
+# On a GPU: the largest first, and how often at most.
+PICTURES, RUNS = ("8K", "2K", "4K"), 5
+# Limits on a CPU: `ask` with and without the plain answer over the plain answer alone, each of four questions on one
+# session over it, and the published flow over `ask`, both with the plain answer.
+WITH_PLAIN, WITHOUT_PLAIN, OF_FOUR, PUBLISHED = 1.35, 1.25, 0.55, 2.3
+# (model, picture, most image tokens) of the gate and of the CPU's table.
+SMALL = MID._replace(text={**MID.text, "num_hidden_layers": 4}, layer=2, entity_tokens=8)
+MIDDLE = MID._replace(entity_tokens=8)
+GATE_TOKENS, MIDDLE_TOKENS, LARGE_TOKENS = 800, 2048, 16_384
+
+
+NOTE = (
+    "Random weights, with planted entities and attention peaks. Every way starts from the decoded picture; (b) has its "
+    "rows from our kernel, and a file that takes no time to decode. Peaks include the weights."
+)
+
+
+class Shown(NamedTuple):
+    """What was found of a picture, and what was said."""
+
+    boxes: list[list[int]]
+    collage: Tensor
+    plain_answer: str | None
+    answer: str
+
+
+class Run(NamedTuple):
+    """One run of a way. tokens: through the decoder, prompts and replies. shown: of ways that look closer."""
+
+    stages: dict[str, float]
+    tokens: int
+    shown: tuple[Shown, ...] = ()
+
+
+class Row(NamedTuple):
+    """One way. seconds, stages: medians. peak: most bytes on the device at one time, weights included."""
+
+    what: str
+    model: str
+    picture: str
+    image_tokens: int
+    seconds: float
+    stages: dict[str, float]
+    tokens: int
+    peak: int
+
+
+class Marks:
+    """Times of steps, each of which ends where the next begins; on a GPU the device is done with it then."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._marks: list[tuple[str, float]] = []
+
+    def __call__(self, step: str) -> None:
+        self._marks.append((step, clock(self._device)))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each step, until now."""
+        self("")
+        found: dict[str, float] = {}
+        for (step, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            found[step] = found.get(step, 0.0) + end - start
+        return found
+
+
+@functools.cache
+def planted(rows: int, prior: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    """(rows, *grid) float32 peaks of 1, far above an attention row: in all of them the sink, behind the prior one of
+    `PLACES` each."""
+    height, width = grid
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+
+    def peak(place: tuple[float, float]) -> Tensor:
+        away = (y - int(place[0] * height)) ** 2 + (x - int(place[1] * width)) ** 2
+        return torch.exp(-away / (2 * (SPREAD * height) ** 2))
+
+    maps = peak(SINK).repeat(rows, 1, 1)
+    for row in range(prior, rows):
+        maps[row] += peak(PLACES[row % len(PLACES)])
+    return maps.to(device)
+
+
+def planted_boxes(grid: tuple[int, int], size: tuple[int, int]) -> list[tuple[list[int], list[int]]]:
+    """Of each place the pixels that its box must have, and those that it must lie in; `size` is (height, width)."""
+    # Where a peak, smoothed, falls to the threshold; a cell for the prior and the rows beneath.
+    half = int((-2 * np.log(THRESHOLD) * ((SPREAD * grid[0]) ** 2 + SIGMA**2)) ** 0.5)
+    found = []
+    for place in PLACES:
+        row, column = (int(part * length) for part, length in zip(place, grid, strict=True))
+        cells = [[column - by, row - by, column + by + 1, row + by + 1] for by in (half - 1, half + 2)]
+        inside = torch.tensor(cells).clamp(torch.zeros(4, dtype=torch.int64), torch.tensor([grid[1], grid[0]] * 2))
+        inner, outer = boxes_to_pixels(inside, grid=grid, size=size).tolist()
+        found.append((inner, outer))
+    return found
+
+
+class Planted(HiDe):
+    """HiDe that is given its entities and where they are, after it has asked the model for both."""
+
+    rows: EntityRows
+
+    def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
+        # Else a question's entities would be known from the run before.
+        self._known.clear()
+        _, tokens = super()._entities(questions)
+        return [ENTITIES] * len(questions), tokens
+
+    def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
+        real, tokens = super()._attention_rows(session, entities)
+        maps = tuple(of + planted(len(of), real.prior_rows, tuple(of.shape[1:]), of.device) for of in real.rows)
+        self.rows = dataclasses.replace(real, rows=maps)
+        return self.rows, tokens
+
+
+class Numbered(Qwen25VL):
+    """Replies as the numbers of their tokens: those of random weights are seldom text."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+class Bench:
+    """All ways on one model and one picture."""
+
+    def __init__(self, adapter: Qwen25VL, scale: Scale, device: str, size: tuple[int, int], max_tokens: int) -> None:
+        """size: (height, width) of the picture."""
+        self.adapter = Numbered(adapter.model, adapter.tokenizer, adapter.image_processor)
+        self.scale, self.device, self.size, self.max_tokens = scale, device, size, max_tokens
+        self.config = HiDeConfig(
+            layers=(scale.layer,), sigma=SIGMA, threshold=THRESHOLD, max_tokens=max_tokens,
+            max_new_tokens=scale.answer_tokens, max_entity_tokens=scale.entity_tokens,
+        )  # fmt: skip
+        self.hide = Planted(self.adapter, self.config)
+        self.image = Image.fromarray(picture(size).numpy())
+        self.image_tokens = sum(self._processed([self.image]).tokens)
+
+    # -- the ways -----------------------------------------------------------------------------------------------------
+
+    def plain(self) -> Run:
+        """(a) One stock `generate` on the picture."""
+        marks = Marks(self.device)
+        marks("read and resize")
+        shown = self._processed([self.image])
+        marks("plain answer")
+        reply = self.adapter.generate(QUESTION, shown, max_new_tokens=self.scale.answer_tokens)
+        return Run(marks.seconds(), reply.tokens)
+
+    def ask(self, plain: bool) -> Run:
+        """(c) Ours."""
+        marks = Marks(self.device)
+        result = self.hide.ask(self.image, QUESTION, plain=plain, progress=marks)
+        return Run(marks.seconds(), sum(result.tokens.values()), (_shown(result),))
+
+    def questions(self) -> Run:
+        """(c) for several questions on one session."""
+        marks = Marks(self.device)
+        marks("prefix")
+        with self.hide.open(self.image) as session:
+            tokens, shown = session.length, []
+            for i in range(QUESTIONS):
+                result = self.hide.ask(session, f"{QUESTION} {i}", plain=False, progress=marks)
+                tokens += sum(result.tokens.values())
+                shown.append(_shown(result))
+        return Run(marks.seconds(), tokens, tuple(shown))
+
+    def published(self, path: Path) -> Run:
+        """(b) Three passes over the whole picture, and what is between them on the host.
+
+        The rows are captured by our kernel, which is faster than the released loop over heads. path: the picture's
+        file, which the released code opens to cut the collage.
+        """
+        # It wants scikit-image.
+        from benchmarks import published_steps
+
+        adapter, most = self.adapter, self.scale.answer_tokens
+        marks = Marks(self.device)
+        marks("read and resize")
+        shown = self._processed([self.image])
+        marks("plain answer")
+        plain = adapter.generate(QUESTION, shown, max_new_tokens=most)
+        marks("entities")
+        request = entity_request(Question.parse(QUESTION), self.config.entity_prompt)
+        entities = adapter.generate(request, max_new_tokens=self.scale.entity_tokens)
+        marks("read and resize")
+        shown = self._processed([self.image])
+        marks("attention rows")
+        prompt = adapter.search_prompt(ENTITIES.text, shown)
+        (maps,) = search_with_logits(adapter, prompt, shown, self.scale.layer)
+        maps = maps + planted(len(maps), prompt.prior_rows, tuple(maps.shape[1:]), maps.device)
+        (start, stop), length = prompt.images[0].span, prompt.input_ids.shape[1]
+        rows = np.pad(maps.flatten(1).cpu().numpy(), ((0, 0), (start, length - stop)))
+        marks("boxes and collage")
+        found = published_steps.from_img_and_att_get_cropbox(
+            {"input_ids": prompt.input_ids, "image_grid_thw": torch.tensor([shown.items[0].layout])},
+            [[[dict(zip(prompt.rows, rows, strict=True))]]],
+            collections.defaultdict(str), [str(path)], [start], [stop], [SIGMA], [THRESHOLD],
+        )[str(SIGMA)][str(THRESHOLD)]  # fmt: skip
+        (uri,), boxes = found[3], found[4][0]
+        made = on_white(Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2]))))
+        marks("read and resize")
+        shown = self._processed([self.image, made])
+        marks("answer")
+        answer = adapter.generate(QUESTION, shown, max_new_tokens=most)
+        size = np.tile(self.image.size, 2)
+        pixels = [np.rint(np.array(box) * size).astype(int).tolist() for box in boxes]
+        tokens = plain.tokens + entities.tokens + prompt.input_ids.shape[1] + answer.tokens
+        return Run(marks.seconds(), tokens, (Shown(sorted(pixels), to_tensor(made), plain.text, answer.text),))
+
+    def _processed(self, images: Sequence[Image.Image]) -> Pictures:
+        """What the vision encoder eats, as it is usually made: by Pillow and Hugging Face's processor, on the host."""
+        processor, items = self.adapter.image_processor, []
+        merge = processor.merge_size
+        cell = processor.patch_size * merge
+        for image in images:
+            rows, columns = token_grid(image.height, image.width, LOADER_CELL, LOADER_MIN_TOKENS, self.max_tokens)
+            resized = image.resize((columns * LOADER_CELL, rows * LOADER_CELL), Image.Resampling.BICUBIC)
+            bounds = {"shortest_edge": self.config.min_tokens * cell**2, "longest_edge": self.max_tokens * cell**2}
+            made = processor(images=[resized], size=bounds, return_tensors="pt")
+            layout = tuple(made["image_grid_thw"][0].tolist())
+            grid = (layout[1] // merge, layout[2] // merge)
+            items.append(Picture(made["pixel_values"], layout, grid, grid[0] * grid[1]))
+        return Pictures(tuple(items))
+
+    # -- what they must show ------------------------------------------------------------------------------------------
+
+    def wrong(self, run: Run) -> list[str]:
+        """What a run shows that it must not; judged by the rows that ours was given last."""
+        wrong = []
+        want = self._reference() if run.shown else None
+        for shown in run.shown:
+            wrong += self._misplaced(shown.boxes)
+            if want is None or not torch.equal(shown.collage, want):
+                wrong.append("the collage is not that of the references on the CPU")
+        return wrong
+
+    def _misplaced(self, boxes: list[list[int]]) -> list[str]:
+        _, rows, columns = self.hide.rows.rows[0].shape
+        places = planted_boxes((rows, columns), self.size)
+        wrong = [
+            f"no box has the planted {inner} and lies in {outer}: {boxes}"
+            for inner, outer in places
+            if not any(_inside(inner, box) and _inside(box, outer) for box in boxes)
+        ]
+        return wrong if len(boxes) == len(places) else [*wrong, f"{len(boxes)} boxes, want {len(places)}: {boxes}"]
+
+    def _reference(self) -> Tensor:
+        """The collage of the rows that ours was given, by the references of all operators."""
+        rows = [of.cpu() for of in self.hide.rows.rows]
+        (maps,), _, valid = token_maps(rows, prior_rows=self.hide.rows.prior_rows, sigma=SIGMA, backend="scipy")
+        found = regions(maps, THRESHOLD, valid=valid, backend="scipy")
+        used = torch.arange(found.boxes.shape[1]) < found.counts[:, None]
+        boxes = boxes_to_pixels(found.boxes[used], grid=(maps.shape[1], maps.shape[2]), size=self.size)
+        made = collage(to_tensor(self.image), boxes, fill=self.config.fill, backend="numpy").image
+        assert made is not None
+        return made
+
+
+def _inside(box: list[int], other: list[int]) -> bool:
+    return box[0] >= other[0] and box[1] >= other[1] and box[2] <= other[2] and box[3] <= other[3]
+
+
+def _shown(result: HiDeResult) -> Shown:
+    (made,) = result.collages
+    pixels = torch.zeros(0, 0, 3, dtype=torch.uint8) if made is None else to_tensor(made)
+    return Shown(sorted(result.boxes[0].tolist()), pixels, result.plain_answer, result.answer)
+
+
+def ways(bench: Bench, path: Path) -> dict[str, Callable[[], Run]]:
+    """All, by name; ours first, whose rows the others are judged by."""
+    return {
+        "HiDe.ask, no plain answer (c)": functools.partial(bench.ask, False),
+        "HiDe.ask (c)": functools.partial(bench.ask, True),
+        f"{QUESTIONS} questions on one session (c)": bench.questions,
+        "plain answer (a)": bench.plain,
+        "published flow (b)": functools.partial(bench.published, path),
+    }
+
+
+def check(bench: Bench) -> list[str]:
+    """What is wrong with ours, or differs between it and the published flow; replies are compared in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = _saved(bench.image, folder)
+        runs = {name: way() for name, way in ways(bench, path).items()}
+    without, ours, questions, _, published = runs.values()
+    wrong = [f"{name}: {text}" for name, run in runs.items() for text in bench.wrong(run)]
+    for what, one, other in (
+        ("plain answers", ours.shown[0].plain_answer, published.shown[0].plain_answer),
+        ("answers", ours.shown[0].answer, published.shown[0].answer),
+        ("answers with and without the plain one", ours.shown[0].answer, without.shown[0].answer),
+    ):
+        if not one or one != other:
+            wrong.append(f"{what} differ: {one!r} and {other!r}")
+    if not all(shown.answer for shown in questions.shown):
+        wrong.append("a question on the session has no answer")
+    return wrong
+
+
+def table(bench: Bench, runs: int, seconds: float = math.inf) -> list[dict[str, Any]]:
+    """Every way: once for its memory, where what it shows is checked, then `runs` times in turn, or once and as often
+    as fits into the time."""
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder:
+        callable_ways = ways(bench, _saved(bench.image, folder))
+        found: dict[str, dict[str, Any]] = {}
+        peaks: dict[str, int] = {}
+        samples: dict[str, list[Run]] = {}
+        for name, way in callable_ways.items():
+            verdict = "failed"
+            try:
+                with profile(bench.adapter.model) as recording:
+                    first = way()
+                wrong = bench.wrong(first)
+            except Exception as error:
+                wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+                # A way of others that does not fit, or wants a package that is not there, is a result.
+                verdict = "failed" if name.endswith("(c)") else "skipped"
+            if wrong:
+                found[name] = {**_about(bench), "what": name, verdict: "; ".join(wrong)}
+            else:
+                peaks[name], samples[name] = recording.report.peak, []
+        for run in range(runs):
+            if run and time.monotonic() > end:
+                break
+            for name, own in samples.items():
+                own.append(callable_ways[name]())
+    for name, own in samples.items():
+        stages = {stage: statistics.median(one.stages[stage] for one in own) for stage in own[0].stages}
+        seconds = statistics.median(sum(one.stages.values()) for one in own)
+        row = Row(name, **_about(bench), seconds=seconds, stages=stages, tokens=own[0].tokens, peak=peaks[name])
+        found[name] = row._asdict()
+    return [found[name] for name in callable_ways]
+
+
+def _about(bench: Bench) -> dict[str, Any]:
+    height, width = bench.size
+    return {"model": bench.scale.name, "picture": f"{width}x{height}", "image_tokens": bench.image_tokens}
+
+
+def _saved(image: Image.Image, folder: str) -> Path:
+    """The picture as a file that takes next to no time to read."""
+    path = Path(folder, "picture.bmp")
+    image.save(path)
+    return path
+
+
+def failures(device: str) -> list[str]:
+    """What is wrong on a device, in float32, at a size that is quick."""
+    try:
+        adapter = model(SMALL, device, torch.float32)
+        with without_tf32():
+            return check(Bench(adapter, SMALL, device, SIZES["2K"], GATE_TOKENS))
+    except Exception as error:
+        return [f"end to end: {type(error).__name__}: {error}"]
+
+
+def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+    """The 7B with pictures of 16,384 tokens and fewer, as far as they fit into the time."""
+    end = time.monotonic() + seconds
+    rows: list[dict[str, Any]] = []
+    adapter = seven_b(device)
+    for name in PICTURES:
+        left = end - time.monotonic()
+        if rows and left < 0:
+            rows.append({"what": name, "skipped": "no time left"})
+            continue
+        bench = Bench(adapter, SEVEN_B, device, SIZES[name], LARGE_TOKENS)
+        # Half of what is left, so that the smaller ones have theirs.
+        rows += table(bench, RUNS, left / 2)
+    return rows
+
+
+def whole_table(device: str, runs: int = 3) -> list[dict[str, Any]]:
+    """The mid-size model and a picture of 2,048 tokens at most."""
+    return table(Bench(model(MIDDLE, device), MIDDLE, device, SIZES["2K"], MIDDLE_TOKENS), runs)
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of ours over a plain answer's, and of the published flow over ours."""
+    without, ours, questions, plain, published = (row["seconds"] for row in rows)
+    return {
+        "ask over plain": ours / plain,
+        "ask without its plain answer over plain": without / plain,
+        "each question on a session over plain": questions / QUESTIONS / plain,
+        "published over ask": published / ours,
+    }
+
+
+def within_limit(rows: list[dict[str, Any]]) -> bool:
+    """Whether all ways ran and the ratios on a CPU are what they must be."""
+    if not all("seconds" in row for row in rows):
+        return False
+    ours, without, questions, published = ratios(rows).values()
+    return ours <= WITH_PLAIN and without <= WITHOUT_PLAIN and questions <= OF_FOUR and published >= PUBLISHED
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text."""
+    if "model" not in row:
+        return f"{row['what']}: {row['skipped']}"
+    what = f"{row['model']:<15}{row['picture']:<11}{row['what']:<38}"
+    if "seconds" not in row:
+        return f"{what}{row.get('failed') or row['skipped']}"
+    stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["stages"].items())
+    return f"{what}{row['seconds']:8.3f} s  {row['tokens']:>6} tokens  peak {row['peak'] / 1e9:.2f} GB  ({stages})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    device = parser.parse_args().device
+    torch.set_num_threads(1)
+    wrong = failures(device)
+    if wrong:
+        print("checks failed, no time is reported", *wrong, sep="\n  ")
+        return 1
+    rows = whole_table(device) if device == "cpu" else gpu_table(120)
+    for row in rows:
+        print(line(row))
+    if device == "cpu" and within_limit(rows):
+        for name, ratio in ratios(rows).items():
+            print(f"{name}: {ratio:.2f}")
+        return 0
+    return int(device == "cpu" or any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
