@@ -188,13 +188,22 @@ class Numbered(Qwen25VL):
 class Bench:
     """All ways on one model and one picture."""
 
-    def __init__(self, adapter: Qwen25VL, scale: Scale, device: str, size: tuple[int, int], max_tokens: int) -> None:
-        """size: (height, width) of the picture."""
+    def __init__(
+        self,
+        adapter: Qwen25VL,
+        scale: Scale,
+        device: str,
+        size: tuple[int, int],
+        max_tokens: int,
+        *,
+        offload: bool = False,
+    ) -> None:
+        """size: (height, width) of the picture. offload: ours keeps keys and values on the host."""
         self.adapter = Numbered(adapter.model, adapter.tokenizer, adapter.image_processor)
         self.scale, self.device, self.size, self.max_tokens = scale, device, size, max_tokens
         self.config = HiDeConfig(
             layers=(scale.layer,), sigma=SIGMA, threshold=THRESHOLD, max_tokens=max_tokens,
-            max_new_tokens=scale.answer_tokens, max_entity_tokens=scale.entity_tokens,
+            max_new_tokens=scale.answer_tokens, max_entity_tokens=scale.entity_tokens, offload_kv=offload,
         )  # fmt: skip
         self.hide = Planted(self.adapter, self.config)
         self.image = Image.fromarray(picture(size).numpy())
@@ -362,33 +371,37 @@ def check(bench: Bench) -> list[str]:
 
 
 def table(bench: Bench, runs: int, seconds: float = math.inf) -> list[dict[str, Any]]:
-    """Every way: once for its memory, where what it shows is checked, then `runs` times in turn, or once and as often
-    as fits into the time."""
-    end = time.monotonic() + seconds
+    """Every way, as `timed`."""
     with tempfile.TemporaryDirectory() as folder:
-        callable_ways = ways(bench, _saved(bench.image, folder))
-        found: dict[str, dict[str, Any]] = {}
-        peaks: dict[str, int] = {}
-        samples: dict[str, list[Run]] = {}
-        for name, way in callable_ways.items():
-            verdict = "failed"
-            try:
-                with profile(bench.adapter.model) as recording:
-                    first = way()
-                wrong = bench.wrong(first)
-            except Exception as error:
-                wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
-                # A way of others that does not fit, or wants a package that is not there, is a result.
-                verdict = "failed" if name.endswith("(c)") else "skipped"
-            if wrong:
-                found[name] = {**_about(bench), "what": name, verdict: "; ".join(wrong)}
-            else:
-                peaks[name], samples[name] = recording.report.peak, []
-        for run in range(runs):
-            if run and time.monotonic() > end:
-                break
-            for name, own in samples.items():
-                own.append(callable_ways[name]())
+        return timed(bench, ways(bench, _saved(bench.image, folder)), runs, seconds)
+
+
+def timed(bench: Bench, callable_ways: dict[str, Callable[[], Run]], runs: int, seconds: float) -> list[dict[str, Any]]:
+    """Each way once for its memory, where what it shows is checked, then `runs` times in turn, or once and as often as
+    fits into the time."""
+    end = time.monotonic() + seconds
+    found: dict[str, dict[str, Any]] = {}
+    peaks: dict[str, int] = {}
+    samples: dict[str, list[Run]] = {}
+    for name, way in callable_ways.items():
+        verdict = "failed"
+        try:
+            with profile(bench.adapter.model) as recording:
+                first = way()
+            wrong = bench.wrong(first)
+        except Exception as error:
+            wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+            # A way of others that does not fit, or wants a package that is not there, is a result.
+            verdict = "failed" if name.endswith("(c)") else "skipped"
+        if wrong:
+            found[name] = {**_about(bench), "what": name, verdict: "; ".join(wrong)}
+        else:
+            peaks[name], samples[name] = recording.report.peak, []
+    for run in range(runs):
+        if run and time.monotonic() > end:
+            break
+        for name, own in samples.items():
+            own.append(callable_ways[name]())
     for name, own in samples.items():
         stages = {stage: statistics.median(one.stages[stage] for one in own) for stage in own[0].stages}
         seconds = statistics.median(sum(one.stages.values()) for one in own)

@@ -78,11 +78,14 @@ def whole_table(device: str) -> list[dict[str, Any]]:
     return compared(small_model(device, settings), [SMALL_WORK], settings, time.monotonic() + 60)
 
 
-def compared(adapter: Adapter, works: Sequence[Workload], settings: Settings, end: float) -> list[dict[str, Any]]:
-    """A row for each flow and size: predicted, and measured where it fits and there is time before `end`."""
+def compared(
+    adapter: Adapter, works: Sequence[Workload], settings: Settings, end: float, flows: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """A row for each size and flow, by default all: predicted, and measured where it fits and there is time before
+    `end`."""
     rows = []
     for work in works:
-        for flow in reversed(FLOWS):
+        for flow in flows or reversed(FLOWS):
             about = {"flow": flow, "asked": work.image}
             if time.monotonic() > end:
                 rows.append({**about, "skipped": "no time left"})

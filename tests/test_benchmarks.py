@@ -24,10 +24,11 @@ from benchmarks import (
     render,
     rows_to_pixel_values,
     shared_prefix,
+    smaller_cards,
     token_maps,
     window_scores,
 )
-from hide import pipeline
+from hide import kv_cache, pipeline
 from hide.session import ImageSession
 from hide_kernels.attention_rows import reference
 
@@ -93,6 +94,8 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(end_to_end, "failures", lambda device: [])
     monkeypatch.setattr(end_to_end, "gpu_table", lambda *given: 1 / 0)
     monkeypatch.setattr(measured_memory, "failures", lambda device: 1 / 0)
+    monkeypatch.setattr(smaller_cards, "failures", lambda device: [])
+    monkeypatch.setattr(smaller_cards, "gpu_table", lambda *given: [{"what": "int4 weights", "skipped": "not here"}])
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 1
     (file,) = tmp_path.glob("*.json")
@@ -318,10 +321,12 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     monkeypatch.setattr(rows_to_pixel_values, "PRIOR", 2)
     monkeypatch.setattr(end_to_end, "LARGE_TOKENS", 400)
     adapter = shared_prefix.model(TINY, "cpu")
-    for module in (shared_prefix, end_to_end, measured_memory):
-        monkeypatch.setattr(module, "seven_b", lambda device: adapter)
-    monkeypatch.setattr(shared_prefix, "SEVEN_B", TINY)
-    monkeypatch.setattr(end_to_end, "SEVEN_B", TINY)
+    for module in (shared_prefix, end_to_end, measured_memory, smaller_cards):
+        monkeypatch.setattr(module, "seven_b", functools.cache(lambda device: adapter))
+    for module in (shared_prefix, end_to_end, smaller_cards):
+        monkeypatch.setattr(module, "SEVEN_B", TINY)
+    monkeypatch.setattr(smaller_cards, "LARGE_TOKENS", 400)
+    monkeypatch.setattr(smaller_cards, "RUNS", 1)
     monkeypatch.setattr(end_to_end, "PICTURES", ("8K", "2K"))
     monkeypatch.setattr(end_to_end, "RUNS", 1)
     monkeypatch.setattr(shared_prefix, "RUNS", 1)
@@ -335,16 +340,38 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     assert code == 0, operators
     for name, entry in operators.items():
         assert entry["table"], name
-        assert not any("skipped" in row for row in entry["table"] if row.get("what") != "decode, nvimgcodec"), name
+        not_here = ("decode, nvimgcodec", "int4 weights")
+        assert not any("skipped" in row for row in entry["table"] if row.get("what") not in not_here), name
     sizes = {row["image_tokens"] for row in operators["end_to_end"]["table"]}
     assert len(operators["end_to_end"]["table"]) == 10 and len(sizes) == 2
-    for row in operators["measured_memory"]["table"]:
+    options = [row for row in operators["smaller_cards"]["table"] if "flow" in row]
+    assert [row["flow"].removeprefix("ours, ") for row in options] == list(smaller_cards.OPTIONS)[:4]
+    for row in (*operators["measured_memory"]["table"], *options):
         assert row["measured"] == pytest.approx(row["predicted"], rel=0.03)
+    plain, offloaded, int8, _ = (row["measured"] for row in options)
+    assert offloaded <= plain and int8 < 0.6 * plain
     page = file.with_suffix(".md").read_text()
     assert page.count("| HiDe.ask (c) |") == 2 and measured_memory.NOTE in page
     assert {path.name.removeprefix(file.stem) for path in tmp_path.glob("*.png")} == {
         "-latency.png", "-roofline.png", "-end_to_end.png", "-end_to_end-tokens.png"
     }  # fmt: skip
+
+
+def test_the_gate_of_the_options_notices_lost_keys_and_other_weights(monkeypatch):
+    monkeypatch.setattr(smaller_cards, "SMALL", TINY)
+    assert smaller_cards.failures("cpu") == []
+    quantise = smaller_cards.quantise
+
+    def swapped(model, *how):
+        layer = model.get_submodule("model.language_model.layers.1.mlp.down_proj")
+        layer.weight.data = layer.weight.data.flip(0)
+        quantise(model, *how)
+
+    monkeypatch.setattr(smaller_cards, "quantise", swapped)
+    monkeypatch.setattr(kv_cache.Turns, "store", lambda *given: None)
+    lost, products = smaller_cards.failures("cpu")
+    assert lost.startswith("keys and values on the host: other boxes or another answer")
+    assert products.startswith("int8, model.language_model.layers.1.mlp.down_proj: products 1.")
 
 
 def test_flows_that_do_not_fit_have_their_prediction_alone(monkeypatch):
