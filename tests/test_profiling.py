@@ -391,6 +391,7 @@ def test_json_is_json_and_a_fit_needs_no_size():
         (["--attention", "ring"], "flash, sdpa"),
         (["--chunk", "0"], "chunk: got 0"),
         (["--weights", "int4", "--measure"], "predicted only"),
+        (["--model", TINY, "--measure", "--device", "gpu"], "device: got 'gpu', want cuda"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(arguments, text):

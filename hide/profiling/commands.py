@@ -89,8 +89,7 @@ def _profile(
     device: str | None,
     fit: str | None,
 ) -> Profile:
-    import torch
-
+    from hide.models.base import named_device
     from hide.profiling.flows import flows_of
     from hide.profiling.models import DTYPES, WEIGHTS, build, parameter_count, read_config
     from hide.profiling.output import Profile
@@ -103,6 +102,7 @@ def _profile(
     settings.check()
     if measure and settings.weights != "bf16":
         raise ValueError(f"weights: {weights} is predicted only; measure with bf16")
+    target = named_device(device) if measure else None
     names, budget = flows_of(flow), None if fit is None else parse_bytes(fit)
     size: int | tuple[int, int] = parse_pixels(image) if image else 16384 if tokens is None else tokens
     work = Workload(size, collage=collage, chunk=chunk)
@@ -113,10 +113,7 @@ def _profile(
         for name in names:
             status.update(f"predicting: {name}")
             runs.append(predict_flow(config, name, work, settings))
-    if measure:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+    if target is not None:
         status.update(f"building the model on {target}")
         with target:
             adapter = build(config, DTYPES[dtype])
