@@ -17,6 +17,8 @@ Predicate = Callable[[Mapping[str, Any]], "str | None"]
 
 # CUDA's limit on two of a grid's three dimensions.
 MAX_GRID = 65_535
+# Queries of the first pass in one program, where there are many.
+SMALLEST_TILE = 32
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,20 @@ def _not_tiled(arguments: Mapping[str, Any]) -> str | None:
         return f"{samples} samples of {query.shape[1]} heads are more than {MAX_GRID} programs"
     if bounds is not None and query.shape[0] * query.shape[1] >= 1 << 31:
         return "2 ** 31 packed rows of all heads and more are not served"
-    if arguments.get("block_table") is not None:
-        size = None if key is None else key.shape[1]
-        return f"pages of {size} keys are not served; powers of two are" if size and size & (size - 1) else None
-    if key is not None and max(key.shape[0 if len(key.shape) == 3 else 2], *query.shape[2:-1], 0) >= 1 << 30:
+    if key is None:
+        return None
+    table, most_rows = arguments.get("block_table"), arguments.get("max_seqlen_q") or 0
+    group = query.shape[1] // max(1, key.shape[1 if table is None else 2])
+    if most_rows * group > MAX_GRID * SMALLEST_TILE:
+        return f"max_seqlen_q {most_rows} in groups of {group} heads is more than {MAX_GRID} tiles of rows"
+    if table is not None:
+        size = key.shape[1]
+        if size & (size - 1):
+            return f"pages of {size} keys are not served; powers of two are"
+        keys = table.shape[1] * size
+    else:
+        keys = max(key.shape[0 if len(key.shape) == 3 else 2], arguments.get("max_seqlen_k") or 0)
+    if max(keys, *query.shape[2:-1], 0) >= 1 << 30:
         return "2 ** 30 keys or rows and more are not served"
     return None
 

@@ -52,7 +52,8 @@ def rows_to_maps(rows: Tensor, images: Sequence[ImageTokens]) -> list[Tensor]:
     maps = []
     for image, columns in zip(images, rows.split(lengths, dim=-1), strict=True):
         cells = image.cells
-        if cells.numel() == columns.shape[-1] and torch.equal(cells.flatten(), torch.arange(cells.numel())):
+        in_order = torch.arange(columns.shape[-1], device=cells.device)
+        if torch.equal(cells.flatten(), in_order):
             maps.append(columns.unflatten(-1, image.grid))
         else:
             maps.append(columns[..., cells.to(columns.device)])

@@ -141,8 +141,10 @@ def observed_scores(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
         (B, Hkv, N), float32.
 
     Raises:
-        TypeError, ValueError: as `attention_rows`.
+        TypeError, ValueError: as `attention_rows`, and for fewer keys than queries.
     """
+    if key.shape[2] < query.shape[2]:
+        raise ValueError(f"key: got {key.shape[2]} keys, want at least the {query.shape[2]} of query's tokens")
     positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
     return attention_rows(
         query, key, q_positions=positions, causal=True, head_reduction="kv_group", row_reduction="sum", **arguments

@@ -15,6 +15,7 @@ from . import backends
 from ._ops import add_op_namespace_prefix
 from .attention_rows.api import run
 from .attention_rows.backward import attention_rows_backward
+from .attention_rows.reference import without_autocast
 from .attention_rows.request import RowRequest
 
 # Spans are flat, start and stop in turn, with the number of spans of each sample. `weights` replaces the word
@@ -79,8 +80,7 @@ def attention_rows(query, key, *arguments):  # type: ignore[no-untyped-def]
     *masks, lse, weights = arguments[:8]
     *described, backend = arguments[8:]
     request = _request(query, key, *masks, weights, *described)
-    layout = {"cu_seqlens_q": request.cu_seqlens_q, "block_table": request.block_table}
-    name = backends.resolve("attention_rows", backend, query=query, key=key, **layout)
+    name = backends.resolve("attention_rows", backend, query=query, key=key, **request.layout)
     rows, computed = run(name, query, key, request, lse, request.softmax and lse is None, None, False)
     return rows, rows.new_empty(0) if computed is None else computed
 
@@ -102,20 +102,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, grad_rows: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        # The gradients would pass for constants, and second derivatives lack what goes through them.
+        raise RuntimeError("attention_rows differentiates once: got create_graph=True, want detached tensors")
     query, key, *masks, weights, lse = ctx.saved_tensors
     described: list[Any] = [*masks, weights, *ctx.described[:-1]]
     request = _request(query, key, *described)
     if not request.dense:
         raise ValueError("query: packed and paged calls record no gradients")
-    gradients = attention_rows_backward(
-        grad_rows,
-        grad_lse if request.softmax and not ctx.lse_given else None,
-        query,
-        key,
-        lse if request.softmax else None,
-        ctx.lse_given,
-        request,
-    )
+    with without_autocast(query.device):
+        gradients = attention_rows_backward(
+            grad_rows,
+            grad_lse if request.softmax and not ctx.lse_given else None,
+            query,
+            key,
+            lse if request.softmax else None,
+            ctx.lse_given,
+            request,
+        )
     return (gradients.query, gradients.key, *[None] * 6, gradients.lse, gradients.weights, *[None] * 12)
 
 

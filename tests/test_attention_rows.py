@@ -180,6 +180,29 @@ def test_accumulate_adds_to_out_and_overwrites_without():
     torch.testing.assert_close(out, 2 * rows, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("window", [1 << 31, 1 << 40, (1 << 63) - 1])
+def test_a_window_longer_than_32_bits_hides_nothing_before_int32_positions(window):
+    query, key = inputs()
+    positions = torch.tensor([-9, 0, 3, 40, 76], dtype=torch.int32)
+    want = attention_rows(query, key, q_positions=positions, causal=True).rows
+    found = attention_rows(query, key, q_positions=positions, causal=True, window=window).rows
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("arguments", [{"row_reduction": "mean"}, {"head_reduction": "none", "row_reduction": "sum"}])
+def test_autocast_does_not_round_rows_or_gradients(arguments):
+    def rows_and_gradient():
+        query, key = inputs()
+        rows = attention_rows(query.requires_grad_(), key, **arguments).rows
+        rows.square().sum().backward()
+        return rows.detach(), query.grad
+
+    want = rows_and_gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rows_and_gradient()
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+
+
 def test_strided_query_and_key_are_read_in_place():
     query, key = inputs()
     want = attention_rows(query, key).rows
@@ -281,6 +304,12 @@ Q, K = inputs()
 def test_wrong_arguments_are_named(arguments, error, text):
     with pytest.raises(error, match=text):
         attention_rows(**{"query": Q, "key": K, **arguments})
+
+
+def test_out_whose_elements_share_memory_is_refused():
+    with pytest.raises(ValueError, match=r"out: got strides \(77, 0, 1\), want elements that share no memory"):
+        attention_rows(Q, K, out=torch.zeros(2, 1, 77).expand(2, 5, 77))
+    assert attention_rows(Q[:, :, :1], K, out=torch.zeros(2, 77).unsqueeze(1)).rows.shape == (2, 1, 77)
 
 
 def test_out_is_refused_where_gradients_are_recorded():

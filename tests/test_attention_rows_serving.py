@@ -144,6 +144,11 @@ TABLE = {name: PAGED[name] for name in ("block_table", "kv_lens")}
             ValueError, r"block_table: got shape \(3, 10\), want \(4, 10\)",
         ),
         ({"key": PAGES, "cu_seqlens_k": None, "block_table": torch.zeros(4, 9)}, TypeError, "block_table: got torch.float"),
+        ({"key": PAGES, "cu_seqlens_k": None, "block_table": [[0]] * 4}, TypeError, "block_table: got list"),
+        (
+            {"key": PAGES, "cu_seqlens_k": None, "block_table": torch.tensor(0)},
+            ValueError, r"block_table: got shape \(\), want \(4, max_blocks\)",
+        ),
         ({"key": K[..., ::2]}, ValueError, "want the last to be 64"),
     ],
 )  # fmt: skip
@@ -205,6 +210,21 @@ def test_explain_says_which_pages_the_kernels_take(monkeypatch):
         found = explain("attention_rows", query=DENSE_Q, key=key, block_table=torch.zeros(4, 2).int())
         assert found.chosen == chosen
     assert "pages of 48 keys are not served" in str(found)
+
+
+def test_bounds_that_no_launch_can_have_go_to_the_reference(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    given = {"query": Q, "key": K, "cu_seqlens_q": PACKED["cu_seqlens_q"], "cu_seqlens_k": PACKED["cu_seqlens_k"]}
+    assert explain("attention_rows", **given, max_seqlen_q=1 << 19, max_seqlen_k=1 << 29).chosen == "triton"
+    for bound, text in (
+        ({"max_seqlen_q": 1 << 20}, "65535 tiles of rows"),
+        ({"max_seqlen_k": 1 << 30}, "2 \\*\\* 30 keys"),
+    ):
+        found = explain("attention_rows", **given, **bound)
+        assert found.chosen == "torch" and re.search(text, str(found))
+    with pytest.raises(ValueError, match="65535 tiles of rows"):
+        attention_rows(Q, K, **{**PACKED, "max_seqlen_q": 1 << 20, "row_reduction": "sum", "backend": "triton"})
 
 
 def test_the_code_of_the_documentation_runs_and_gives_the_shapes_that_it_says():

@@ -113,6 +113,38 @@ def test_the_workspace_serves_the_chunk_of_rows_that_needs_most(launched, monkey
     assert size == max(first, last)
 
 
+def test_the_workspace_serves_a_query_that_is_copied_to_be_read(launched, monkeypatch):
+    plan = triton_launch.plan
+    monkeypatch.setattr(triton_launch, "plan", lambda *a, **k: launched.extend(plan(*a, **k)[0]) or ([], None))
+    case = Case("columns", batch=1, heads=28, kv_heads=4, rows=40, depth=128, length=2_100)
+    query, key, _ = case.inputs(torch.float16)
+    query = query.transpose(2, 3).contiguous().transpose(2, 3)
+    size = attention_rows_workspace(query, key, backend="triton")
+    attention_rows(query, key, key_spans=[(0, 9)], workspace=torch.zeros(size), backend="triton")
+    assert launched[0].arguments["partial"].numel() <= size <= 2 * launched[0].arguments["partial"].numel()
+
+
+@warnings
+@pytest.mark.parametrize(
+    "masks, unseen",
+    [
+        ({"causal": True, "window": 4, "q_positions": torch.tensor([10, 11, 60])}, range(3, 14)),
+        ({"kv_starts": torch.tensor([10]), "kv_lens": torch.tensor([5])}, range(16)),
+        ({"window": 4, "q_positions": torch.tensor([20, 21, 60]), "kv_lens": torch.tensor([5])}, range(16)),
+    ],
+    ids=["between windows", "none left", "windows past the end"],
+)
+@pytest.mark.parametrize("garbage", [-1, 1 << 30])
+def test_pages_that_no_row_sees_may_be_anything(masks, unseen, garbage, launched):
+    query, key = torch.randn(1, 4, 3, 64).half(), torch.randn(20, 4, 2, 64).half()
+    table = torch.randperm(20)[:16].int()[None]
+    want = attention_rows(query, key, block_table=table, return_lse=True, backend="torch", **masks)
+    table[0, list(unseen)] = garbage
+    found = attention_rows(query, key, block_table=table, return_lse=True, backend="triton", **masks)
+    torch.testing.assert_close(found.rows, want.rows, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.lse, want.lse, atol=1e-5, rtol=1e-5)
+
+
 @warnings
 @pytest.mark.parametrize("keys_of", [(30, 20, 1, 3), (139, 200, 1, 77)], ids=["one chunk", "several"])
 def test_rows_of_no_sample_have_lse_minus_infinity_whatever_the_memory_held(keys_of, launched):

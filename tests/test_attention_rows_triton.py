@@ -183,6 +183,17 @@ def test_rows_that_are_not_aligned_to_16_bytes_are_read_in_place(arguments, offs
     assert offsets[0] == (1, False) and offsets[-1] == (8, False)
 
 
+def test_weights_may_have_any_stride_and_are_not_printed(monkeypatch):
+    query, key, _ = Case("weights").inputs(torch.float16)
+    heads = query.shape[1]
+    weights = torch.rand(heads)
+    want = rows_of(query, key, head_reduction=weights)
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda *_, **__: pytest.fail("a tensor was printed"))
+    assert torch.equal(rows_of(query, key, head_reduction=weights.repeat_interleave(3)[::3]), want)
+    one = rows_of(query, key, head_reduction=torch.full((heads,), 0.5))
+    assert torch.equal(rows_of(query, key, head_reduction=torch.tensor(0.5).expand(heads)), one)
+
+
 def test_out_may_be_strided_and_accumulates_without_touching_anything_else():
     query, key, _ = Case("out").inputs(torch.float16)
     want = rows_of(query, key, key_spans=[[(0, 40)], [(1, 61)]])

@@ -528,6 +528,16 @@ def test_bad_arguments_are_named(name, arguments, error, message):
         getattr(drop_in, name)(*arguments)
 
 
+def test_smoothings_and_thresholds_may_be_numpy_s(small):
+    pictures = {name: small[name] for name in ("inputs", "attention", "dicts", "img_start", "img_end")}
+    pictures["img_url"] = [Image.new("RGB", (60, 40))]
+    want = drop_in.from_img_and_att_get_cropbox(**pictures, sig=[1, 2], thre=[0.75])
+    given = {"sig": np.arange(1, 3), "thre": np.array([0.75], np.float32)}
+    found = drop_in.from_img_and_att_get_cropbox(**pictures, **given)
+    assert list(found) == ["1", "2"] and list(found["1"]) == ["0.75"]
+    assert all(found[sigma]["0.75"][0] == want[sigma]["0.75"][0] for sigma in want)
+
+
 def test_bad_arguments_of_the_whole_way_are_named(small):
     with pytest.raises(ValueError, match="img_url: got 2 pictures, want 1"):
         drop_in.from_img_and_att_get_cropbox(**small, img_url=["a", "b"], sig=[1], thre=[0.5])

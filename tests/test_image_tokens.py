@@ -124,3 +124,10 @@ def test_maps_are_enlarged_between_cell_centres():
 def test_wrong_requests_are_named(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_maps_do_not_depend_on_torch_s_default_device():
+    row, image = torch.rand(2, 12), ImageTokens(3, 15, torch.arange(12).view(3, 4))
+    with torch.device("meta"):
+        (found,) = rows_to_maps(row, [image])
+    assert torch.equal(found, row.view(2, 3, 4))

@@ -607,3 +607,11 @@ def test_cuda_prediction_is_within_workspaces_of_the_measurement(tmp_path):
     new = [report.peak - report.start for report in (measured.report, predicted.report)]
     assert new[0] == pytest.approx(new[1], rel=0.1)
     assert (tmp_path / "history.pickle").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_run_of_one_allocation_has_a_picture(tmp_path):
+    with profile(device="cpu") as recording:
+        held = torch.zeros(10)
+    recording.report.plot(tmp_path / "memory.png")
+    assert recording.report.live == 4 * held.numel() and (tmp_path / "memory.png").stat().st_size

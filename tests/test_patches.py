@@ -369,3 +369,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
         decode(np.zeros(4))
     with pytest.raises(ValueError, match="decoder: got 'gimp', want None or one of"):
         decode(b"", decoder="gimp")
+
+
+def test_what_a_device_says_is_not_said_of_the_file(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("the device is full")
+
+    data = stored(photo("RGB"), "PNG")
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
+        decode(data, device="cuda:0")

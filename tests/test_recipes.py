@@ -119,3 +119,8 @@ def test_fewer_keys_than_the_window_has_queries_are_refused():
     query, key = tensors(9)
     with pytest.raises(ValueError, match="key: got 5 keys, want at least the 9"):
         recipes.window_scores(query, key[:, :, :5])
+
+
+def test_observed_scores_want_the_keys_of_all_queries():
+    with pytest.raises(ValueError, match="key: got 5 keys, want at least the 9"):
+        recipes.observed_scores(torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 5, 8))

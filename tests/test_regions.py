@@ -313,6 +313,14 @@ def test_overflow_keeps_the_largest_regions_and_the_true_count() -> None:
     assert torch.equal(found.boxes[0], regions(array, 0.01, max_regions=40).boxes[0, :5])
 
 
+def test_maps_on_the_cpu_are_served_whatever_torch_s_default_device() -> None:
+    maps = torch.rand(2, 7, 9)
+    want = regions(maps, 0.5)
+    with torch.device("meta"):
+        found = regions(maps, 0.5)
+    assert torch.equal(found.boxes, want.boxes) and torch.equal(found.scores, want.scores)
+
+
 def test_maps_that_are_not_valid_have_no_regions() -> None:
     maps = torch.ones(3, 2, 2)
     found = same_everywhere(maps, 0.5, valid=torch.tensor([True, False, True]))

@@ -91,6 +91,29 @@ def test_gradients_of_lse_and_weights_equal_finite_differences(softmax):
         torch.autograd.gradcheck(lambda q, k: attention_rows(q, k, return_lse=True, key_spans=[(2, 7)]), [query, key])
 
 
+def test_gradients_of_no_rows_are_zeros():
+    query, key = inputs(rows=0)
+    weights = torch.rand(4, dtype=torch.float64)
+    for x in (query, key, weights):
+        x.requires_grad_()
+    attention_rows(query, key, head_reduction=weights, row_reduction="sum").rows.sum().backward()
+    assert query.grad.shape == query.shape and not key.grad.any() and not weights.grad.any()
+
+
+def test_a_second_derivative_is_refused_rather_than_left_out():
+    query, key = (x.requires_grad_() for x in inputs())
+    loss = attention_rows(query, key).rows.square().sum() + query.pow(3).sum()
+    with pytest.raises(RuntimeError, match="attention_rows differentiates once"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
+def test_weights_are_not_printed_which_would_wait_for_the_device(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__repr__", lambda *_, **__: pytest.fail("a tensor was printed"))
+    query, key = inputs()
+    weights = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    attention_rows(query, key, head_reduction=weights).rows.sum().backward()
+
+
 def test_what_hidden_keys_hold_reaches_no_gradient():
     query, key = inputs()
     key[:, :, 5:] = torch.nan

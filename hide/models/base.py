@@ -182,9 +182,7 @@ class Adapter(ABC):
         weights: Weights | None = None,
     ) -> Self:
         """As `hide.models.load`; safetensors only, no remote code."""
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+        target = named_device(device)
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
         if dtype == "auto" and (weights is not None or target.type == "cpu"):
@@ -583,3 +581,14 @@ def _legacy_chat_template(path: str | Path) -> str | None:
             text = Path(file).read_text(encoding="utf-8")
             return json.loads(text)["chat_template"] if name.endswith(".json") else text
     return None
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device of this name; `None`: CUDA where there is one. `ValueError` for one that is not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device: got {name!r}, want cuda, cuda:1, cpu or another that torch knows") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+    return device

@@ -108,6 +108,7 @@ def _profile(
 ) -> Profile:
     import torch
 
+    from hide.models.base import named_device
     from hide.models.quantised import check, quantise
     from hide.profiling.flows import flows_of
     from hide.profiling.models import DTYPES, WEIGHTS, build, parameter_count, read_config
@@ -120,12 +121,9 @@ def _profile(
     settings = Settings(dtype, weights or "bf16", attention)
     settings.check()
     quantised = settings.weights != "bf16"
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if measure:
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
-        if quantised:
-            check(settings.weights, DTYPES[dtype], target)
+    target = named_device(device) if measure else None
+    if target is not None and quantised:
+        check(settings.weights, DTYPES[dtype], target)
         if settings.weights == "int4" and target.type == "cpu":
             raise ValueError("weights: a GPU's int4 is predicted, and a CPU's is laid out otherwise; measure on a GPU")
     names, budget = flows_of(flow), None if fit is None else parse_bytes(fit)
@@ -138,7 +136,7 @@ def _profile(
         for name in names:
             status.update(f"predicting: {name}")
             runs.append(predict_flow(config, name, work, settings))
-    if measure:
+    if target is not None:
         status.update(f"building the model on {target}")
         with torch.device("cpu") if quantised else target:
             adapter = build(config, DTYPES[dtype])

@@ -112,8 +112,8 @@ def attention_rows(
         out: contiguous or strided tensor of the result's shape and dtype to write into.
         accumulate: add to `out` instead of overwriting it (sum over layers).
         workspace: (n,) float32, n at least `attention_rows_workspace(...)` of the same arguments: with it and `out` a
-            call allocates nothing (but the lse that `return_lse` asks for, and copies of index tensors and queries
-            whose last stride is not one).
+            call allocates nothing (but the lse that `return_lse` asks for, and copies of index tensors, weights
+            and queries whose last stride is not one).
         process_group: ranks that share the call, all of which make it; says with `shard` what each of them holds.
         shard: "heads": as many of the heads as every other rank, and their weights, with the same rows and keys;
             "mean" and weights then sum over all heads of all ranks, on every rank, and lse, "none" and "kv_group" are
@@ -167,6 +167,8 @@ def attention_rows(
         raise ValueError("query: packed and paged calls record no gradients, want torch.no_grad() or detached tensors")
     if out is not None:
         _check_tensor("out", out, request.shape, (dtype,), query.device)
+        if any(size > 1 and step == 0 for size, step in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError(f"out: got strides {out.stride()}, want elements that share no memory")
         if recorded or (torch.is_grad_enabled() and out.requires_grad):
             raise ValueError("out: cannot be written where gradients are recorded; use torch.no_grad() or drop out=")
     if shard not in ("heads", "keys"):
@@ -303,8 +305,7 @@ def _validated(
 
 
 def _resolve(backend: str | None, query: Tensor, key: Tensor, request: RowRequest) -> str:
-    layout = {"cu_seqlens_q": request.cu_seqlens_q, "block_table": request.block_table}
-    return backends.resolve("attention_rows", backend, query=query, key=key, **layout)
+    return backends.resolve("attention_rows", backend, query=query, key=key, **request.layout)
 
 
 def run(
@@ -382,7 +383,9 @@ def _check_layout(
         if given is not None and given < 0:
             raise ValueError(f"{name}: got {given}, want at least 0")
     if block_table is not None:
-        _check_integers("block_table", block_table, (batch, block_table.shape[-1]), device)
+        if isinstance(block_table, Tensor) and block_table.dim() != 2:
+            raise ValueError(f"block_table: got shape {tuple(block_table.shape)}, want ({batch}, max_blocks)")
+        _check_integers("block_table", block_table, (batch, *getattr(block_table, "shape", ())[1:]), device)
         reach = block_table.shape[1] * key.shape[1]
         if max_seqlen_k is not None and max_seqlen_k > reach:
             raise ValueError(f"max_seqlen_k: got {max_seqlen_k}, want at most {reach}, what block_table reaches")

@@ -55,7 +55,7 @@ def attention_rows_backward(
     d_weights = torch.zeros_like(weights) if isinstance(request.head_reduction, Tensor) else None
     block_keys = max(KEYS_AT_LEAST, BLOCK_ELEMENTS // max(1, group * rows))
 
-    for sample, spans in enumerate(request.spans):
+    for sample, spans in enumerate(request.spans if rows else ()):
         by_key = _by_key(grad_rows[sample], spans, length, request)
         for g in range(kv_heads):
             some = slice(g * group, (g + 1) * group)
@@ -64,7 +64,7 @@ def attention_rows_backward(
             if lse is not None:
                 known = lse[sample, some].masked_fill(lse[sample, some] == -torch.inf, torch.inf)[..., None]
             # by_key is per head only where heads were kept apart.
-            upstream = by_key[{"none": some, "kv_group": slice(g, g + 1)}.get(str(request.head_reduction), slice(0, 1))]
+            upstream = by_key[{"none": some, "kv_group": slice(g, g + 1)}.get(request.reduces, slice(0, 1))]
             mean = grad_lse[sample, some, :, None] * -1 if grad_lse is not None else None
             if known is not None and not lse_given:
                 expected = torch.zeros(group, rows, 1, dtype=dtype, device=query.device)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +35,28 @@ def attention_rows_reference(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Rows and lse (or `None`) of a validated request."""
-    if not request.dense:
+    with without_autocast(query.device):
+        if request.dense:
+            return _rows(query, key, request, lse, return_lse, out, accumulate)
         return _sample_by_sample(query, key, request, lse, return_lse, out, accumulate)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, products are not rounded to 16 bits."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    request: RowRequest,
+    lse: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor | None]:
     batch, heads, rows, _ = query.shape
     kv_heads, length = key.shape[1:3]
     group = heads // kv_heads
@@ -156,7 +178,7 @@ def _sample_by_sample(
         if lse is not None:
             known = lse[one] if q_bounds is None else lse[:, one][None]
         width = sum(stop - start for start, stop in spans)
-        _, computed = attention_rows_reference(some, keys, alone, known, return_lse, rows[..., :width], True)
+        _, computed = _rows(some, keys, alone, known, return_lse, rows[..., :width], True)
         if found is not None and lse is None:
             assert computed is not None
             (found[one] if q_bounds is None else found[:, one][None]).copy_(computed)
@@ -232,7 +254,8 @@ def visible_keys(
         if request.causal:
             conditions.append(keys <= positions)
         if request.window is not None:
-            conditions.append(keys > positions - request.window)
+            # Not `positions - window`, which overflows in 32 bits, and in 64.
+            conditions.append(keys + min(request.window, 1 << 62) > positions)
     if not conditions:
         return None
     visible = conditions[0]

@@ -70,9 +70,24 @@ class RowRequest:
         return cls(rows=rows, length=length, kv_heads=kv_heads, shape=shape, lse_shape=lse_shape, **fields)
 
     @property
+    def reduces(self) -> str:
+        """ "mean", "none", "kv_group" or "weights". Tensors are not to be printed, which waits for their device."""
+        return self.head_reduction if isinstance(self.head_reduction, str) else "weights"
+
+    @property
     def dense(self) -> bool:
         """Whether neither tensor is packed or paged."""
         return self.cu_seqlens_q is None and self.cu_seqlens_k is None and self.block_table is None
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Arguments that the backends look at beside query and key."""
+        return {
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "block_table": self.block_table,
+            "max_seqlen_q": None if self.cu_seqlens_q is None else self.rows,
+            "max_seqlen_k": None if self.cu_seqlens_k is None else self.length,
+        }
 
     def head_weights(self, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What each head counts in the sum that it goes into: (Hq,)."""

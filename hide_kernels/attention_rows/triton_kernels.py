@@ -40,11 +40,11 @@ def _packed(bounds, b, at_most):
 
 
 @triton.jit
-def _page_of(pages, n, page_shift):
-    """The pages that keys n lie in; n itself where there are no pages."""
+def _page_of(pages, n, page_shift, last_page):
+    """The pages that keys n lie in, some page where the table has none; n itself where there are no pages."""
     page = n
     if pages is not None:
-        page = tl.load(pages + (n >> page_shift)).to(tl.int64)
+        page = tl.minimum(tl.maximum(tl.load(pages + (n >> page_shift)).to(tl.int64), 0), last_page)
     return page
 
 
@@ -140,14 +140,15 @@ def _visible_keys(
 
 # Integers of a call, and pointers that are not read in wide pieces: no variant of a kernel for their values.
 _LSE_INTEGERS = [
-    "kv_heads", "group", "rows", "length", "total", "chunk_keys", "page_shift", "stride_qb", "stride_qh", "stride_qr",
-    "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_pb", "stride_pr", "ahead", "window",
+    "kv_heads", "group", "rows", "length", "total", "chunk_keys", "page_shift", "last_page", "stride_qb",
+    "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_pb", "stride_pr", "ahead",
+    "window",
 ]  # fmt: skip
 _ROWS_INTEGERS = [
-    "first_sample", "first_row", "first_column", "kv_heads", "group", "rows", "length", "page_shift", "stride_qb",
-    "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_lb", "stride_lh", "stride_lr",
-    "stride_pb", "stride_pr", "stride_ob", "stride_oh", "stride_or", "ahead", "window", "start0", "stop0", "start1",
-    "stop1", "start2", "stop2", "start3", "stop3",
+    "first_sample", "first_row", "first_column", "kv_heads", "group", "rows", "length", "page_shift", "last_page",
+    "stride_qb", "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kn", "stride_tb", "stride_lb", "stride_lh",
+    "stride_lr", "stride_pb", "stride_pr", "stride_ob", "stride_oh", "stride_or", "ahead", "window", "start0", "stop0",
+    "start1", "stop1", "start2", "stop2", "start3", "stop3",
 ]  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def partial_lse(
     query, key, partial, positions, starts, lens, cu_q, cu_k, pages,
     log2_scale: tl.float32, inner_scale: tl.float32,
     kv_heads: tl.int32, group: tl.int32, rows: tl.int32, length: tl.int32, total: tl.int32, chunk_keys: tl.int32,
-    page_shift: tl.int32, stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
+    page_shift: tl.int32, last_page: tl.int32, stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64, stride_tb: tl.int64,
     stride_pb: tl.int64, stride_pr: tl.int64, ahead: tl.int64, window: tl.int64,
     DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,
@@ -215,7 +216,7 @@ def partial_lse(
     mass = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(all_first, all_stop, BLOCK_N, num_stages=STAGES):
         n = block + tl.arange(0, BLOCK_N)
-        page = _page_of(pages, n, page_shift)
+        page = _page_of(pages, n, page_shift, last_page)
         k_rows = _keys_at(k_head, pages, page, n, page_shift, stride_kb * ALIGN, stride_kn * ALIGN, WIDE)
         if SLICE == 0:
             k, k_high = _load_pair(k_rows, None, DEPTH, D1, D2)
@@ -237,9 +238,7 @@ def partial_lse(
         n = block + tl.arange(0, BLOCK_N)
         # Past the end the last key is read again; its score is replaced like that of every hidden key.
         read = tl.minimum(n, length - 1)
-        if pages is not None:  # of pages that no row sees the table need not know
-            read = tl.minimum(tl.maximum(n, tl.min(first, 0)), tl.max(stop, 0) - 1)
-        page = _page_of(pages, read, page_shift)
+        page = _page_of(pages, read, page_shift, last_page)
         k_rows = _keys_at(k_head, pages, page, read, page_shift, stride_kb * ALIGN, stride_kn * ALIGN, WIDE)
         if SLICE == 0:
             k, k_high = _load_pair(k_rows, None, DEPTH, D1, D2)
@@ -327,6 +326,7 @@ def reduce_rows(
     log2_scale: tl.float32, inner_scale: tl.float32, lse_scale: tl.float32, out_scale: tl.float32,
     first_sample: tl.int32, first_row: tl.int32, first_column: tl.int32,
     kv_heads: tl.int32, group: tl.int32, rows: tl.int32, length: tl.int32, page_shift: tl.int32,
+    last_page: tl.int32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qr: tl.int64,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kn: tl.int64, stride_tb: tl.int64,
     stride_lb: tl.int64, stride_lh: tl.int64, stride_lr: tl.int64, stride_pb: tl.int64, stride_pr: tl.int64,
@@ -422,11 +422,9 @@ def reduce_rows(
     if MASKED:
         if (start >= tl.max(last, 0)) | (start + BLOCK_N <= tl.min(first, 0)):
             g_stop = g_first  # no row sees a key of this block
-    if pages is not None:  # as in partial_lse
-        key_of = tl.maximum(tl.minimum(tl.maximum(key_of, tl.min(first, 0)), tl.max(last, 0) - 1), 0)
-    elif cu_k is not None:
+    if cu_k is not None:
         key_of = tl.minimum(key_of, length - 1)
-    page = _page_of(pages, key_of, page_shift)
+    page = _page_of(pages, key_of, page_shift, last_page)
 
     # Bit 3 of m is a head bit if PAIR is 2. In an mma accumulator one thread owns m and m + 8, so that summing this
     # pair of heads costs no shuffle and halves the accumulator over heads.

@@ -86,6 +86,8 @@ def workspace_elements(query: Tensor, key: Tensor, request: RowRequest) -> int:
     """Most float32 elements that a call without lse takes beside its results."""
     most = 0
     for some_query, some, _ in _row_chunks(query, request) if request.softmax else ():
+        # A copy has other strides than what it is made of; on "meta" it takes no memory.
+        some_query, key = (_readable(x if x.stride(-1) == 1 else x.to("meta")) for x in (some_query, key))
         shared, _ = _shared_arguments(some_query, key, some)
         chunks = _split(some_query, shared, some, _card(query.device), None)[3]
         most = max(most, math.prod(some.lse_shape) * (1 if chunks == 1 else 1 + chunks))
@@ -124,8 +126,7 @@ def plan(
     """
     heads, depth, kv_heads, rows = query.shape[1], query.shape[-1], request.kv_heads, _most_rows(query, request)
     group = heads // kv_heads
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    key = key if key.stride(-1) == 1 else key.contiguous()
+    query, key = _readable(query), _readable(key)
     shared, masked = _shared_arguments(query, key, request)
     sliced = _sliced(query, shared)
     launches: list[Launch] = []
@@ -137,7 +138,7 @@ def plan(
     if not need_rows:
         return launches, log2_lse
     reduction = request.head_reduction
-    reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(str(reduction), ("all", 1))
+    reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(request.reduces, ("all", 1))
     summed = 1 if reduce == "none" else group
     rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, summed, sliced, request.dense)
     steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
@@ -149,7 +150,7 @@ def plan(
     rows_arguments = {
         **shared,
         "lse": lse if request.softmax else None,
-        "weights": reduction if isinstance(reduction, Tensor) else None,
+        "weights": reduction.contiguous() if isinstance(reduction, Tensor) else None,
         "out": out,
         "log2_scale": _score_scale(request) * LOG2_E,
         "lse_scale": lse_scale,
@@ -260,6 +261,11 @@ def _lse_launches(
     return [first, second], log2_lse
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """A tensor with a unit last stride."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _sliced(query: Tensor, shared: dict[str, Any]) -> bool:
     """Whether D goes in slices."""
     return query.dtype == torch.float32 or shared["ALIGN"] == 1
@@ -314,6 +320,7 @@ def _shared_arguments(query: Tensor, key: Tensor, request: RowRequest) -> tuple[
         "rows": most_rows,
         "length": request.length,
         "page_shift": 0 if pages is None else key.shape[1].bit_length() - 1,
+        "last_page": 0 if pages is None else key.shape[0] - 1,
         "stride_tb": 0 if pages is None else pages.stride(0),
         **{name: stride // align for name, stride in strides.items()},
         "stride_pb": 0 if positions is None or cu_q is not None else positions.stride(0),

@@ -150,7 +150,12 @@ class MemoryReport:
                 axes.text(
                     sample.step, 1.0, sample.stage, transform=axes.get_xaxis_transform(), fontsize="small", rotation=30
                 )
-        axes.set(xlabel="allocations and releases", ylabel="GB", ylim=(0, None), xlim=(steps[0], max(steps[-1], 1)))
+        axes.set(
+            xlabel="allocations and releases",
+            ylabel="GB",
+            ylim=(0, None),
+            xlim=(steps[0], max(steps[-1], steps[0] + 1)),
+        )
         figure.savefig(path, dpi=120)
 
 

@@ -64,12 +64,14 @@ def decode(source: str | Path | bytes, *, device: torch.device | str = "cpu", de
             if decoder is not None:
                 reason = reason or "it does not decode this file"
                 raise ValueError(f"decoder 'nvimgcodec' cannot serve this call: {reason}")
-        return torch.from_numpy(_by_pillow(picture)).to(target)
+        pixels = _by_pillow(picture)
     except ValueError:
         raise
     # Pillow's decoders raise what they come across: OSError, SyntaxError, RuntimeError, struct.error.
     except Exception as error:
         raise ValueError(f"source: {name} cannot be read as a picture: {error}") from error
+    # What the device says of it is not about the file.
+    return torch.from_numpy(pixels).to(target)
 
 
 def _read(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def regions(
         raise TypeError(f"maps: got dtype {maps.dtype}, want float32 or float64")
     if maps.ndim != 3 or 0 in maps.shape[1:]:
         raise ValueError(f"maps: got shape {tuple(maps.shape)}, want (M, h, w) with h and w at least 1")
-    if not isinstance(threshold, (int, float)) or isinstance(threshold, bool):
+    if not isinstance(threshold, Real) or isinstance(threshold, bool):
         raise TypeError(f"threshold: got {type(threshold).__name__}, want a float")
     if not math.isfinite(threshold):
         raise ValueError(f"threshold: got {threshold}, want a finite number")

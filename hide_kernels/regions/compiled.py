@@ -34,7 +34,7 @@ def regions_compiled(
         return results
     used = empty(0, dtype=torch.bool) if valid is None else valid.contiguous()
     # Rounded to the dtype of the maps here, where what is beyond it becomes infinite.
-    limit = float(torch.tensor(threshold, dtype=maps.dtype))
+    limit = float(torch.tensor(threshold, dtype=maps.dtype, device="cpu"))
     shape = (number, height, width, *maps.stride())
     dtype = str(maps.dtype).removeprefix("torch.")
     nodes, strips = geometry.blocks_of_map(height, width)

@@ -28,7 +28,7 @@ def regions_cupy(
     with cupy.cuda.Device(maps.device.index), cupy.cuda.ExternalStream(stream.cuda_stream, maps.device.index):
         used = None if valid is None else cupy.from_dlpack(valid.to(torch.uint8)).astype(bool)
         # A threshold beyond the dtype becomes infinite, as NumPy would have it.
-        limit = float(torch.tensor(threshold, dtype=maps.dtype))
+        limit = float(torch.tensor(threshold, dtype=maps.dtype, device="cpu"))
         found = label_and_reduce(cupy, ndimage, cupy.from_dlpack(maps.detach()), limit, used, max_regions)
         boxes, scores, counts, overflow, sizes = (torch.from_dlpack(array) for array in found)
     return boxes, scores, counts, overflow.bool(), sizes

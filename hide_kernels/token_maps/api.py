@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
         raise TypeError(f"prior_rows: got {type(prior_rows).__name__}, want an int")
     if not 0 <= prior_rows <= length:
         raise ValueError(f"prior_rows: got {prior_rows}, want 0 to {length}, the number of rows")
-    if not isinstance(sigma, (int, float)) or isinstance(sigma, bool):
+    if not isinstance(sigma, Real) or isinstance(sigma, bool):
         raise TypeError(f"sigma: got {type(sigma).__name__}, want a float")
     if not 0 <= sigma <= MAX_SIGMA:
         raise ValueError(f"sigma: got {sigma}, want 0 to {MAX_SIGMA} cells")
