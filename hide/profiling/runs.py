@@ -219,14 +219,15 @@ def _largest(config: Any, flow: str, budget: int, work: Workload, settings: Sett
 
 
 def largest_within(peak: Callable[[int], int | None], budget: int, most: int) -> tuple[int, bool]:
-    """The largest size, to half a percent, whose peak is at most `budget`, or 0; and whether it is all that there is.
+    """The largest size, to about half a percent, whose peak is at most `budget`, or 0; and whether it is all there is.
 
     peak: grows about with the square of the size, so that guesses lie on the line through the two peaks next to the
         budget; `None` where the size itself is too large. It is asked once for each size. most: the largest size asked.
     """
     known: dict[int, int] = {}
-    low, high, size, asked = 0, most + 1, 1, 0
-    while high - low > max(1, low // 200):
+    low, high, size, asked, left = 0, most + 1, 1, 0, 0
+    # A hundredth of the bytes that a size may take is half a percent of it, as they grow with its square.
+    while high - low > max(1, low // 200) and not (low > 1 and budget - known[low] <= left // 100):
         found = peak(size)
         asked += 1
         if found is not None:
@@ -235,15 +236,13 @@ def largest_within(peak: Callable[[int], int | None], budget: int, most: int) ->
             low = size
         else:
             high = size
-        step = max(1, low // 200)
         if asked == 1:
-            size = 64
+            size, left = 64, budget - known.get(1, budget)
         elif high in known and low and asked % 3:
-            # Half a step aside, in turn: the answer is enclosed from both sides soon.
-            size = _on_the_line(known, low, high, budget) + (step if asked % 2 else 0)
+            size = _on_the_line(known, low, high, budget - left // 200)
         elif high > most and len(known) > 1:
             one, other = sorted(known)[-2:]
-            size = min(4 * low, _on_the_line(known, one, other, budget) + step)
+            size = min(8 * low, _on_the_line(known, one, other, budget - left // 200))
         else:
             # Where the line misleads, halving ends it.
             size = (low + high) // 2
