@@ -75,9 +75,9 @@ def ask(
     """
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
+        quiet()
         from hide.report import save_pictures, save_report
 
-        quiet()
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
         result = hide.ask(image, question, options=option or None, progress=status.update)
@@ -146,9 +146,9 @@ def attend(
     """
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
+        quiet()
         from hide.attend import attend as attention_of
 
-        quiet()
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, device=device, dtype=dtype, weights=weights)
         status.update("attending")
@@ -188,6 +188,7 @@ def models() -> None:
     """List the model families that HiDe knows: checkpoints, presets, and what they are tested with."""
     console = Console(stderr=True)
     with console.status("loading transformers"):
+        quiet()
         from hide.models import FAMILIES, adapter_class
 
         families = {model_type: adapter_class(model_type) for model_type in FAMILIES}

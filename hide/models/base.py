@@ -182,9 +182,7 @@ class Adapter(ABC):
         weights: Weights | None = None,
     ) -> Self:
         """As `hide.models.load`; safetensors only, no remote code."""
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+        target = named_device(device)
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
         if dtype == "auto" and (weights is not None or target.type == "cpu"):
@@ -551,6 +549,20 @@ class Adapter(ABC):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a reply, without special tokens and surrounding blanks."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def named_device(name: str | None) -> torch.device:
+    """The device of a name, `None`: CUDA where there is one, else the CPU; `ValueError` for one that is not here."""
+    seen = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if seen else "cpu"))
+        if device.type != "cuda" or seen:
+            torch.empty(0, device=device)
+            return device
+        reason = f"this PyTorch ({torch.__version__}) sees no CUDA device"
+    except (RuntimeError, AssertionError) as error:  # the latter from builds that lack it
+        reason = str(error).partition("\n")[0]
+    raise ValueError(f"device: got {name!r}, but {reason}; want cuda, cuda:1, cpu, ... that is here")
 
 
 def device_of(module: Any) -> torch.device:

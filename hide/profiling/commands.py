@@ -108,6 +108,7 @@ def _profile(
 ) -> Profile:
     import torch
 
+    from hide.models.base import named_device
     from hide.models.quantised import check, quantise
     from hide.profiling.flows import flows_of
     from hide.profiling.models import DTYPES, WEIGHTS, build, parameter_count, read_config
@@ -120,10 +121,8 @@ def _profile(
     settings = Settings(dtype, weights or "bf16", attention)
     settings.check()
     quantised = settings.weights != "bf16"
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if measure:
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {device!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+        target = named_device(device)
         if quantised:
             check(settings.weights, DTYPES[dtype], target)
         if settings.weights == "int4" and target.type == "cpu":
