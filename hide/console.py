@@ -33,7 +33,7 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 WeightsOption = Annotated[
-    str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra [quant].")
+    str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra \\[quant].")
 ]
 OffloadOption = Annotated[
     bool, typer.Option("--offload-kv", help="Keep keys and values in host memory: fits more, takes longer.")

@@ -114,6 +114,7 @@ def test_help_teaches():
         "--json",
     ):
         assert option in output
+    assert "extra [quant]" in " ".join(output.replace("│", " ").split()), "taken for a style"
 
 
 UNTIL_MODELS_ARE_LOADED = """
