@@ -85,6 +85,6 @@ def errors(console: Console) -> Iterator[None]:
     """What a user can mend is one line and exit code 1, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None

@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
-from hide.kv_cache import OffloadedCache
+from hide.kv_cache import OffloadedCache, PreallocatedLayer
 from hide.models import FAMILIES, adapter_class
 from hide.tiny.scenes import draw_scene
 
@@ -86,6 +87,16 @@ def test_errors_are_one_line_that_says_what_to_do(picture, tmp_path, monkeypatch
     result = run("ask", *[picture if argument == "PICTURE" else argument for argument in arguments])
     assert result.exit_code == 1
     assert text in " ".join(result.output.split()) and "Traceback" not in result.output
+
+
+def test_a_picture_that_does_not_fit_is_one_line_with_advice(picture, tmp_path, monkeypatch):
+    def short(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(PreallocatedLayer, "update", short)
+    result = run("ask", picture, QUESTION, "--out", str(tmp_path))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and "do not fit into memory" in said and "Traceback" not in said
 
 
 def test_models_lists_each_family_with_its_class_checkpoints_and_presets():
