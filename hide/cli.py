@@ -83,12 +83,13 @@ def ask(
         result = hide.ask(image, question, options=option or None, progress=status.update)
         status.update("drawing")
         document = result.to_dict()
-        document["model"] = model or "embedded"
+        document |= {"model": model or "embedded", "weights": weights}
         for folder in dict.fromkeys(given for given in (out, report) if given) or [Path("hide-out")]:
             pictures = save_pictures(result, folder, hide.config.threshold)
             (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if report is not None:
-            page = save_report(result, report, hide.config, model=model or EMBEDDED)
+            shown = f"{model or EMBEDDED}{f', {weights} weights' if weights else ''}"
+            page = save_report(result, report, hide.config, model=shown)
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
