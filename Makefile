@@ -49,15 +49,16 @@ test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models
 
 wheels: $(STAMP)  ## sdist, pure wheel and compiled wheel in dist/, and the demo's job from each wheel
 	rm -rf dist build/wheels
+	mkdir -p build
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" >build/sdist.log
 	HIDE_KERNELS_BUILD=none $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
 	HIDE_KERNELS_BUILD=host $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
 	ls dist
 	for wheel in dist/*.whl; do \
-		folder=$(CURDIR)/build/wheels/$$(basename $$wheel .whl) && \
-		$(BIN)/python -m pip install --quiet --no-deps --target $$folder $$wheel && \
-		(cd build/wheels && PYTHONPATH=$$folder $(CURDIR)/$(BIN)/python -P $(CURDIR)/tests/run_from_wheel.py $$folder) \
-		|| exit 1; \
+		folder="$(CURDIR)/build/wheels/$$(basename $$wheel .whl)" && \
+		$(BIN)/python -m pip install --quiet --no-deps --target "$$folder" $$wheel && \
+		(cd build/wheels && PYTHONPATH="$$folder" "$(CURDIR)/$(BIN)/python" -P "$(CURDIR)/tests/run_from_wheel.py" \
+			"$$folder") || exit 1; \
 	done
 
 docs: $(STAMP)  ## the pages of docs/ as a site in build/site; broken links are errors

@@ -95,8 +95,11 @@ def compared(
             if predicted.report.peak * MARGIN + WORKSPACES > (room := _room(adapter.model.device)):
                 rows.append({**row, "skipped": f"does not fit into {room / 1e9:.1f} GB"})
                 continue
-            measured = measure_flow(adapter, flow, work)
-            rows.append({**row, **_beside(measured, predicted)})
+            try:
+                rows.append({**row, **_beside(measure_flow(adapter, flow, work), predicted)})
+            except RuntimeError as error:
+                # What was measured before it stays.
+                rows.append({**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
     return rows
 
 

@@ -75,20 +75,21 @@ def ask(
     """
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
+        quiet()
         from hide.report import save_pictures, save_report
 
-        quiet()
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
         result = hide.ask(image, question, options=option or None, progress=status.update)
         status.update("drawing")
         document = result.to_dict()
-        document["model"] = model or "embedded"
+        document |= {"model": model or "embedded", "weights": weights}
         for folder in dict.fromkeys(given for given in (out, report) if given) or [Path("hide-out")]:
             pictures = save_pictures(result, folder, hide.config.threshold)
             (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if report is not None:
-            page = save_report(result, report, hide.config, model=model or EMBEDDED)
+            shown = f"{model or EMBEDDED}{f', {weights} weights' if weights else ''}"
+            page = save_report(result, report, hide.config, model=shown)
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
@@ -146,9 +147,9 @@ def attend(
     """
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
+        quiet()
         from hide.attend import attend as attention_of
 
-        quiet()
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, device=device, dtype=dtype, weights=weights)
         status.update("attending")
@@ -188,6 +189,7 @@ def models() -> None:
     """List the model families that HiDe knows: checkpoints, presets, and what they are tested with."""
     console = Console(stderr=True)
     with console.status("loading transformers"):
+        quiet()
         from hide.models import FAMILIES, adapter_class
 
         families = {model_type: adapter_class(model_type) for model_type in FAMILIES}

@@ -33,7 +33,7 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 WeightsOption = Annotated[
-    str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra [quant].")
+    str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra \\[quant].")
 ]
 OffloadOption = Annotated[
     bool, typer.Option("--offload-kv", help="Keep keys and values in host memory: fits more, takes longer.")
@@ -85,6 +85,6 @@ def errors(console: Console) -> Iterator[None]:
     """What a user can mend is one line and exit code 1, not a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         console.print(f"[red]error[/red] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None

@@ -385,6 +385,27 @@ def test_flows_that_do_not_fit_have_their_prediction_alone(monkeypatch):
     assert "predicted   0.063 GB  does not fit" in measured_memory.line(kept)
 
 
+def test_what_was_measured_before_an_error_is_kept(monkeypatch):
+    def breaks(*given):
+        raise RuntimeError("CUDA error: no kernel")
+
+    monkeypatch.setattr(measured_memory, "FLOWS", {"published": None, "ours": None})
+    real = measured_memory.measure_flow
+    monkeypatch.setattr(
+        measured_memory, "measure_flow", lambda *given: real(*given) if given[1] == "ours" else breaks()
+    )
+    ours, published = measured_memory.whole_table("cpu")
+    assert "measured" in ours and "RuntimeError: CUDA error: no kernel" in measured_memory.line(published)
+    monkeypatch.setattr(end_to_end, "seven_b", lambda device: None)
+    monkeypatch.setattr(end_to_end, "Bench", lambda *given: given[3])
+    first = {"what": "(a)", "skipped": "no room"}
+    monkeypatch.setattr(end_to_end, "PICTURES", ("8K", "2K"))
+    large = end_to_end.SIZES["8K"]
+    monkeypatch.setattr(end_to_end, "table", lambda size, *given: [first] if size == large else breaks())
+    rows = end_to_end.gpu_table(60, "cpu")
+    assert rows[0] == first and end_to_end.line(rows[1]) == "2K: RuntimeError: CUDA error: no kernel"
+
+
 def test_the_gate_of_measured_memory_names_the_flow_that_takes_more(monkeypatch):
     monkeypatch.setattr(measured_memory, "FLOWS", {"ours": None, "published": None})
     assert measured_memory.failures("cpu") == []

@@ -1,13 +1,16 @@
 """The `hide` command as a user meets it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
-from hide.kv_cache import OffloadedCache
+from hide.kv_cache import OffloadedCache, PreallocatedLayer
 from hide.models import FAMILIES, adapter_class
 from hide.tiny.scenes import draw_scene
 
@@ -74,6 +77,9 @@ def test_json_output_is_json_and_settings_reach_the_method(picture, tmp_path):
         (["PICTURE", QUESTION, "--layer", "77"], "want 0 to 5"),
         (["PICTURE", QUESTION, "--preset", "best"], "one of qwen2.5-vl-7b, qwen3-vl-8b,"),
         (["PICTURE", QUESTION, "--dtype", "int4"], "dtype"),
+        (["PICTURE", QUESTION, "--device", "gpu"], "device: got 'gpu', but"),
+        (["PICTURE", QUESTION, "--device", "cuda:99"], "device: got 'cuda:99', but"),
+        (["PICTURE", QUESTION, "--device", "vulkan"], "device: got 'vulkan', but"),
     ],
 )
 def test_errors_are_one_line_that_says_what_to_do(picture, tmp_path, monkeypatch, arguments, text):
@@ -81,6 +87,16 @@ def test_errors_are_one_line_that_says_what_to_do(picture, tmp_path, monkeypatch
     result = run("ask", *[picture if argument == "PICTURE" else argument for argument in arguments])
     assert result.exit_code == 1
     assert text in " ".join(result.output.split()) and "Traceback" not in result.output
+
+
+def test_a_picture_that_does_not_fit_is_one_line_with_advice(picture, tmp_path, monkeypatch):
+    def short(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(PreallocatedLayer, "update", short)
+    result = run("ask", picture, QUESTION, "--out", str(tmp_path))
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and "do not fit into memory" in said and "Traceback" not in said
 
 
 def test_models_lists_each_family_with_its_class_checkpoints_and_presets():
@@ -103,7 +119,33 @@ def test_help_teaches():
         "--threshold",
         "--device",
         "--dtype",
+        "--weights",
+        "--offload-kv",
         "--out",
         "--json",
     ):
         assert option in output
+    assert "extra [quant]" in " ".join(output.replace("│", " ").split()), "taken for a style"
+
+
+UNTIL_MODELS_ARE_LOADED = """
+import logging, os, sys
+
+class Look:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers.modeling_utils":
+            os.write(1, b"quiet" if logging.getLogger("torchao").level == logging.ERROR else b"loud")
+            os._exit(0)
+
+sys.meta_path.insert(0, Look())
+from hide.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize("command", ["ask x.png x", "attend x.png x", "eval", "calibrate", "models", "profile"])
+def test_what_others_say_at_import_is_silenced_before_models_are_loaded(command):
+    done = subprocess.run(
+        [sys.executable, "-c", UNTIL_MODELS_ARE_LOADED, *command.split()], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "quiet", done.stdout + done.stderr

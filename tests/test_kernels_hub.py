@@ -221,6 +221,10 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     write_layout(ROOT / "build.toml", tmp_path / "new", "you/hide-kernels")
     write_layout(ROOT / "build.toml", tmp_path / "new", "me/hide-kernels")
     assert "me/hide-kernels" in (tmp_path / "new" / "CARD.md").read_text()
+    (tmp_path / "new/.git").mkdir()  # a clone of the repository on the hub
+    with pytest.raises(ValueError, match="folder: got .* want a new one"):
+        write_layout(ROOT / "build.toml", tmp_path / "new", "me/hide-kernels")
+    assert (tmp_path / "new/.git").exists()
 
 
 def test_another_content_has_another_name(layout, tmp_path, monkeypatch):

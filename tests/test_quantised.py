@@ -264,6 +264,17 @@ def test_profile_measures_int8_weights_beside_the_prediction():
     assert measured["peak"] == pytest.approx(predicted["peak"], rel=0.01)
 
 
+def test_a_result_and_its_page_say_what_weights_they_are_of(tmp_path):
+    picture = tmp_path / "scene.png"
+    draw_scene(0, 300, 200, objects=3).image.save(picture)
+    for weights in ("int8", None):
+        folder = tmp_path / str(weights)
+        done = run("ask", str(picture), QUESTION, "--report", str(folder), *(("--weights", weights) if weights else ()))
+        assert done.exit_code == 0, done.output
+        assert json.loads((folder / "result.json").read_text())["weights"] == weights
+        assert ("int8 weights" in (folder / "report.html").read_text()) == (weights is not None)
+
+
 def test_a_command_takes_weights_and_a_result_file_keeps_them_apart(tmp_path):
     asked = ("eval", "--limit", "1", "--out", str(tmp_path))
     done = run(*asked, "--weights", "int8")

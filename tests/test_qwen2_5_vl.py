@@ -223,7 +223,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
         Qwen25VL.from_pretrained(tmp_path, dtype="int8")
-    with pytest.raises(ValueError, match="device: got 'gpu', want cuda"):
+    with pytest.raises(ValueError, match="device: got 'gpu', but "):
         Qwen25VL.from_pretrained(tmp_path, device="gpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no CUDA device"):

@@ -88,6 +88,7 @@ def evaluate(
     """
     console = Console(stderr=True)
     with errors(console):
+        quiet()
         import torch
 
         from hide.evaluation.gallery import save_gallery
@@ -97,7 +98,6 @@ def evaluate(
         from hide.evaluation.scoring import SCORERS
         from hide.evaluation.tables import group_table, method_table
 
-        quiet()
         if scorer not in SCORERS:
             raise ValueError(f"scorer: got {scorer!r}, want one of {', '.join(SCORERS)}")
         if actors is not None and (ray is None or actors < 1):
@@ -122,8 +122,7 @@ def evaluate(
         hide = load()
         settings = {
             "data": data,
-            "model": model or "embedded",
-            "weights": weights,
+            **_model_settings(model, dtype, weights),
             "methods": asked,
             "corrupt_entities": corrupt_entities,
             **dataclasses.asdict(hide.config),
@@ -177,6 +176,7 @@ def calibrate(
     """
     console = Console(stderr=True)
     with errors(console), _bar(console) as bar:
+        quiet()
         from hide.evaluation import calibrate as experiments
         from hide.evaluation.runner import ResultFile, ask_here
         from hide.evaluation.runner import evaluate as run
@@ -184,8 +184,6 @@ def calibrate(
         from hide.evaluation.tables import method_table
         from hide.evaluation.views import METHODS
         from hide.pipeline import HiDe
-
-        quiet()
 
         def samples(count: int) -> list[Sample]:
             return [one for one in _samples(data, count, seed=_CALIBRATION_SEED) if one.boxes]
@@ -207,15 +205,14 @@ def calibrate(
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
             "data": data,
-            "model": model or "embedded",
-            "weights": weights,
+            **_model_settings(model, dtype, weights),
             "questions": len(chosen),
             **experiments.to_dict(layers, grid),
             "recommended": {"layers": config.layers, "sigma": sigma, "threshold": threshold},
         }
         if answers:
             task = bar.add_task("answers", total=answers)
-            settings = {"data": data, "model": model or "embedded", "weights": weights, **dataclasses.asdict(config)}
+            settings = {"data": data, **_model_settings(model, dtype, weights), **dataclasses.asdict(config)}
             with ResultFile(out / "answers.jsonl", settings) as results:
                 ask = functools.partial(ask_here, HiDe(hide.model, config), methods=list(METHODS))
                 run(ask, samples(answers), results, progress=lambda _: bar.advance(task))
@@ -253,6 +250,7 @@ def entities(
     """
     console = Console(stderr=True)
     with errors(console), _bar(console) as bar:
+        quiet()
         from hide.entities import entities_by_rules
         from hide.evaluation.entity_test import annotated_questions, score_entities
         from hide.evaluation.tables import ResultTable
@@ -260,7 +258,6 @@ def entities(
         questions = annotated_questions(data)
         extractors: dict[str, Any] = {"rules": entities_by_rules}
         if model is not None:
-            quiet()
             hide = load_model(model, device=device, dtype=dtype, weights=weights)
             hide.config = dataclasses.replace(hide.config, entities_from="model")
             extractors[model] = hide.entities
@@ -292,6 +289,11 @@ def _samples(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample
     if data != "scenes" and (kind not in READERS or not path):
         raise ValueError(f"data: got {data!r}, want scenes or FORMAT:PATH with FORMAT one of {', '.join(READERS)}")
     return islice(READERS[kind](path), limit) if path else scenes(limit, seed=seed)
+
+
+def _model_settings(model: str | None, dtype: str, weights: str | None) -> dict[str, str | None]:
+    """What a result file says of the model; `None`: as in files that do not say it."""
+    return {"model": model or "embedded", "dtype": None if dtype == "auto" else dtype, "weights": weights}
 
 
 def _methods(text: str) -> list[str]:

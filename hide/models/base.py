@@ -551,6 +551,20 @@ class Adapter(ABC):
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+def named_device(name: str | None) -> torch.device:
+    """The device of a name, `None`: CUDA where there is one, else the CPU; `ValueError` for one that is not here."""
+    seen = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if seen else "cpu"))
+        if device.type != "cuda" or seen:
+            torch.empty(0, device=device)
+            return device
+        reason = f"this PyTorch ({torch.__version__}) sees no CUDA device"
+    except (RuntimeError, AssertionError) as error:  # the latter from builds that lack it
+        reason = str(error).partition("\n")[0]
+    raise ValueError(f"device: got {name!r}, but {reason}; want cuda, cuda:1, cpu, ... that is here")
+
+
 def device_of(module: Any) -> torch.device:
     """Where a module wants its inputs; accelerate, which brings weights as they are needed, says so in a hook."""
     for part in module.modules():
@@ -581,14 +595,3 @@ def _legacy_chat_template(path: str | Path) -> str | None:
             text = Path(file).read_text(encoding="utf-8")
             return json.loads(text)["chat_template"] if name.endswith(".json") else text
     return None
-
-
-def named_device(name: str | None) -> torch.device:
-    """The device of this name; `None`: CUDA where there is one. `ValueError` for one that is not here."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device: got {name!r}, want cuda, cuda:1, cpu or another that torch knows") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, but this PyTorch ({torch.__version__}) sees no CUDA device")
-    return device

@@ -112,7 +112,8 @@ def _attend_to_all(
             del made, of
         key, value = (part.transpose(0, 1)[None] for part in parts)
         for some in own:
-            # Made a second time, for 2 % of the encoder's work, rather than kept: only this slice changes below.
+            # Made a second time rather than kept: at 16,384 tokens 2 % of Qwen2.5-VL's encoder, 3 % of Qwen3-VL's. Only
+            # this slice changes below.
             query = _projected(block, hidden_states[some], positions, some)[0].transpose(0, 1)[None]
             found = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=block.attn.scaling)
             hidden_states[some] += block.attn.proj(found[0].transpose(0, 1).flatten(1))

@@ -69,7 +69,9 @@ def write_layout(build_toml: Path, folder: Path, repo_id: str) -> list[Path]:
     Raises `ValueError` for a folder that holds something else.
     """
     if folder.exists():
-        if any(folder.iterdir()) and not (folder / "CARD.md").exists():
+        # A clone of the repository has CARD.md too, and its history beside it.
+        found = {path.name for path in folder.iterdir()}
+        if found and not {"CARD.md"} <= found <= {"build.toml", "CARD.md", "torch-ext", "build"}:
             raise ValueError(f"folder: got {folder}, which holds something else, want a new one or a former layout")
         shutil.rmtree(folder)
     general = tomllib.loads(build_toml.read_text())["general"]
