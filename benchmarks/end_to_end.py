@@ -10,7 +10,6 @@ are those of the published flow.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import collections
 import dataclasses
@@ -30,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.measure import alone
 from benchmarks.regions_to_collage import SIZES, on_white, picture
 from benchmarks.shared_prefix import (
     MID,
@@ -489,24 +489,5 @@ def line(row: dict[str, Any]) -> str:
     return f"{what}{row['seconds']:8.3f} s  {row['tokens']:>6} tokens  peak {row['peak'] / 1e9:.2f} GB  ({stages})"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = parser.parse_args().device
-    torch.set_num_threads(1)
-    wrong = failures(device)
-    if wrong:
-        print("checks failed, no time is reported", *wrong, sep="\n  ")
-        return 1
-    rows = whole_table(device) if device == "cpu" else gpu_table(120)
-    for row in rows:
-        print(line(row))
-    if device == "cpu" and within_limit(rows):
-        for name, ratio in ratios(rows).items():
-            print(f"{name}: {ratio:.2f}")
-        return 0
-    return int(device == "cpu" or any("failed" in row for row in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(alone(sys.modules[__name__], 120))

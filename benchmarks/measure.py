@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -18,6 +19,32 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
+
+
+def alone(module: Any, seconds: float) -> int:
+    """One operator as a command: its check, its table and, on a CPU, its limit; the exit code.
+
+    module: with `failures(device)`, `whole_table(device)`, `gpu_table(seconds)`, `line(row)`, and if there is a limit
+        `within_limit(rows)` and, for where it holds, `ratios(rows)`.
+    """
+    parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    device = parser.parse_args().device
+    torch.set_num_threads(1)
+    if wrong := module.failures(device):
+        print("checks failed, nothing is reported", *wrong, sep="\n  ")
+        return 1
+    rows = module.whole_table(device) if device == "cpu" else module.gpu_table(seconds)
+    for row in rows:
+        print(module.line(row))
+    good = not any("failed" in row for row in rows)
+    if good and device == "cpu" and hasattr(module, "within_limit"):
+        good = module.within_limit(rows)
+        lines = (
+            [f"{name}: {ratio:.2f}" for name, ratio in module.ratios(rows).items()] if good else ["a limit is missed"]
+        )
+        print(*lines, sep="\n")
+    return int(not good)
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
