@@ -29,7 +29,7 @@ from hide_kernels.integrations.transformers import capture_attention_rows
 
 QUESTION = "Is the star on the left or right side of the ring?"
 ENTITY_PROMPT = "List the things that this question speaks of. " * 12
-# Limits of the issue that this answers to: how many times the plain answer, per token; per question with five; and the
+# Limits on a CPU: how many times the plain answer, per token; per question with five; and the
 # published flow over ours.
 PER_TOKEN, OF_FIVE, PUBLISHED = 1.05, 0.6, 2.0
 # On a GPU, at most.
