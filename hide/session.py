@@ -71,7 +71,7 @@ class Prefix:
                 them over the bus; replies are decoded by the model's own `generate`.
 
         Raises:
-            ValueError: more than one sequence, or pictures without a token.
+            ValueError: more than one sequence, pictures without a token, or features of others.
             MemoryError: with sizes and advice.
         """
         if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
@@ -89,6 +89,8 @@ class Prefix:
         kind = OffloadedCache if offload else PreallocatedCache
         self._cache: PreallocatedCache | None = kind(model.num_layers, self.length + room)
         self._branched = False
+        if features is not None and len(features.embeddings) != sum(pictures.tokens if pictures is not None else ()):
+            raise ValueError(f"features: got {len(features.embeddings)} tokens, want as many as the pictures have")
         if pictures is not None and features is None:
             pictures, features = encode(model, pictures)
         if pictures is not None:

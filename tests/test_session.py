@@ -12,7 +12,7 @@ from hide.decoding import greedy_settings
 from hide.kv_cache import PreallocatedCache
 from hide.models.base import Picture, Pictures
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.session import ImageSession, Prefix, SessionPool, out_of_memory
+from hide.session import ImageSession, Prefix, SessionPool, encode, out_of_memory
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
 from hide_kernels import rows_to_maps
@@ -546,6 +546,20 @@ def test_pictures_and_their_places_in_the_ids_must_agree(adapter, pictures, coll
                 pass
     with pytest.raises(ValueError, match=r"got \d+ image tokens, want 0"):
         Prefix(adapter, plain)
+
+
+def test_features_of_other_pictures_are_refused(adapter, pictures):
+    shown, features = encode(adapter, pictures)
+    with ImageSession(adapter, shown, features=features) as session, ImageSession(adapter, pictures) as alone:
+        ids = adapter.input_ids("What is it?", pictures)
+        assert session.reply(ids, max_new_tokens=4) == alone.reply(ids, max_new_tokens=4)
+    for tokens in (1, 2 * len(features.embeddings)):
+        with pytest.raises(ValueError, match=f"features: got {tokens} tokens"):
+            ImageSession(
+                adapter, shown, features=features._replace(embeddings=features.embeddings.new_zeros(tokens, 8))
+            )
+    with pytest.raises(ValueError, match="features: got"):
+        Prefix(adapter, adapter.input_ids("What?"), features=features)
 
 
 def test_no_pixels_are_held(pictures):

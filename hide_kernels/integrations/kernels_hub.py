@@ -141,6 +141,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def main() -> int:
+    """`make hub`: write the layout and print its variants; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="where the repository is written")
     parser.add_argument("--repo-id", required=True, help="OWNER/NAME on the hub, for the card")
