@@ -101,7 +101,7 @@ test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pill
 	$(call over,build/newest) -m pytest --numprocesses=2 $(NEWEST_TESTS:%=tests/test_%.py)
 
 test-kvpress: build/environment-kvpress/.installed  ## kvpress's SnapKV with our scores, in an environment of its own
-	$(<D)/bin/python -m pytest -p no:xdist tests/test_kvpress.py
+	$(<D)/bin/python -m pytest tests/test_kvpress.py
 
 wheels: $(STAMP)  ## sdist, pure wheel and compiled wheel in dist/, and the demo's job from each wheel
 	rm -rf dist build/wheels

@@ -48,6 +48,44 @@ def test_a_target_works_from_a_path_with_blanks_without_a_build_folder(tmp_path,
     assert said.format(root) in calls.read_text().splitlines()
 
 
+# In place of Python: makes an environment with itself in it, and says which packages the installed torch needs.
+INSTALLER = """#!/bin/sh
+printf '%s\n' "$*" >>"$CALLS"
+case "$*" in
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip show torch") printf 'Name: torch\nRequires: filelock, %s\nRequired-by: accelerate\n' "$TORCH_NEEDS" ;;
+esac
+"""
+
+
+@needs_make
+@pytest.mark.parametrize("needs, own", [("sympy", False), ("nvidia-cublas, triton", True)])
+def test_install_follows_the_lock_after_torch_and_leaves_a_cuda_torchs_triton_alone(tmp_path, needs, own):
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(INSTALLER)
+    python.chmod(0o755)
+    (tmp_path / "requirements").mkdir()
+    for name in ("pyproject.toml", "setup.py", "requirements/test.txt", "requirements/triton.txt"):
+        (tmp_path / name).touch()
+    shutil.copy(MAKEFILE, tmp_path)
+    say = os.environ | {"CALLS": str(calls), "TORCH_NEEDS": needs}
+    command = ["make", "install", f"PYTHON={python}", "TORCH=torch==1"]
+    subprocess.run(command, cwd=tmp_path, env=say, check=True, capture_output=True, timeout=60)
+    done = calls.read_text().splitlines()
+    lock = "-m pip install --quiet --no-deps --requirement requirements"
+    assert done.index("-m pip install --quiet --constraint requirements/test.txt torch==1") < done.index(
+        f"{lock}/test.txt"
+    )
+    assert (f"{lock}/triton.txt" in done) is not own
+    assert done[-1] == "-m pip check"
+    calls.unlink()
+    subprocess.run(command, cwd=tmp_path, env=say, check=True, capture_output=True, timeout=60)
+    assert not calls.exists(), "nothing changed, so nothing is installed"
+    os.utime(tmp_path / "requirements/test.txt")
+    subprocess.run(command, cwd=tmp_path, env=say, check=True, capture_output=True, timeout=60)
+    assert f"{lock}/test.txt" in calls.read_text(), "a new lock is installed"
+
+
 def variable(name):
     """What make puts for a variable of the Makefile."""
     lines = ["include Makefile", f"print: ; @echo $({name})", ""]
