@@ -165,7 +165,8 @@ class _Clock:
 
 
 class HiDe:
-    """Answers questions about high-resolution pictures by looking closer at what the question speaks of::
+    """Answers questions about high-resolution pictures by looking closer at what the question speaks of, from any
+    number of threads::
 
     hide = HiDe.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
     result = hide.ask("street.jpg", "What is the color of the umbrella?")
@@ -480,33 +481,37 @@ class HiDe:
         """The entities, and how many tokens went through the model for them."""
         settings = self.config
         made_by = (self.extractor, settings.entities_from, settings.entity_prompt, settings.max_entity_tokens)
-        new = {question.text: question for question in questions if (question.text, made_by) not in self._known}
+        with self.model.lock:
+            seen = {one.text: self._known.get((one.text, made_by)) for one in questions}
+        known = {text: entities for text, entities in seen.items() if entities is not None}
+        new = {question.text: question for question in questions if question.text not in known}
         tokens = 0
         if self.extractor is not None:
             for text in new:
                 reply = self.extractor(text)
                 if not isinstance(reply, str):
                     raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
-                self._known[text, made_by] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
+                known[text] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
         elif self.config.entities_from == "rules":
-            for text, question in new.items():
-                self._known[text, made_by] = entities_by_rules(question)
+            known |= {text: entities_by_rules(question) for text, question in new.items()}
         elif new:
             requests = [entity_request(question, self.config.entity_prompt) for question in new.values()]
             said = self._entity_replies(requests)
             tokens = sum(one.tokens for one in said)
             for text, request, one in zip(new, requests, said, strict=True):
-                self._known[text, made_by] = parse_entities(one.text, request)
+                known[text] = parse_entities(one.text, request)
+        with self.model.lock:
+            self._known |= {(text, made_by): known[text] for text in new}
+            while len(self._known) > MEMO:
+                self._known.pop(next(iter(self._known)))
         found = []
         for question in questions:
-            known = self._known[question.text, made_by]
-            if not known.items:
+            own = known[question.text]
+            if not own.items:
                 words = " ".join(question.stem.split())[:MAX_LENGTH]
                 note = "entities: none were found; the question's own words took their place"
-                known = Entities((words,), (*known.notes, note))
-            found.append(known)
-        while len(self._known) > MEMO:
-            self._known.pop(next(iter(self._known)))
+                own = Entities((words,), (*own.notes, note))
+            found.append(own)
         return found, tokens
 
     def _entity_replies(self, requests: Sequence[str]) -> list[Reply]:
@@ -527,18 +532,19 @@ class HiDe:
 
     def _entity_prefix(self) -> Prefix:
         asked = self.config.entity_prompt
-        if self._instruction is None or self._instruction[0] != asked:
-            ids = [
-                self.model.input_ids(entity_request(Question.parse(text), asked))[0]
-                for text in ("What?", "9 things are there.")
-            ]
-            shorter = min(map(len, ids))
-            differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
-            # The last common token may melt into other questions.
-            common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
-            prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
-            self._instruction = (asked, prefix)
-        return self._instruction[1]
+        with self.model.lock:
+            if self._instruction is None or self._instruction[0] != asked:
+                ids = [
+                    self.model.input_ids(entity_request(Question.parse(text), asked))[0]
+                    for text in ("What?", "9 things are there.")
+                ]
+                shorter = min(map(len, ids))
+                differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
+                # The last common token may melt into other questions.
+                common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
+                prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
+                self._instruction = (asked, prefix)
+            return self._instruction[1]
 
     def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
         """The rows, and how many tokens went through the model for them."""
