@@ -290,13 +290,17 @@ class HiDe:
         images: Shown,
         question: str | Question,
         collages: Sequence[Image.Image | None] = (),
+        *,
+        max_new_tokens: int | None = None,
     ) -> Reply:
         """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain.
 
-        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
+        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does. max_new_tokens: bound
+        on the reply, at least 1; `None`: the config's.
         """
+        most = self._most_new_tokens(max_new_tokens)
         with self._opened(images) as session:
-            return self._answer(session, _question(question), self._collage_pictures(collages, session))
+            return self._answer(session, _question(question), self._collage_pictures(collages, session), most=most)
 
     def ask(
         self,
@@ -305,6 +309,7 @@ class HiDe:
         *,
         options: Sequence[str] | None = None,
         plain: bool = True,
+        max_new_tokens: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> HiDeResult:
         """All steps.
@@ -314,12 +319,14 @@ class HiDe:
             question: free, or with lettered options on lines of their own.
             options: the options, when they do not stand in the question.
             plain: also give the reply without the collage.
+            max_new_tokens: bound on each answer, at least 1, not on the entities; `None`: the config's.
             progress: called with the name of each step when it begins.
         """
         clock = _Clock(self.model.model.device, progress)
         question = _question(question, options)
+        most = self._most_new_tokens(max_new_tokens)
         if isinstance(image, ImageSession):
-            return self._ask(self._own(image), question, plain, clock)
+            return self._ask(self._own(image), question, plain, most, clock)
         with clock("read and resize"):
             images, sources, pictures = self._loaded(image)
         with clock("prefix"):
@@ -328,14 +335,14 @@ class HiDe:
             clock.tokens["prefix"] = session.length
         del features
         with session:
-            return self._ask(session, question, plain, clock)
+            return self._ask(session, question, plain, most, clock)
 
-    def _ask(self, session: ImageSession, question: Question, plain: bool, clock: _Clock) -> HiDeResult:
+    def _ask(self, session: ImageSession, question: Question, plain: bool, most: int, clock: _Clock) -> HiDeResult:
         images = session.images
         plain_answer = None
         if plain:
             with clock("plain answer"):
-                plain_answer, clock.tokens["plain answer"] = self._answer(session, question)
+                plain_answer, clock.tokens["plain answer"] = self._answer(session, question, most=most)
         with clock("entities"):
             (entities,), clock.tokens["entities"] = self._entities([question])
         notes = [*self._notes, *entities.notes]
@@ -351,13 +358,13 @@ class HiDe:
         if shown:
             with clock("answer"):
                 more = self._collage_pictures(shown, session)
-                answer, clock.tokens["answer"] = self._answer(session, question, more)
+                answer, clock.tokens["answer"] = self._answer(session, question, more, most=most)
             image_tokens += more.tokens if more is not None else ()
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
             if plain_answer is None:
                 with clock("answer"):
-                    plain_answer, clock.tokens["answer"] = self._answer(session, question)
+                    plain_answer, clock.tokens["answer"] = self._answer(session, question, most=most)
             answer = plain_answer
         return HiDeResult(
             question=question,
@@ -473,9 +480,19 @@ class HiDe:
             )
         return _entity_maps(found, image_index, valid, rows.labels), collages, notes
 
-    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
+    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None, *, most: int) -> Reply:
         text = question.asked(self.config.letter_request)
-        return session.ask(text, more, max_new_tokens=self.config.max_new_tokens)
+        return session.ask(text, more, max_new_tokens=most)
+
+    def _most_new_tokens(self, asked: int | None) -> int:
+        """The bound of one call, or the config's."""
+        if asked is None:
+            return self.config.max_new_tokens
+        if not isinstance(asked, int) or isinstance(asked, bool):
+            raise TypeError(f"max_new_tokens: got {asked!r}, want an int, or None for the config's")
+        if asked < 1:
+            raise ValueError(f"max_new_tokens: got {asked}, want at least 1")
+        return asked
 
     def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
         """The entities, and how many tokens went through the model for them."""

@@ -194,9 +194,7 @@ class Prefix:
                 found += self._replies(cache, prompts[first : first + SIDE_BY_SIDE], max_new_tokens)
         return found
 
-    def _replies(
-        self, own: PreallocatedCache, prompts: Sequence[Tensor], max_new_tokens: int
-    ) -> list[list[int]]:
+    def _replies(self, own: PreallocatedCache, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
         for ids in prompts:
             self._check(ids, None)
         suffixes = [ids[0, self.length :] for ids in prompts]
@@ -211,9 +209,9 @@ class Prefix:
         for row, (ids, suffix) in enumerate(zip(prompts, suffixes, strict=True)):
             tokens[row, longest - len(suffix) :] = suffix
             visible[row, -len(suffix) :] = True
-            own = model.positions(ids, self.pictures)[0][..., start:]
+            behind = model.positions(ids, self.pictures)[0][..., start:]
             # A padding token's position does not matter: nobody sees it.
-            positions.append(torch.nn.functional.pad(own, (longest - len(suffix), 0)))
+            positions.append(torch.nn.functional.pad(behind, (longest - len(suffix), 0)))
         place = torch.cat(positions, dim=-2)
         if longest > 1:
             model.extend(cache, tokens[:, :-1], place[..., :-1], attention_mask=visible[:, :end].long())

@@ -167,9 +167,7 @@ def capturing(model: PreTrainedModel) -> bool:
     """Whether a capture that this thread has opened is open on one of the model's layers."""
     thread = threading.get_ident()
     return any(
-        capture.thread == thread
-        for module in decoder_attention(model).values()
-        for capture in _captures(module.config)
+        capture.thread == thread for module in decoder_attention(model).values() for capture in _captures(module.config)
     )
 
 
@@ -255,8 +253,10 @@ class _Capture:
         if restarts is not None and restarts.dim() == 2 and bool((restarts.diff(dim=-1) < 1).any()):
             raise ValueError(f"layer {self.layer}: positions restart: several sequences in one row; unpack them")
         visible = None if mask is None else _visible(mask, key.shape[2])
-        if visible is None and 1 < query.shape[2] < key.shape[2] and not (
-            self.flash or _implementation(self.base_config) == CONTINUING
+        if (
+            visible is None
+            and 1 < query.shape[2] < key.shape[2]
+            and not (self.flash or _implementation(self.base_config) == CONTINUING)
         ):
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
@@ -495,9 +495,7 @@ def _attention(
     if implementation == "eager":
         base = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if base is None:
-            raise ValueError(
-                f"layer {module.layer_idx}: no eager attention function found; load the model with sdpa"
-            )
+            raise ValueError(f"layer {module.layer_idx}: no eager attention function found; load the model with sdpa")
     else:
         base = ALL_ATTENTION_FUNCTIONS[implementation]
     return base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
