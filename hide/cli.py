@@ -59,6 +59,9 @@ def ask(
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
     offload_kv: OffloadOption = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that each answer may have, at least 1; default: the preset's.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
@@ -80,7 +83,9 @@ def ask(
 
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
-        result = hide.ask(image, question, options=option or None, progress=status.update)
+        result = hide.ask(
+            image, question, options=option or None, max_new_tokens=max_new_tokens, progress=status.update
+        )
         status.update("drawing")
         document = result.to_dict()
         document |= {"model": model or "embedded", "weights": weights}

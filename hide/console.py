@@ -67,16 +67,9 @@ def load_model(
 
 
 def quiet() -> None:
-    """No progress bars and warnings of transformers, and of torchao, which it imports, between ours."""
-    from logging import ERROR, getLogger
-
+    """No progress bars of transformers between ours; what it warns of is for the user."""
     from transformers.utils import logging
 
-    from hide.doctor import NOISY
-
-    for name in NOISY:
-        getLogger(name).setLevel(ERROR)
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 

@@ -165,7 +165,8 @@ class _Clock:
 
 
 class HiDe:
-    """Answers questions about high-resolution pictures by looking closer at what the question speaks of::
+    """Answers questions about high-resolution pictures by looking closer at what the question speaks of, from any
+    number of threads::
 
     hide = HiDe.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
     result = hide.ask("street.jpg", "What is the color of the umbrella?")
@@ -289,13 +290,17 @@ class HiDe:
         images: Shown,
         question: str | Question,
         collages: Sequence[Image.Image | None] = (),
+        *,
+        max_new_tokens: int | None = None,
     ) -> Reply:
         """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain.
 
-        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
+        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does. max_new_tokens: bound
+        on the reply, at least 1; `None`: the config's.
         """
+        most = self._most_new_tokens(max_new_tokens)
         with self._opened(images) as session:
-            return self._answer(session, _question(question), self._collage_pictures(collages, session))
+            return self._answer(session, _question(question), self._collage_pictures(collages, session), most=most)
 
     def ask(
         self,
@@ -304,6 +309,7 @@ class HiDe:
         *,
         options: Sequence[str] | None = None,
         plain: bool = True,
+        max_new_tokens: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> HiDeResult:
         """All steps.
@@ -313,12 +319,14 @@ class HiDe:
             question: free, or with lettered options on lines of their own.
             options: the options, when they do not stand in the question.
             plain: also give the reply without the collage.
+            max_new_tokens: bound on each answer, at least 1, not on the entities; `None`: the config's.
             progress: called with the name of each step when it begins.
         """
         clock = _Clock(self.model.model.device, progress)
         question = _question(question, options)
+        most = self._most_new_tokens(max_new_tokens)
         if isinstance(image, ImageSession):
-            return self._ask(self._own(image), question, plain, clock)
+            return self._ask(self._own(image), question, plain, most, clock)
         with clock("read and resize"):
             images, sources, pictures = self._loaded(image)
         with clock("prefix"):
@@ -327,14 +335,14 @@ class HiDe:
             clock.tokens["prefix"] = session.length
         del features
         with session:
-            return self._ask(session, question, plain, clock)
+            return self._ask(session, question, plain, most, clock)
 
-    def _ask(self, session: ImageSession, question: Question, plain: bool, clock: _Clock) -> HiDeResult:
+    def _ask(self, session: ImageSession, question: Question, plain: bool, most: int, clock: _Clock) -> HiDeResult:
         images = session.images
         plain_answer = None
         if plain:
             with clock("plain answer"):
-                plain_answer, clock.tokens["plain answer"] = self._answer(session, question)
+                plain_answer, clock.tokens["plain answer"] = self._answer(session, question, most=most)
         with clock("entities"):
             (entities,), clock.tokens["entities"] = self._entities([question])
         notes = [*self._notes, *entities.notes]
@@ -350,13 +358,13 @@ class HiDe:
         if shown:
             with clock("answer"):
                 more = self._collage_pictures(shown, session)
-                answer, clock.tokens["answer"] = self._answer(session, question, more)
+                answer, clock.tokens["answer"] = self._answer(session, question, more, most=most)
             image_tokens += more.tokens if more is not None else ()
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
             if plain_answer is None:
                 with clock("answer"):
-                    plain_answer, clock.tokens["answer"] = self._answer(session, question)
+                    plain_answer, clock.tokens["answer"] = self._answer(session, question, most=most)
             answer = plain_answer
         return HiDeResult(
             question=question,
@@ -472,41 +480,55 @@ class HiDe:
             )
         return _entity_maps(found, image_index, valid, rows.labels), collages, notes
 
-    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
+    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None, *, most: int) -> Reply:
         text = question.asked(self.config.letter_request)
-        return session.ask(text, more, max_new_tokens=self.config.max_new_tokens)
+        return session.ask(text, more, max_new_tokens=most)
+
+    def _most_new_tokens(self, asked: int | None) -> int:
+        """The bound of one call, or the config's."""
+        if asked is None:
+            return self.config.max_new_tokens
+        if not isinstance(asked, int) or isinstance(asked, bool):
+            raise TypeError(f"max_new_tokens: got {asked!r}, want an int, or None for the config's")
+        if asked < 1:
+            raise ValueError(f"max_new_tokens: got {asked}, want at least 1")
+        return asked
 
     def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
         """The entities, and how many tokens went through the model for them."""
         settings = self.config
         made_by = (self.extractor, settings.entities_from, settings.entity_prompt, settings.max_entity_tokens)
-        new = {question.text: question for question in questions if (question.text, made_by) not in self._known}
+        with self.model.lock:
+            seen = {one.text: self._known.get((one.text, made_by)) for one in questions}
+        known = {text: entities for text, entities in seen.items() if entities is not None}
+        new = {question.text: question for question in questions if question.text not in known}
         tokens = 0
         if self.extractor is not None:
             for text in new:
                 reply = self.extractor(text)
                 if not isinstance(reply, str):
                     raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
-                self._known[text, made_by] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
+                known[text] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
         elif self.config.entities_from == "rules":
-            for text, question in new.items():
-                self._known[text, made_by] = entities_by_rules(question)
+            known |= {text: entities_by_rules(question) for text, question in new.items()}
         elif new:
             requests = [entity_request(question, self.config.entity_prompt) for question in new.values()]
             said = self._entity_replies(requests)
             tokens = sum(one.tokens for one in said)
             for text, request, one in zip(new, requests, said, strict=True):
-                self._known[text, made_by] = parse_entities(one.text, request)
+                known[text] = parse_entities(one.text, request)
+        with self.model.lock:
+            self._known |= {(text, made_by): known[text] for text in new}
+            while len(self._known) > MEMO:
+                self._known.pop(next(iter(self._known)))
         found = []
         for question in questions:
-            known = self._known[question.text, made_by]
-            if not known.items:
+            own = known[question.text]
+            if not own.items:
                 words = " ".join(question.stem.split())[:MAX_LENGTH]
                 note = "entities: none were found; the question's own words took their place"
-                known = Entities((words,), (*known.notes, note))
-            found.append(known)
-        while len(self._known) > MEMO:
-            self._known.pop(next(iter(self._known)))
+                own = Entities((words,), (*own.notes, note))
+            found.append(own)
         return found, tokens
 
     def _entity_replies(self, requests: Sequence[str]) -> list[Reply]:
@@ -527,18 +549,19 @@ class HiDe:
 
     def _entity_prefix(self) -> Prefix:
         asked = self.config.entity_prompt
-        if self._instruction is None or self._instruction[0] != asked:
-            ids = [
-                self.model.input_ids(entity_request(Question.parse(text), asked))[0]
-                for text in ("What?", "9 things are there.")
-            ]
-            shorter = min(map(len, ids))
-            differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
-            # The last common token may melt into other questions.
-            common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
-            prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
-            self._instruction = (asked, prefix)
-        return self._instruction[1]
+        with self.model.lock:
+            if self._instruction is None or self._instruction[0] != asked:
+                ids = [
+                    self.model.input_ids(entity_request(Question.parse(text), asked))[0]
+                    for text in ("What?", "9 things are there.")
+                ]
+                shorter = min(map(len, ids))
+                differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
+                # The last common token may melt into other questions.
+                common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
+                prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
+                self._instruction = (asked, prefix)
+            return self._instruction[1]
 
     def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
         """The rows, and how many tokens went through the model for them."""

@@ -10,6 +10,7 @@ from random_models import FAMILIES, IMAGE, VOCABULARY, prompt, qwen2_5_vl, slidi
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hide.kv_cache import cache_keyword
 from hide_kernels.integrations.transformers import (
     CONTINUING,
     IMPLEMENTATION,
@@ -148,8 +149,8 @@ def test_a_chunked_prefill_gives_the_rows_of_one_forward(cache):
     ):
         for start, stop in [(0, 10), (10, 12), (12, 30)]:
             model(
-                input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], past_key_values=past,
-                use_cache=True, cache_position=torch.arange(start, stop),
+                input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], use_cache=True,
+                cache_position=torch.arange(start, stop), **{cache_keyword(type(model).forward): past},
             )  # fmt: skip
     assert (captured[2].rows - want[..., [*range(9), *range(20, 30)]]).abs().max() < TOLERANCE
 
@@ -160,10 +161,12 @@ def test_chunks_on_a_sliding_window_cache_that_dropped_keys_are_refused(inside):
     past = transformers.DynamicCache(config=model.config)
     with torch.no_grad(), pytest.raises(ValueError, match="dropped keys"):
         if not inside:
-            model(input_ids=ids[:, :10], past_key_values=past, use_cache=True)
+            model(input_ids=ids[:, :10], use_cache=True, **{cache_keyword(type(model).forward): past})
         with capture_attention_rows(model, layers=[1], rows=[12]):
             for start in (0, 10) if inside else (10,):
-                model(input_ids=ids[:, start : start + 10], past_key_values=past, use_cache=True)
+                model(
+                    input_ids=ids[:, start : start + 10], use_cache=True, **{cache_keyword(type(model).forward): past}
+                )
 
 
 def test_a_new_sequence_replaces_the_rows_of_the_last():
@@ -216,8 +219,8 @@ def test_a_chunked_prefill_on_flash_attention_keeps_all_keys_for_nested_captures
             model(
                 input_ids=ids[:, start:stop],
                 position_ids=positions[..., start:stop],
-                past_key_values=past,
                 use_cache=True,
+                **{cache_keyword(type(model).forward): past},
             )
     assert (inner[1].rows - want).abs().max() < TOLERANCE
     assert (outer[1].rows - want[:, [3, 25]]).abs().max() < TOLERANCE
@@ -351,8 +354,8 @@ def test_continuing_a_cache_needs_no_mask_and_gives_the_same(monkeypatch, padded
     with continuing(decoder):
         for start, stop in [(0, 6), (6, 13), (13, 20), (20, 21)]:
             piece = decoder(
-                inputs_embeds=states[:, start:stop], past_key_values=cache, use_cache=True,
-                attention_mask=mask[:, :stop] if padded else None,
+                inputs_embeds=states[:, start:stop], use_cache=True, attention_mask=mask[:, :stop] if padded else None,
+                **{cache_keyword(type(decoder).forward): cache},
             )  # fmt: skip
             found.append(piece.last_hidden_state)
     got = torch.cat(found, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from random_models import FAMILIES, IMAGE, V5, VOCABULARY, llm, prompt, qwen2_5_vl, sliding_window_llm
 
+from hide.kv_cache import cache_keyword
 from hide_kernels.integrations.transformers import capture_attention_rows
 
 NEW = 6
@@ -127,9 +128,10 @@ def test_several_queries_in_a_decode_step_are_refused():
         torch.no_grad(),
         capture_attention_rows(model, layers=[1], rows="generated"),
     ):
-        past = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        name = cache_keyword(type(model).forward)
+        past = model(input_ids=ids[:, :10], use_cache=True)[name]
         for step in (1, 4):
-            model(input_ids=ids[:, :step], past_key_values=past, position_ids=torch.full((3, 3, step), 10))
+            model(input_ids=ids[:, :step], position_ids=torch.full((3, 3, step), 10), **{name: past})
 
 
 @pytest.mark.parametrize("rows", ["all", [1.5], "1"])

@@ -8,12 +8,15 @@ one: `AutoProcessor` would need torchvision, which has no CPU build.
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -24,12 +27,19 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
+from hide.kv_cache import cache_keyword
 from hide.models.quantised import Weights, check, loading
 from hide_kernels import ImageTokens, rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows, continuing, decoder_attention, slides
+from hide_kernels.integrations.transformers import capture_attention_rows, capturing, continuing, slides
 
 # Stands for a turn's text where only what the chat template puts around it matters.
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Of each decoder, shared by all adapters around it.
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_new_lock = threading.Lock()
 
 
 class Picture(NamedTuple):
@@ -132,8 +142,19 @@ class _Places(NamedTuple):
     offsets: list[tuple[int, int]]
 
 
+def run_alone(method: Method) -> Method:
+    """A method of an adapter that runs inside `Adapter.alone`."""
+
+    @wraps(method)
+    def locked(self: Adapter, *args: Any, **kwargs: Any) -> Any:
+        with self.alone():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, locked)
+
+
 class Adapter(ABC):
-    """A model with its tokenizer and image processor.
+    """A model with its tokenizer and image processor, for any number of threads: all methods may be called at once.
 
     What a family gives: the class attributes, `preprocess`, `encode` and `image_tokens`; `positions`, `image_inputs`
     and `placeholders` where they differ.
@@ -243,6 +264,22 @@ class Adapter(ABC):
         return device_of(self.language_model.get_input_embeddings())
 
     @property
+    def lock(self) -> threading.RLock:
+        """Held while the model runs, by the thread that runs it; one for all adapters of a model."""
+        with _new_lock:
+            return _locks.setdefault(self.language_model, threading.RLock())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the model is this thread's, without gradients and autocast: what its forwards change is theirs.
+
+        Those of this package are all inside; calls of `model` by yourself, beside other threads, want to be as well.
+        Others wait, so do not wait for them in there.
+        """
+        with self.lock, torch.no_grad(), torch.autocast(self.input_device.type, enabled=False):
+            yield
+
+    @property
     def image_token(self) -> int:
         """The id that stands for each image token in a prompt."""
         return self.model.config.image_token_id
@@ -255,16 +292,16 @@ class Adapter(ABC):
 
     @property
     def captured(self) -> bool:
-        """Whether a capture of attention rows is open on one of the layers."""
-        layers = decoder_attention(self.model).values()
-        return any(getattr(layer.config, "hide_capture", None) is not None for layer in layers)
+        """Whether a capture of attention rows, opened by this thread, is open on one of the layers."""
+        return capturing(self.model)
 
     @property
     def greedy_by_steps(self) -> bool:
         """Whether `hide.decoding` gives what `generate` gives: SDPA over all keys, no special settings."""
         config = self.language_model.config
-        if config._attn_implementation != "sdpa" or slides(config):
-            return False
+        with self.lock:
+            if config._attn_implementation != "sdpa" or slides(config):
+                return False
         try:
             greedy_settings(self.model.generation_config)
         except ValueError:
@@ -347,7 +384,9 @@ class Adapter(ABC):
 
     def _tokenise(self, rendered: str) -> tuple[Tensor, list[tuple[int, int]]]:
         """(1, L) ids of a rendered prompt, and which of its characters each token stands for."""
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        with self.lock:
+            # It may drop settings of its own first, which it refuses while another thread is in there.
+            encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         most = self.max_positions
         if len(encoded["input_ids"]) > most:
             raise ValueError(
@@ -412,7 +451,7 @@ class Adapter(ABC):
 
     # -- pieces of a forward, for `hide.session` ------------------------------------------------------------------
 
-    @torch.no_grad()
+    @run_alone
     def extend(
         self,
         cache: Any,
@@ -445,31 +484,32 @@ class Adapter(ABC):
             if features.deepstack:
                 layers = [layer.to(device, embeddings.dtype) for layer in features.deepstack]
                 arguments = {"visual_pos_masks": image, "deepstack_visual_embeds": layers}
-        with first_layers(decoder, self.num_layers if depth is None else depth), continuing(decoder):
+        arguments[cache_keyword(type(decoder).forward)] = cache
+        with first_layers(decoder, depth), continuing(decoder):
             return decoder(
                 inputs_embeds=embeddings,
                 position_ids=positions.to(device),
                 attention_mask=None if attention_mask is None else attention_mask.to(device),
-                past_key_values=cache,
                 use_cache=True,
                 **arguments,
             ).last_hidden_state
 
-    @torch.no_grad()
+    @run_alone
     def continue_ids(self, ids: Tensor, cache: Any, delta: Tensor | None, *, max_new_tokens: int) -> list[int]:
         """The greedy reply to (1, L) ids whose cache holds all but the last, by the model's own `generate`.
 
         delta: as `positions` gives it.
         """
         inputs = {"input_ids": ids.to(self.input_device)}
+        held = {cache_keyword(type(self.language_model).forward): cache}
         if delta is None:
-            return self._greedy(inputs, max_new_tokens, past_key_values=cache)
+            return self._greedy(inputs, max_new_tokens, **held)
         base = self.model.model
         before = base.rope_deltas
         # A value of another prompt would be taken for this one's.
         base.rope_deltas = delta.to(inputs["input_ids"].device)
         try:
-            return self._greedy(inputs, max_new_tokens, past_key_values=cache)
+            return self._greedy(inputs, max_new_tokens, **held)
         finally:
             base.rope_deltas = before
 
@@ -484,7 +524,7 @@ class Adapter(ABC):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.image_token).int()
         return inputs
 
-    @torch.no_grad()
+    @run_alone
     def search_rows(
         self,
         prompt: SearchPrompt,
@@ -511,7 +551,7 @@ class Adapter(ABC):
             causal=causal,
         ) as captured:
             depth = max(layer % self.num_layers for layer in layers) + 1
-            with first_layers(self.model.model.language_model, depth):
+            with first_layers(self.language_model, depth):
                 self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
         rows = torch.stack([result.rows[0] for result in captured.values()])
         return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
@@ -522,7 +562,7 @@ class Adapter(ABC):
         new = self.generate_ids(ids, pictures, max_new_tokens=max_new_tokens)
         return Reply(self.decode(new), ids.shape[1] + len(new))
 
-    @torch.no_grad()
+    @run_alone
     def generate_ids(self, input_ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int) -> list[int]:
         """The tokens of the greedy reply to (1, L) ids."""
         return self._greedy(self._inputs(input_ids, pictures), max_new_tokens)
@@ -575,14 +615,15 @@ def device_of(module: Any) -> torch.device:
 
 
 @contextmanager
-def first_layers(language_model: Any, depth: int) -> Iterator[None]:
-    """Inside, the decoder ends after `depth` layers."""
-    layers = language_model.layers
-    language_model.layers = layers[:depth]
+def first_layers(language_model: Any, depth: int | None) -> Iterator[None]:
+    """Inside, the decoder ends after `depth` layers; `None`: after all."""
+    if depth is not None:
+        # In front of the module's own, which stay where they are: other threads may be looking through the modules.
+        vars(language_model)["layers"] = language_model.layers[:depth]
     try:
         yield
     finally:
-        language_model.layers = layers
+        vars(language_model).pop("layers", None)
 
 
 def _legacy_chat_template(path: str | Path) -> str | None:

@@ -4,6 +4,9 @@ While a capture is open, the chosen layers' attention modules see a copy of thei
 transformers' `AttentionInterface`. The function computes the rows from the post-RoPE query and key that it is given
 and then calls the implementation that the model was set to. Nothing is patched in place, other layers and the vision
 tower are not touched, masks are built as before, and the hidden states are the same bits.
+
+All captures of a layer share one such copy, and each records what the thread that opened it runs: captures and forwards
+of several threads may overlap in any order.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import copy
 import operator
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 # Neither "flash" nor "sdpa" may stand in the names: transformers reads meaning into both.
 IMPLEMENTATION = "hide_rows"
 CONTINUING = "hide_continuing"
+# Held while a layer's captures change, and never while a model runs.
+_routes = threading.Lock()
 
 
 @contextmanager
@@ -51,7 +57,8 @@ def capture_attention_rows(
 
     Works with eager, SDPA and FlashAttention, with any cache, in one forward or in several that continue a sequence
     (a chunked prefill): rows are addressed by their position in the sequence, and those of later forwards are
-    appended. A forward that starts a sequence anew replaces what was captured before::
+    appended. A forward that starts a sequence anew replaces what was captured before. Only forwards of the thread that
+    opened the block are recorded; those of other threads run as if there were no block::
 
         with capture_attention_rows(model, layers=[14], rows=range(900, 920), key_spans=[(15, 889)]) as captured:
             model(**inputs)
@@ -80,7 +87,7 @@ def capture_attention_rows(
 
     Raises:
         ValueError: for layers that the model does not have, a mask that is not causal, sliding or padding, attention
-            sinks, and, on leaving the block, for rows that no forward computed.
+            sinks, and, on leaving the block, for rows that no forward of this thread computed.
     """
     modules = decoder_attention(model)
     if rows is not None and not (isinstance(rows, str) and rows == "generated"):
@@ -131,17 +138,37 @@ def capture_module_rows(
 
 @contextmanager
 def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
-    """Inside, the module sees a config that sends its attention through the capture."""
-    config: Any = module.config
-    capture.base_config = config
-    routed = copy.copy(config)
-    routed._attn_implementation_internal = IMPLEMENTATION
-    routed.hide_capture = capture
-    try:
+    """Inside, the module sees a config that sends its attention through the capture, beside those that are open."""
+    with _routes:
+        seen: Any = module.config
+        routed = seen if _captures(seen) else copy.copy(seen)
+        if routed is not seen:
+            routed._attn_implementation_internal = IMPLEMENTATION
+            routed.hide_base = seen
+        # A new tuple each time: who reads it in another thread has the old one or the new one.
+        routed.hide_captures = (*_captures(seen), capture)
+        capture.base_config = routed.hide_base
         module.config = routed
+    try:
         yield
     finally:
-        module.config = config
+        with _routes:
+            routed.hide_captures = tuple(one for one in routed.hide_captures if one is not capture)
+            if not routed.hide_captures:
+                module.config = routed.hide_base
+
+
+def _captures(config: Any) -> tuple[_Capture, ...]:
+    """Those that are open on the module that has this config, in the order in which they were opened."""
+    return getattr(config, "hide_captures", ())
+
+
+def capturing(model: PreTrainedModel) -> bool:
+    """Whether a capture that this thread has opened is open on one of the model's layers."""
+    thread = threading.get_ident()
+    return any(
+        capture.thread == thread for module in decoder_attention(model).values() for capture in _captures(module.config)
+    )
 
 
 def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -207,25 +234,16 @@ class _Capture:
     process_group: ProcessGroup | None
     pieces: list[AttentionRows] = field(default_factory=list)
     base_config: Any = None
+    thread: int = field(default_factory=threading.get_ident)
+    elsewhere: bool = False
     positions: list[int] = field(default_factory=list)
     tokens: int = 0
     keys: int = 0
 
     @property
-    def implementation(self) -> str:
-        """What the layer runs without this capture: "sdpa", "eager", "flash_attention_2", or an outer capture."""
-        return self.base_config._attn_implementation or "eager"
-
-    @property
-    def innermost(self) -> str:
-        """What the layer runs under all captures."""
-        outer: _Capture | None = getattr(self.base_config, "hide_capture", None)
-        return outer.innermost if outer is not None else self.implementation
-
-    @property
     def flash(self) -> bool:
-        """Whether that is a FlashAttention."""
-        return "flash" in self.innermost
+        """Whether the layer runs a FlashAttention."""
+        return "flash" in _implementation(self.base_config)
 
     def record(self, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         for name in ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
@@ -235,7 +253,11 @@ class _Capture:
         if restarts is not None and restarts.dim() == 2 and bool((restarts.diff(dim=-1) < 1).any()):
             raise ValueError(f"layer {self.layer}: positions restart: several sequences in one row; unpack them")
         visible = None if mask is None else _visible(mask, key.shape[2])
-        if visible is None and 1 < query.shape[2] < key.shape[2] and not (self.flash or self.innermost == CONTINUING):
+        if (
+            visible is None
+            and 1 < query.shape[2] < key.shape[2]
+            and not (self.flash or _implementation(self.base_config) == CONTINUING)
+        ):
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
         first = _first_position(visible, query.shape[2], key.shape[2])
@@ -307,7 +329,10 @@ class _Capture:
         missing = sorted(set(self.rows if isinstance(self.rows, list) else ()) - set(self.positions))
         if missing or not self.positions:
             what = f"rows {missing[:8]}{'...' if len(missing) > 8 else ''}" if missing else "any row"
-            raise ValueError(f"layer {self.layer}: no forward inside the block computed {what}")
+            hint = "; a forward of another thread is not recorded: open the block in the thread that runs the model"
+            raise ValueError(
+                f"layer {self.layer}: no forward inside the block computed {what}{hint if self.elsewhere else ''}"
+            )
         if _last_key(self.key_spans) > self.keys:
             raise ValueError(f"key_spans: got {self.key_spans}, but the sequence had {self.keys} keys")
 
@@ -457,21 +482,30 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The function registered as `hide_rows`: record, then run the model's own implementation."""
-    capture: _Capture | None = getattr(module.config, "hide_capture", None)
-    if capture is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    capture.record(query, key, attention_mask, kwargs)
-    if capture.implementation == "eager":
-        base = getattr(sys.modules[_model_class(module).__module__], "eager_attention_forward", None)
+    # Read once: another thread may close the last capture meanwhile, and the module then has its own config again.
+    config = module.config
+    thread = threading.get_ident()
+    for capture in _captures(config):
+        if capture.thread == thread:
+            capture.record(query, key, attention_mask, kwargs)
+        else:
+            capture.elsewhere = True
+    base_config = getattr(config, "hide_base", config)
+    implementation = _implementation(base_config)
+    if implementation == "eager":
+        base = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if base is None:
-            raise ValueError(f"layer {capture.layer}: no eager attention function found; load the model with sdpa")
+            raise ValueError(f"layer {module.layer_idx}: no eager attention function found; load the model with sdpa")
     else:
-        base = ALL_ATTENTION_FUNCTIONS[capture.implementation]
-    return base(_ModuleView(module, capture.base_config), query, key, value, attention_mask, **kwargs)
+        base = ALL_ATTENTION_FUNCTIONS[implementation]
+    return base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
 
 
-def _model_class(module: Any) -> type:
-    return _model_class(module._module) if isinstance(module, _ModuleView) else type(module)
+def _implementation(config: Any) -> str:
+    """What a layer runs by its own config: "sdpa", "eager", "flash_attention_2", `CONTINUING`, ..."""
+    name: str = config._attn_implementation or "eager"
+    # Some set our name by themselves, for a whole model.
+    return "sdpa" if name == IMPLEMENTATION else name
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)
