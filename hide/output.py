@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def check_folder(folder: str | Path, files: Iterable[str] = ()) -> None:
-    """Make sure that `files`, and others, can be written into a folder that may not be there yet; leaves nothing behind.
+    """Make sure that `files`, and others, can be written into a folder, there or not yet; leaves nothing behind.
 
     Raises:
         ValueError: the folder, a folder above it or one of the files cannot be made or written.

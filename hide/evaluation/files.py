@@ -1,4 +1,4 @@
-"""Records of JSON, TSV and parquet files, as the texts that stand there, each with its place; a broken one costs itself."""
+"""Records of JSON, TSV and parquet files: the texts that stand there, each with its place. A broken one costs itself."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Entry(NamedTuple):
     value: Any
 
 
-def json_records(file: Path) -> Iterator[Entry]:
-    """The records of a JSON list, or of JSON lines where the name ends in .jsonl. A line that is cut off, or is not
+def json_records(file: Path, *, lines: bool = False) -> Iterator[Entry]:
+    """The records of a JSON list, or with `lines` or where the name ends in .jsonl, of JSON lines. A line that is cut off, or is not
     UTF-8, costs itself alone.
 
     Raises, before anything is yielded:
         FileNotFoundError, ValueError: the file is missing, cannot be read, or is no such list.
     """
     _check_file(file)
-    if file.suffix == ".jsonl":
+    if lines or file.suffix == ".jsonl":
         return _json_lines(file)
     try:
         records = _parse(file.read_bytes().decode("utf-8-sig"))
