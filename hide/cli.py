@@ -81,7 +81,9 @@ def ask(
 
         folders = list(dict.fromkeys(given for given in (out, report) if given)) or [Path("hide-out")]
         for folder in folders:
-            check_folder(folder, ("result.json", "overview.png", *(["report.html"] if folder == report else [])))
+            check_folder(folder, ("result.json", "overview.png"), argument="report" if folder == report else "out")
+        if report is not None:
+            check_folder(report, ["report.html"], argument="report")
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
         result = hide.ask(image, question, options=option or None, progress=status.update)

@@ -8,14 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def check_folder(folder: str | Path, files: Iterable[str] = ()) -> None:
+def check_folder(folder: str | Path, files: Iterable[str] = (), *, argument: str = "out") -> None:
     """Make sure that `files`, and others, can be written into a folder, there or not yet; leaves nothing behind.
 
     Raises:
-        ValueError: the folder, a folder above it or one of the files cannot be made or written.
+        ValueError: the folder, a folder above it or one of the files cannot be made or written; it names `argument`.
     """
     folder = Path(folder)
-    made = make_folder(folder)
+    made = make_folder(folder, argument)
     try:
         for path in (folder / name for name in files):
             if path.exists():
@@ -23,12 +23,12 @@ def check_folder(folder: str | Path, files: Iterable[str] = ()) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(_cannot(folder, error)) from None
+        raise ValueError(f"{argument}: {_cannot(folder, error)}") from None
     finally:
         remove_folders(made)
 
 
-def make_folder(folder: Path) -> list[Path]:
+def make_folder(folder: Path, argument: str = "out") -> list[Path]:
     """Make a folder and those above it; returns those that were not there, the uppermost first.
 
     Raises `ValueError`, with nothing left behind.
@@ -41,7 +41,7 @@ def make_folder(folder: Path) -> list[Path]:
                 made.append(one)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
         remove_folders(made)
-        raise ValueError(_cannot(folder, error)) from None
+        raise ValueError(f"{argument}: {_cannot(folder, error)}") from None
     return made
 
 
@@ -55,4 +55,4 @@ def remove_folders(made: list[Path]) -> None:
 def _cannot(folder: Path, error: Exception) -> str:
     place = getattr(error, "filename", None)
     why = getattr(error, "strerror", None) or str(error)
-    return f"out: {folder} cannot be written: {why}{f' ({place})' if isinstance(place, str) else ''}"
+    return f"{folder} cannot be written: {why}{f' ({place})' if isinstance(place, str) else ''}"

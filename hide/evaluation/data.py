@@ -366,7 +366,9 @@ def _placed(shown: Sequence[Any], listed: Sequence[Any]) -> list[Any]:
     """All pictures in their order: those in the text, with those of the list in the places that are kept for them."""
     given = [picture for picture in listed if picture is not None]
     places = sum(picture is _HERE for picture in shown)
-    if places != len(given) and (shown or not given):
+    if not shown and not given:
+        raise ValueError("images: got none, want at least one picture")
+    if shown and places != len(given):
         raise ValueError(f"images: {len(given)} pictures for {places} places in the text")
     if not shown:
         return given

@@ -1,4 +1,4 @@
-"""Records of JSON, TSV and parquet files: the texts that stand there, each with its place. A broken one costs itself."""
+"""Records of JSON, TSV and parquet files: the texts that stand there, with their place. A broken one costs itself."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Entry(NamedTuple):
 
 
 def json_records(file: Path, *, lines: bool = False) -> Iterator[Entry]:
-    """The records of a JSON list, or with `lines` or where the name ends in .jsonl, of JSON lines. A line that is cut off, or is not
-    UTF-8, costs itself alone.
+    """The records of a JSON list, or with `lines` or where the name ends in .jsonl, of JSON lines.
+
+    A line that is cut off, or is not UTF-8, costs itself alone.
 
     Raises, before anything is yielded:
         FileNotFoundError, ValueError: the file is missing, cannot be read, or is no such list.
