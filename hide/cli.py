@@ -28,6 +28,7 @@ from hide.console import (
     quiet,
 )
 from hide.evaluation.commands import calibrate, entities, evaluate
+from hide.output import check_folder
 from hide.profiling.commands import profile
 
 app = typer.Typer(
@@ -81,6 +82,11 @@ def ask(
         quiet()
         from hide.report import save_pictures, save_report
 
+        folders = list(dict.fromkeys(given for given in (out, report) if given)) or [Path("hide-out")]
+        for folder in folders:
+            check_folder(folder, ("result.json", "overview.png"), argument="report" if folder == report else "out")
+        if report is not None:
+            check_folder(report, ["report.html"], argument="report")
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
         result = hide.ask(
@@ -89,7 +95,7 @@ def ask(
         status.update("drawing")
         document = result.to_dict()
         document |= {"model": model or "embedded", "weights": weights}
-        for folder in dict.fromkeys(given for given in (out, report) if given) or [Path("hide-out")]:
+        for folder in folders:
             pictures = save_pictures(result, folder, hide.config.threshold)
             (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if report is not None:
@@ -155,10 +161,14 @@ def attend(
         quiet()
         from hide.attend import attend as attention_of
 
+        if tokens < 1:
+            raise ValueError(f"tokens: got {tokens}, want at least 1")
+        given = _layer_list(layers) if layers else None
+        check_folder(out, ("attention.png", "attention.npz"))
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, device=device, dtype=dtype, weights=weights)
         status.update("attending")
-        wanted = _layer_list(layers) if layers else hide.config.layers or range(hide.model.num_layers)
+        wanted = given or hide.config.layers or range(hide.model.num_layers)
         found = attention_of(hide.model, image, text, layers=wanted, new_tokens=tokens)
         status.update("drawing")
         paths = found.save(out)
