@@ -60,10 +60,8 @@ def load_model(
     given = {"layers": tuple(layer) if layer else None, "sigma": sigma, "threshold": threshold}
     given["offload_kv"] = offload_kv or None
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if model is None:
-        model, preset = str(CHECKPOINT), preset or "tiny"
     known = cast("Weights | None", weights)
-    return HiDe.from_pretrained(model, preset=preset, device=device, dtype=dtype, weights=known, **changes)
+    return HiDe.from_pretrained(CHECKPOINT if model is None else model, preset=preset, device=device, dtype=dtype, weights=known, **changes)
 
 
 def quiet() -> None:
@@ -79,5 +77,5 @@ def errors(console: Console) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False)
+        console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -182,7 +182,7 @@ class HiDe:
             model: an adapter of `hide.models`.
             config: see `hide.config`; `preset_for(model)` gives the one for the model.
             extractor: replaces `config.entities_from`: question with options -> comma-separated entities, or empty.
-            notes: repeated in every result, e.g. where the config comes from.
+            notes: repeated in every result, e.g. where the config comes from; before them those of the model.
 
         Raises:
             ValueError: for layers that the model does not have, or a `collage_in_span` that its family cannot.
@@ -197,7 +197,7 @@ class HiDe:
         self.model = model
         self.config = config
         self.extractor = extractor
-        self._notes = tuple(notes)
+        self._notes = (*model.notes, *notes)
         self._instruction: tuple[str | None, Prefix] | None = None
         # Under the question and all that its entities depend on.
         self._known: dict[tuple[Any, ...], Entities] = {}
@@ -218,7 +218,8 @@ class HiDe:
         """Load a checkpoint (folder or hub name) with the preset for it.
 
         Args:
-            preset: a name in `hide.PRESETS`; `None`: the one that fits the model.
+            preset: a name in `hide.PRESETS`; `None`: the one that the checkpoint names as `"hide_preset"` in its
+                config.json, else its family's.
             device, dtype, attn_implementation, weights: as `hide.models.load`.
             extractor: as in the constructor.
             changes: fields of `HiDeConfig` that replace the preset's.
@@ -612,13 +613,16 @@ class HiDe:
 def preset_for(model: Adapter, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
     """The config for a model, and notes about where it comes from.
 
-    `preset` is a name in `PRESETS`; `None` takes the first of the model's family, and for depths that it was not
-    published for, the layers at the same relative depth, with a note. Raises `ValueError` for an unknown name.
+    `preset` is a name in `PRESETS`; `None` takes the one that the checkpoint's config.json names as `"hide_preset"`.
+    Without it, the first of the model's family, and for depths that it was not published for, the layers at the same
+    relative depth, with a note. Raises `ValueError` for an unknown name.
     """
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset: got {preset!r}, want one of {', '.join(PRESETS)}")
-        return PRESETS[preset], ()
+    own = getattr(model.model.config, "hide_preset", None)
+    source, asked = ("preset", preset) if preset is not None else ("config.json: hide_preset", own)
+    if asked is not None:
+        if asked not in PRESETS:
+            raise ValueError(f"{source}: got {asked!r}, want one of {', '.join(PRESETS)}")
+        return PRESETS[asked], ()
     name = model.presets[0]
     published = PRESETS[name]
     if model.num_layers == model.preset_depth:

@@ -20,14 +20,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
 from hide.kv_cache import cache_keyword
+from hide.models.checkpoint import PROCESSOR, TEMPLATE, TOKENIZER, one_line, read_config, read_weights, reading
 from hide.models.quantised import Weights, check, loading
 from hide_kernels import ImageTokens, rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention_rows, capturing, continuing, slides
@@ -190,6 +192,8 @@ class Adapter(ABC):
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.image_processor = image_processor
+        self.notes: tuple[str, ...] = ()
+        """Doubts about the checkpoint; they are among the notes of every result."""
         self._takes_token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -208,10 +212,17 @@ class Adapter(ABC):
             raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
         if dtype == "auto" and (weights is not None or target.type == "cpu"):
             dtype = "float32" if target.type == "cpu" else "bfloat16"
+        config = read_config(path)
+        # What is small is read first: it may be damaged, and weights take their time.
+        with reading(path, "tokenizer", TOKENIZER):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = _legacy_chat_template(path)
+        with reading(path, "image processor", PROCESSOR):
+            image_processor = cls.processor_class().from_pretrained(path)
         quantised = {}
         if weights is not None:
             check(weights, getattr(torch, dtype), target)
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             # Each layer goes to its device by itself and is quantised there: the full weights are never in one place.
             quantised = {
                 "quantization_config": loading(getattr(transformers, cls.model_class), config, weights, target),
@@ -220,18 +231,42 @@ class Adapter(ABC):
         if attn_implementation is None:
             flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
             attn_implementation = "flash_attention_2" if flash else "sdpa"
-        model: Any = getattr(transformers, cls.model_class).from_pretrained(
+        model, notes = read_weights(
+            getattr(transformers, cls.model_class),
             path,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
             **quantised,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = _legacy_chat_template(path)
-        return cls(model.to(target), tokenizer, cls.processor_class().from_pretrained(path))
+        with reading(path, "chat template", TEMPLATE):
+            adapter = cls(model.to(target), tokenizer, image_processor)
+            adapter.check_template()
+        with reading(path, "tokenizer", TOKENIZER):
+            adapter.check_tokenizer()
+        with reading(path, "image processor", PROCESSOR):
+            adapter.check_image_processor()
+        adapter.notes = notes
+        return adapter
+
+    def check_template(self) -> None:
+        """`ValueError` for a chat template that does not show one picture's place and a turn's text once each."""
+        picture = Picture(torch.empty(0), (), (1, 1), 1)
+        if self._render(PLACEHOLDER, Pictures((picture,))).count(PLACEHOLDER) != 1:
+            raise ValueError("tokenizer: its chat template does not show the text of a user's turn once")
+
+    def check_tokenizer(self) -> None:
+        """`ValueError` for the tokenizer of another model."""
+        own, wanted = self._id(self.image_text), self.image_token
+        if own != wanted:
+            raise ValueError(f"tokenizer: {self.image_text} has id {own}, and the model's image_token_id is {wanted}")
+
+    def check_image_processor(self) -> None:
+        """`ValueError` where it cuts other patches than the vision encoder takes."""
+        vision = self.model.config.vision_config
+        for name, of_model in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
+            own, wanted = getattr(self.image_processor, name, None), getattr(vision, of_model, None)
+            if None not in (own, wanted) and own != wanted:
+                raise ValueError(f"image processor: got {name} {own!r}, and the model's {of_model} is {wanted}")
 
     @classmethod
     def processor_class(cls) -> Any:
@@ -398,9 +433,12 @@ class Adapter(ABC):
     def _render(self, text: str, pictures: Pictures | None) -> str:
         places = pictures.places if pictures else ()
         content = [*({"type": "image"} for _ in places), {"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"tokenizer: its chat template cannot be rendered: {one_line(error)}") from None
         pieces = rendered.split(self.image_text)
         if len(pieces) != len(places) + 1:
             raise ValueError(
@@ -592,16 +630,23 @@ class Adapter(ABC):
 
 
 def named_device(name: str | None) -> torch.device:
-    """The device of a name, `None`: CUDA where there is one, else the CPU; `ValueError` for one that is not here."""
+    """The device of a name, `None`: CUDA where there is one, else the CPU; `ValueError` for one that computes nothing
+    here."""
     seen = torch.cuda.is_available()
+    if name is None:
+        name = "cuda" if seen else "cpu"
     try:
-        device = torch.device(name or ("cuda" if seen else "cpu"))
-        if device.type != "cuda" or seen:
-            torch.empty(0, device=device)
+        device = torch.device(name)
+        if device.type == "cpu" and device.index:
+            reason = "there is one CPU"
+        elif device.type == "cuda" and not seen:
+            reason = f"this PyTorch ({torch.__version__}) sees no CUDA device"
+        elif torch.ones(1, device=device).add(1).item() == 2:
             return device
-        reason = f"this PyTorch ({torch.__version__}) sees no CUDA device"
-    except (RuntimeError, AssertionError) as error:  # the latter from builds that lack it
-        reason = str(error).partition("\n")[0]
+        else:
+            reason = "it computes wrong"
+    except Exception as error:  # a kind of its own from each device that a build lacks; meta has no values
+        reason = one_line(str(error).partition(". ")[0], 160)
     raise ValueError(f"device: got {name!r}, but {reason}; want cuda, cuda:1, cpu, ... that is here")
 
 

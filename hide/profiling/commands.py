@@ -124,6 +124,8 @@ def _profile(
     settings = Settings(dtype, weights or "bf16", attention)
     settings.check()
     quantised = settings.weights != "bf16"
+    if device is not None and not measure:
+        raise ValueError(f"device: got {device!r} without --measure, and predictions need none")
     target = named_device(device) if measure else None
     if target is not None and quantised:
         check(settings.weights, DTYPES[dtype], target)

@@ -228,7 +228,8 @@ def save(
     _update_json(directory / "preprocessor_config.json", min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     _update_json(directory / "generation_config.json", repetition_penalty=1.0)
     text = json.loads((directory / "config.json").read_text())["text_config"]
-    _update_json(directory / "config.json", text_config={**text, "rope_theta": _ROPE_THETA, "rope_scaling": _ROPE})
+    text |= {"rope_theta": _ROPE_THETA, "rope_scaling": _ROPE}
+    _update_json(directory / "config.json", text_config=text, hide_preset="tiny")
 
 
 def _update_json(path: Path, **entries: Any) -> None:
