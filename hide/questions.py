@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hide.tags import CLOSE_TAG, OPEN_TAG, tagged
+from hide.replies import LETTERS, read_letter
+from hide.tags import CLOSE_TAG, OPEN_TAG
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 TAGGED_LETTER_REQUEST = f"{LETTER_REQUEST.rstrip('.')}, between {OPEN_TAG} and {CLOSE_TAG}."
 
@@ -85,30 +85,9 @@ class Question:
         return f"{self.text}\n{letter_request}" if self.options else self.text
 
     def letter(self, reply: str) -> str | None:
-        """The option that `reply` chooses: a letter, or `None` where it names none or cannot be understood.
-
-        Where there are tags (`hide.tags`), only what stands between them counts. It is read in this order: it is a
-        letter or starts with one (`B`, `(B)`, `B. blue`, `B` and a line break); it says `answer: B`, `option is (B)` or
-        the like (the last such place counts; an `A` before a word is an article); it has exactly one option's text.
-        """
-        letters = LETTERS[: len(self.options)]
-        if not letters:
-            return None
-        between = tagged(reply)
-        text = (reply if between is None else between).strip().strip("*").strip()
-        start = re.match(rf"[(\[]?([{letters}])(?:[)\].:,]|[ \t]*(?:\n|$))", text)
-        if start:
-            return start[1]
-        said = re.findall(rf"(?i:answer|option|choice)\W*(?i:is\b\W*)?([{letters}])(?![\w'])(?!(?<=A) \w)", text)
-        if said:
-            return said[-1]
-        lower = text.lower()
-        named = [
-            letter
-            for letter, option in zip(letters, self.options, strict=True)
-            if (name := option.lower().rstrip(".")) and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", lower)
-        ]
-        return named[0] if len(named) == 1 else None
+        """The option that `reply` chooses, `None` where it names none or cannot be understood; the rule is that of
+        `hide.replies.read_letter`."""
+        return read_letter(reply, self.options)
 
 
 def _check_unicode(name: str, text: str) -> None:

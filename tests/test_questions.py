@@ -72,7 +72,7 @@ def test_a_single_lettered_line_is_no_list_of_options():
         ("First answer: A. No, the answer is B.", "B"),
         ("right", "B"), ("It is on the Left side.", "A"), ("left or right", None),
         ("B\n\nBecause it is not on the left.", "B"), ("[B]", "B"), ("The correct option is B.", "B"), ("Option B", "B"),
-        ("The answer is B because it is", "B"), ("The answer is A because", None), ("The answer: a right turn", "B"),
+        ("The answer is B because it is", "B"), ("The answer is A because", "A"), ("The answer: a right turn", "B"),
         ("Answer: a left one", "A"), ("The answer is a.", None),
         ("C", None), ("", None), ("A cat", None), ("Because", None), ("The answer is Because", None),
         ("the answer is about", None), ("I cannot tell", None),
