@@ -12,8 +12,8 @@ from hide.tags import tagged
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # Letters on a dark disc or square, which NFKC leaves alone; brackets are round ones from here on.
-_TO_PLAIN = {first + index: letter for first in (0x1F150, 0x1F170) for index, letter in enumerate(LETTERS)}
-_TO_PLAIN |= str.maketrans("【】〔〕〖〗《》〈〉[]", "()()()()()()")
+_TO_PLAIN = dict(zip(map(ord, "【】〔〕〖〗《》〈〉[]"), "()()()()()()", strict=True))
+_TO_PLAIN |= {first + index: letter for first in (0x1F150, 0x1F170) for index, letter in enumerate(LETTERS)}
 # LaTeX, and quotes and Markdown around words.
 _AROUND = re.compile(r"\\(?:text|math)\w*|\\[()]|(?<!\w){0}+|{0}+(?!\w)".replace("{0}", "[*`\"“”„«»‹›「」『』{}'‘’_]"))
 
@@ -66,8 +66,9 @@ _REFUSING = (
     r"|不是|不选|不選|排除|并非|而非)(?:[^\w.!?;。]|\b(?:the|option|choice|answer|be|it['’]?s|choose|pick|select)\b|选项)*"
 )
 _REFUSED = (
-    r"(?:\s+(?:is|was|seems|looks|can|does|would|est|ist)\s*(?:n['’]t\b|not\b)|\W{0,2}\s*(?:is |seems |looks )?(?:clearly )?"
-    r"(?:wrong|incorrect|false|ruled out|eliminated|falsch)\b|(?:选项|项)?(?:不对|不正确|不是|是?错)|ではな|は間違|が間違)"
+    r"(?:\s+(?:is|was|seems|looks|can|does|would|est|ist)\s*(?:n['’]t\b|not\b)"
+    r"|\W{0,2}\s*(?:is |seems |looks )?(?:clearly )?(?:wrong|incorrect|false|ruled out|eliminated|falsch)\b"
+    r"|(?:选项|项)?(?:不对|不正确|不是|是?错)|ではな|は間違|が間違)"
 )
 _AND = r"\)?\s*(?:[,/&+、]|\b(?:or|and|nor|y|o|et|ou|und|oder)\b|[和或与及]|과|와|または)(?:\s|,|\b(?:or|and)\b)*"
 _NEGATION = re.compile(r"(?:\b(?:not|no)|n['’]t|不是|没有) *(?:\b(?:the|an?|on|in|at|to|of|really|very|any)\b *)*$")
@@ -170,7 +171,8 @@ def _patterns(letters: str) -> tuple[re.Pattern[str], ...]:
     done = rf"(?=\W{{0,9}}(?:\Z|\n)|\)?[.,;:!)。](?!\w)|\)?\s+{_GOES_ON}|[{_CJK}])"
     item = rf"(?:{bracketed}|{alone})"
     marked = (
-        rf"(?:{bracketed}|\(?([{letters}])(?:[):,;、。]|\.(?!\w\b)|[ \t]+[-–—][ \t]|[ \t]+(?!is\b){_GOES_ON}|[ \t]*(?:\n|\Z))"
+        rf"(?:{bracketed}|\(?([{letters}])"
+        rf"(?:[):,;、。]|\.(?!\w\b)|[ \t]+[-–—][ \t]|[ \t]+(?!is\b){_GOES_ON}|[ \t]*(?:\n|\Z))"
         rf"|([{letters.lower()}])[).:](?=\s|\Z))"
     )
     i = "(?i:{})".format

@@ -146,7 +146,7 @@ def test_broken_data_is_named(tmp_path, reader, name, content, text):
     "reply, strictly, published",
     [
         ("B", True, True),
-        ("b", None, True),
+        ("b", True, True),
         ("(B)", True, False),
         ("The answer is B.", True, False),
         ("A", False, False),

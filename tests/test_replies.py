@@ -57,7 +57,7 @@ NAMES_NONE = [
     "", " ", "...", "?", "A cat", "A man is standing", "a man", "A car, I think.", "As far as I can see",
     "Because", "Big", "I cannot tell", "I'm sorry, I can't help with that.", "I don't know the answer. A man is there.",
     "Vitamin B", "It shows vitamin B", "plan B", "The sign says B-flat", "It is a B-52", "The answer is B-flat", "U.S.", "N/A",
-    "Answer: N/A", "B+", "C++", "C#", "It's B minor", "The answer is about", "The answer is a.", 
+    "Answer: N/A", "B+", "C++", "C#", "It's B minor", "The answer is about", "The answer is a.",
     "A or B", "A and B", "A, B", "A/B", "A & B", "(A) or (B)", "(a) or (b)", "A、B", "A和B", "Answer: A or B", "答案是A或B", "AB", "It's A or B.",
     "The answer is A, B or C", "Neither A nor B", "red or blue", "A. red\nB. blue", "(A) red (B) blue", "A is wrong", "not B",
     "B is not correct", "It isn't B", "It can't be B.", "Option B is wrong", "B不对", "不是B", "答案不是B", "It is not blue.",
