@@ -402,7 +402,7 @@ class HiDe:
             return None
         try:
             return decode(image, device=device, decoder=self.config.decoder)
-        except ValueError:
+        except (ValueError, OSError):
             return None
 
     def _preprocess(self, images: Sequence[Image.Image | Tensor], max_tokens: int | None = None) -> Pictures:

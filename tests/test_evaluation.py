@@ -128,7 +128,7 @@ def test_scenes_are_questions_with_true_boxes_and_repeatable():
     "reply, strictly, published",
     [
         ("B", True, True),
-        ("b", None, True),
+        ("b", True, True),
         ("(B)", True, False),
         ("The answer is B.", True, False),
         ("A", False, False),
