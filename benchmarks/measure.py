@@ -21,6 +21,13 @@ RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
 
 
+def count(text: str) -> int:
+    """Of a command's option: a whole number from 1 on, else one line of usage."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, want at least 1")
+    return int(text)
+
+
 def alone(module: Any, seconds: float) -> int:
     """One operator as a command: its check, its table and, on a CPU, its limit; the exit code.
 

@@ -240,11 +240,13 @@ def _samples(entries: Iterator[Entry], read: Callable[[Any, Entry], Sample], id_
             try:
                 if isinstance(entry.value, ValueError):
                     raise entry.value
-                yield read(_object(entry.value), entry)
+                sample = read(_object(entry.value), entry)
             except Exception as error:  # whatever is in one record, the others are read
                 meant = isinstance(error, (ValueError, TypeError))
                 reason = str(error) if meant else f"{type(error).__name__}: {error}"
                 yield BadRecord(_id(known, entry), entry.place, reason)
+            else:
+                yield sample
 
     return Samples(found())
 
@@ -293,9 +295,10 @@ def _options(value: Any, name: str) -> list[str]:
     """Options from a list, or from an object with letters as keys. Letters before them are taken off where each has its
     own; where they are in another order, what the answer means is unknown."""
     if isinstance(value, dict):
-        value = [f"({str(letter).upper()}) {_text(option, name)}" for letter, option in value.items()]
-        if not all(map(_LETTERED.fullmatch, value)):
-            raise ValueError(f"{name}: got an object whose keys are no letters, want A, B and so on")
+        lettered = {str(letter).upper(): _text(option, name) for letter, option in value.items()}
+        if sorted(lettered) != list(LETTERS[: len(value)]):
+            raise ValueError(f"{name}: got the letters {sorted(lettered)}, want A, B and so on")
+        return [lettered[letter] for letter in sorted(lettered)]
     if not isinstance(value, list):
         raise ValueError(f"{name}: got {_short(value)}, want a list of options")
     texts = [_text(option, name) for option in value]
