@@ -83,7 +83,7 @@ def test_install_follows_the_lock_after_torch_and_leaves_a_cuda_torchs_triton_al
     assert not calls.exists(), "nothing changed, so nothing is installed"
     os.utime(tmp_path / "requirements/test.txt")
     subprocess.run(command, cwd=tmp_path, env=say, check=True, capture_output=True, timeout=60)
-    assert f"{lock}/test.txt" in calls.read_text(), "a new lock is installed"
+    assert lock in calls.read_text(), "a new lock is installed"
 
 
 def variable(name):
