@@ -97,8 +97,8 @@ class Build(build_ext):
 
 
 setup(
-    # Folders of data are packages too, else setuptools warns of each. The sources travel with the package: CuPy compiles
-    # them where the extension has no CUDA part.
+    # Folders of data are packages too, or setuptools warns of each. The sources travel with the package: CuPy
+    # compiles them where the extension has no CUDA part.
     packages=[*find_namespace_packages(include=["hide*"], exclude=["*__pycache__*"]), "hide_kernels.csrc"],
     package_dir={"hide_kernels.csrc": "csrc"},
     package_data={"hide_kernels.csrc": ["*"]},
