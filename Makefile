@@ -19,14 +19,16 @@ help:  ## list the targets
 install: $(STAMP)  ## create .venv and install the package with its test tools
 
 # $(call environment,FOLDER,LOCK). Without dependencies: pip is to install what the lock names, and to resolve nothing.
+# Uncompiled: of these thousands of files Python compiles those that it imports.
 define environment
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) pip setuptools wheel
 	$(1)/bin/python -m pip install --quiet --constraint $(2) "$(TORCH)"
-	$(1)/bin/python -m pip install --quiet --no-deps --requirement $(2)
+	$(1)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $(2)
 	$(1)/bin/python -m pip show torch | grep -q '^Requires:.*triton' \
 		|| $(1)/bin/python -m pip install --quiet --no-deps --requirement requirements/triton.txt
-	$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	PYTHONWARNINGS="ignore:Editable installation" \
+		$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endef
 
 $(STAMP): requirements/test.txt $(SOURCES)
@@ -94,7 +96,7 @@ NEWEST_TESTS := $(MODEL_TESTS) attention_rows_triton attention_rows_serving_trit
 	images patches collage report golden evaluation evaluation_methods on_ray
 
 test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pillow, datasets or ray, on today's newest
-	rm -rf build/newest && $(BIN)/python -m pip install --quiet --target build/newest $(NEWEST)
+	rm -rf build/newest && $(BIN)/python -m pip install --quiet --no-compile --target build/newest $(NEWEST)
 	@test ! -e build/newest/torch || { echo "build/newest brings a torch of its own"; exit 1; }
 	@$(call over,build/newest) -c "from importlib.metadata import version as v; import sys; \
 		print('newest:', *(f'{name} {v(name)}' for name in sys.argv[1:]), sep='\n  ')" $(NEWEST)
