@@ -180,7 +180,7 @@ def main() -> int:
     for problem in bad:
         print(problem)
     if not arguments.check:
-        REPORT.write_text(report(results, maps))
+        REPORT.write_text(report(results, maps), encoding="utf-8")
         print(f"written to {REPORT}")
     return 1 if bad else 0
 

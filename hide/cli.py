@@ -14,6 +14,7 @@ from rich.table import Table
 
 from hide.console import (
     EMBEDDED,
+    App,
     DeviceOption,
     DtypeOption,
     LayerOption,
@@ -31,7 +32,7 @@ from hide.evaluation.commands import calibrate, entities, evaluate
 from hide.output import check_folder
 from hide.profiling.commands import profile
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -42,7 +43,9 @@ app = typer.Typer(
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="The picture: any file that Pillow reads.", show_default=False)],
+    image: Annotated[
+        str, typer.Argument(help="The picture: any file that Pillow reads, or a data URI.", show_default=False)
+    ],
     question: Annotated[
         str,
         typer.Argument(
@@ -138,7 +141,9 @@ def ask(
 
 @app.command()
 def attend(
-    image: Annotated[Path, typer.Argument(help="The picture: any file that Pillow reads.", show_default=False)],
+    image: Annotated[
+        str, typer.Argument(help="The picture: any file that Pillow reads, or a data URI.", show_default=False)
+    ],
     text: Annotated[str, typer.Argument(help="What the model is told about it.", show_default=False)],
     model: ModelOption = None,
     layers: Annotated[

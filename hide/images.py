@@ -37,6 +37,10 @@ _TURNED = {
 _BITS = (8, 10, 12, 14, 16, 24, 31, 32)
 
 
+class PictureWarning(UserWarning):
+    """Says what was left out of a picture or guessed about it; the commands show it as a note."""
+
+
 def load_image(image: ImageLike) -> Image.Image:
     """Read or convert a picture.
 
@@ -51,7 +55,7 @@ def load_image(image: ImageLike) -> Image.Image:
         that a PNG may mark as transparent.
 
         Metadata never keeps out pixels that decode: EXIF data, texts and colour profiles that are broken or too large
-        are left out, with a warning.
+        are left out, with a `PictureWarning`.
 
         Values that are not of 8 bits are scaled by the first rule that holds all of them, with a warning wherever that
         is a guess. Integers from 0 on: as numbers of 8, 10, 12, 14, 16, 24, 31 or 32 bits, whichever is the first to
@@ -197,8 +201,7 @@ def _short(text: str) -> str:
 
 
 def _warn(text: str) -> None:
-    # Python shows one text once for each place; all of ours come from here.
-    warnings.warn(f"image: {text}", UserWarning, stacklevel=2)
+    warnings.warn(f"image: {text}", PictureWarning, stacklevel=2)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ _WRAPPER_WORDS = re.compile(
     r"|above|below|following|follows|given|provided|listed|shown|available|possible|hint|format|form|end|word|words"
     r"|phrase|short|brief|briefly|explanation|reasoning|additional|any|other|text|else|nothing|final|image|images|picture"
     r"|pictures|photo|answer|answers|respond|response|reply|provide|give|output|return|write|select|choose|pick|question"
-    r"|questions|multiple|multi|choice|choices|option|options|option['’]s|letter|letters|FINAL_OUTPUT|[A-Z])(?![A-Za-z])"
+    r"|questions|multiple|multi|choice|choices|option|options|option['’]s|letter|letters|FINAL_OUTPUT|[A-Z])(?![A-Za-z_])"
     r"|请|根据|基于|按照|图像|图片|图中|选择|选出|选项|上述|上面|以下|下列|下面|中|多项|单项|单选|多选|题目?|问题|的|最佳|最合适|正确|只需|只用|仅|直接"
     r"|用|以|从|回答|作答|给出|输出|字母|答案|列表|如下|所示|为|是|或|和|与|一个|并|即可|对应|提示|不要|解释",
     re.IGNORECASE,

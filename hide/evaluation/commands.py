@@ -383,12 +383,12 @@ def _bar(console: Console) -> Progress:
 
 
 def _finish(console: Console, out: Path, title: str, tables: Sequence[ResultTable], files: Sequence[Path]) -> None:
-    """Print the tables, and write them with the command that made them."""
+    """Write the tables with the command that made them, and print them."""
     from hide.evaluation.tables import markdown
 
+    command = shlex.join(["hide", *sys.argv[1:]])
+    (out / "summary.md").write_text(markdown(title, command, tables), encoding="utf-8", errors="replace")
     for table in tables:
         Console().print(table.rich())
-    command = shlex.join(["hide", *sys.argv[1:]])
-    (out / "summary.md").write_text(markdown(title, command, tables), encoding="utf-8")
     for file in (out / "summary.md", *files):
         console.print(escape(str(file)), highlight=False, soft_wrap=True)
