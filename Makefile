@@ -38,7 +38,7 @@ hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hu
 # Beside the installed one, for the tests that run models.
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
 MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices tiny_model \
-	session offload pipeline attend drop_in quantised
+	session threads modes offload pipeline attend drop_in quantised
 
 build/transformers-4: Makefile
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ $(OLDEST)
