@@ -80,7 +80,7 @@ hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hu
 over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
 # The tests that run models.
 MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices tiny_model \
-	session offload pipeline attend drop_in quantised
+	session threads modes offload pipeline attend drop_in quantised
 
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
 build/transformers-4: Makefile | $(STAMP)

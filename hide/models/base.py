@@ -309,7 +309,7 @@ class Adapter(ABC):
         """Inside, the model is this thread's, without gradients and autocast: what its forwards change is theirs.
 
         Those of this package are all inside; calls of `model` by yourself, beside other threads, want to be as well.
-        Others wait, so do not wait for them in there.
+        Others wait: call the model in there, but neither a session nor anything that waits for another thread.
         """
         with self.lock, torch.no_grad(), torch.autocast(self.input_device.type, enabled=False):
             yield
