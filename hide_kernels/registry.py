@@ -24,7 +24,8 @@ SCHEMA = (
     "(Tensor query, Tensor key, Tensor? q_positions, Tensor? kv_starts, Tensor? kv_lens, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? lse, Tensor? weights, SymInt[] spans, "
     "SymInt[] spans_per_sample, SymInt columns, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, "
-    "str? row_reduction, bool causal, SymInt? window, float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
+    "str? row_reduction, bool causal, SymInt? window, float scale, float? softcap, bool softmax, str? backend) "
+    "-> (Tensor, Tensor)"
 )
 
 

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from random_models import FAMILIES, IMAGE, VOCABULARY, llm, prompt, qwen2_5_vl, sliding_window_llm
-
 from transformers import CompileConfig, GenerationConfig
 
 from hide_kernels.integrations.transformers import capture_attention_rows
@@ -241,6 +240,8 @@ def test_beams_leave_the_rows_of_the_prompt_but_none_of_the_reply():
 
 
 def test_a_model_that_does_not_generate_has_no_generated_rows():
-    with pytest.raises(ValueError, match="want the model whose generate runs"):
-        with capture_attention_rows(llm().model, layers=[1], rows="generated"):
-            pass
+    with (
+        pytest.raises(ValueError, match="want the model whose generate runs"),
+        capture_attention_rows(llm().model, layers=[1], rows="generated"),
+    ):
+        pass

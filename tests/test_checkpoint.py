@@ -78,8 +78,7 @@ def test_a_sound_checkpoint_has_no_notes_whole_or_in_shards(folder):
 
 
 def test_weights_of_another_shape_are_refused_with_their_name(folder):
-    name = "model.embed_tokens.weight"
-    change(folder, lambda all_: {**all_, name: all_[name][:-5].clone()} if name in all_ else _shorter(all_))
+    change(folder, _shorter)
     with pytest.raises(ValueError, match="embed_tokens.weight of (shape|another shape)"):
         load(folder)
 
@@ -89,7 +88,9 @@ def _shorter(weights):
     return {**weights, name: weights[name][:-5].clone()}
 
 
-@pytest.mark.parametrize("content", [b"", LFS.encode(), b"\xff\xfe\x00" * 40, b'{"a":'], ids=["empty", "lfs", "binary", "cut"])
+@pytest.mark.parametrize(
+    "content", [b"", LFS.encode(), b"\xff\xfe\x00" * 40, b'{"a":'], ids=["empty", "lfs", "binary", "cut"]
+)
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_that_is_not_what_its_name_says_is_named(folder, file, content):
     (folder / file).write_bytes(content)
@@ -101,7 +102,9 @@ def test_a_file_that_is_not_what_its_name_says_is_named(folder, file, content):
         assert "Git LFS pointer" in said
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja", WEIGHTS])
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja", WEIGHTS]
+)
 def test_a_file_that_is_missing_is_named(folder, file):
     (folder / file).unlink()
     with pytest.raises((ValueError, OSError), match=f"no {file}") as refused:
@@ -201,7 +204,9 @@ NOWHERE = ["meta", "hpu", "npu", "vulkan", "xla", "privateuseone", "cpu:1", "cpu
 
 @pytest.mark.parametrize("name", NOWHERE)
 def test_a_device_that_computes_nothing_here_is_one_line(name):
-    with pytest.raises(ValueError, match=r"device: got .*, but .*; want cuda, cuda:1, cpu, ... that is here") as refused:
+    with pytest.raises(
+        ValueError, match=r"device: got .*, but .*; want cuda, cuda:1, cpu, ... that is here"
+    ) as refused:
         named_device(name)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 

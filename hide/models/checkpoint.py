@@ -57,7 +57,7 @@ def reading(path: str | Path, part: str, names: Sequence[str]) -> Iterator[None]
 
 
 def read_config(path: str | Path) -> Any:
-    """The checkpoint's configuration; generation_config.json, which transformers skips where it is broken, is looked at.
+    """The checkpoint's configuration; generation_config.json, which transformers skips where broken, is looked at.
 
     Raises as `reading`.
     """
@@ -100,7 +100,9 @@ def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
     if failed := report["error_msgs"]:
         raise ValueError(f"model: {path}: {one_line(failed[0])}")
     if unexpected := sorted(report["unexpected_keys"]):
-        return (f"model: the checkpoint has {_listed(unexpected)} for which the model has no place; they were left out",)
+        return (
+            f"model: the checkpoint has {_listed(unexpected)} for which the model has no place; they were left out",
+        )
     return ()
 
 

@@ -243,7 +243,7 @@ def _prompt_length(model: Any, arguments: Mapping[str, Any]) -> int:
 
 
 def _check_served(model: Any, arguments: Mapping[str, Any], layer: int | None) -> None:
-    """`ValueError` for a way of generating that has no rows of its sequences; `None`: only rows of the prompt matter."""
+    """`ValueError` for a way of generating without rows of its sequences; `None`: only rows of the prompt matter."""
     for name, (off, reason) in _UNSERVED.items():
         value = _setting(model, arguments, name)
         harmless = layer is None and reason in (_BEAMS, _DRAFTS)
