@@ -65,7 +65,9 @@ def load_model(
     given["offload_kv"] = offload_kv or None
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     known = cast("Weights | None", weights)
-    return HiDe.from_pretrained(CHECKPOINT if model is None else model, preset=preset, device=device, dtype=dtype, weights=known, **changes)
+    return HiDe.from_pretrained(
+        CHECKPOINT if model is None else model, preset=preset, device=device, dtype=dtype, weights=known, **changes
+    )
 
 
 def quiet() -> None:

@@ -620,7 +620,7 @@ def preset_for(model: Adapter, preset: str | None = None) -> tuple[HiDeConfig, t
     own = getattr(model.model.config, "hide_preset", None)
     source, asked = ("preset", preset) if preset is not None else ("config.json: hide_preset", own)
     if asked is not None:
-        if asked not in PRESETS:
+        if not isinstance(asked, str) or asked not in PRESETS:
             raise ValueError(f"{source}: got {asked!r}, want one of {', '.join(PRESETS)}")
         return PRESETS[asked], ()
     name = model.presets[0]

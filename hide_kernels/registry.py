@@ -23,8 +23,9 @@ from .attention_rows.request import RowRequest
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor? q_positions, Tensor? kv_starts, Tensor? kv_lens, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? lse, Tensor? weights, SymInt[] spans, "
-    "SymInt[] spans_per_sample, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, str? row_reduction, "
-    "bool causal, SymInt? window, float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
+    "SymInt[] spans_per_sample, SymInt columns, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, "
+    "str? row_reduction, bool causal, SymInt? window, float scale, float? softcap, bool softmax, str? backend) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -40,6 +41,7 @@ def _request(
     weights: Tensor | None,
     spans: list[int],
     spans_per_sample: list[int],
+    columns: int,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     head_reduction: str,
@@ -55,6 +57,7 @@ def _request(
     return RowRequest.of(
         query,
         key,
+        columns=columns,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         spans=[[next(pairs) for _ in range(count)] for count in spans_per_sample],
@@ -120,7 +123,7 @@ def _backward(ctx: Any, grad_rows: Tensor, grad_lse: Tensor | None) -> tuple[Ten
             ctx.lse_given,
             request,
         )
-    return (gradients.query, gradients.key, *[None] * 6, gradients.lse, gradients.weights, *[None] * 12)
+    return (gradients.query, gradients.key, *[None] * 6, gradients.lse, gradients.weights, *[None] * 13)
 
 
 attention_rows.register_autograd(_backward, setup_context=_save)

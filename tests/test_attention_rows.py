@@ -370,3 +370,22 @@ def test_explain_names_the_backend_and_the_reason_against_it():
     assert refused.chosen is None and "quantised" in str(refused)
     with pytest.raises(ValueError, match="operator: got 'rows'"):
         explain("rows")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("row_reduction", [None, "mean", "sum"])
+@pytest.mark.parametrize("reduction, heads", [("mean", ()), ("none", (4,)), ("kv_group", (2,)), ([0.5] * 4, ())])
+@pytest.mark.parametrize("batch, rows, keys", [(0, 3, 50), (2, 0, 50), (2, 3, 0), (0, 0, 50), (0, 3, 0)])
+def test_nothing_has_the_shape_of_something_and_is_zero(batch, rows, keys, reduction, heads, row_reduction, grad):
+    """No sample, no row, no key: through the kernels' registration too, where gradients are recorded."""
+    query = torch.ones(batch, 4, rows, 32, requires_grad=grad)
+    key = torch.ones(batch, 2, keys, 32, requires_grad=grad)
+    spans = [(0, keys // 2), (0, keys // 5)]
+    own = [[(0, keys // 5)]] * batch
+    for given, columns in ((None, keys), (spans, keys // 2 + keys // 5), ([], 0), (own, keys // 5 if batch else 0)):
+        got, lse = attention_rows(
+            query, key, key_spans=given, head_reduction=reduction, row_reduction=row_reduction, return_lse=True
+        )
+        assert got.shape == (batch, *heads, *(() if row_reduction else (rows,)), columns)
+        assert lse.shape == (batch, 4, rows)
+        assert bool((got == 0).all())

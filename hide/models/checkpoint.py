@@ -57,7 +57,7 @@ def reading(path: str | Path, part: str, names: Sequence[str]) -> Iterator[None]
 
 
 def read_config(path: str | Path) -> Any:
-    """The checkpoint's configuration; generation_config.json, which transformers skips where it is broken, is looked at.
+    """The checkpoint's configuration; generation_config.json, which transformers skips where broken, is looked at.
 
     Raises as `reading`.
     """
@@ -92,15 +92,17 @@ def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"model: {path} lacks {_listed(missing)}; random ones would take their place")
     if wrong := sorted(report["mismatched_keys"]):
-        name, found, wanted = wrong[0]
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"model: {path} has {name} of shape {tuple(found)}, and config.json wants {tuple(wanted)}{more}"
-        )
+        # transformers 4.57 gives names alone, 5 the shapes too.
+        name, *shapes = (wrong[0],) if isinstance(wrong[0], str) else wrong[0]
+        of = " of shape {}, and config.json wants {}".format(*map(tuple, shapes)) if shapes else " of another shape"
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"model: {path} has {name}{of}{more}; weights and config.json are not of one model")
     if failed := report["error_msgs"]:
         raise ValueError(f"model: {path}: {one_line(failed[0])}")
     if unexpected := sorted(report["unexpected_keys"]):
-        return (f"model: the checkpoint has {_listed(unexpected)} for which the model has no place; they were left out",)
+        return (
+            f"model: the checkpoint has {_listed(unexpected)} for which the model has no place; they were left out",
+        )
     return ()
 
 

@@ -47,11 +47,12 @@ class RowRequest:
         query: Tensor,
         key: Tensor,
         *,
+        columns: int | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
         **fields: Any,
     ) -> RowRequest:
-        """A request for these tensors, with sizes and shapes filled in."""
+        """A request for these tensors, with sizes and shapes filled in; `columns`: `None` for the most of a sample."""
         packed, table = fields.get("cu_seqlens_q") is not None, fields.get("block_table")
         batch, heads = len(fields["spans"]), query.shape[1]
         kv_heads = key.shape[1] if table is None else key.shape[2]
@@ -61,7 +62,8 @@ class RowRequest:
             length = key.shape[2] if table is None else table.shape[1] * key.shape[1]
         reduction = fields["head_reduction"]
         kept = {"none": (heads,), "kv_group": (kv_heads,)}.get(reduction, ()) if isinstance(reduction, str) else ()
-        columns = max([0, *(sum(stop - start for start, stop in spans) for spans in fields["spans"])])
+        if columns is None:
+            columns = max([0, *(sum(stop - start for start, stop in spans) for spans in fields["spans"])])
         if fields["row_reduction"]:
             shape = (batch, *kept, columns)
         else:

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,9 +73,10 @@ def capture_attention_rows(
         model: a Hugging Face model whose decoder layers use transformers' attention interface.
         layers: zero-based decoder layers; negative ones count from the last.
         rows: strictly increasing positions in the (padded) sequence; `None`: every query of every forward;
-            "generated": the last query of the prompt and then each new token's, inside `generate`, greedy or sampled
-            (not with beams, an assistant or a compiled decode). Batches must be padded on the left, as `generate`
-            wants. With `prefill_chunk_size`, transformers 4.57 decodes the last prompt token: one more row at first.
+            "generated": the last query of the prompt and then each new token's, inside the model's `generate`: as many
+            rows as it returns new tokens, those behind a sample's end included, greedy or sampled, with any cache or
+            none; decoding is not compiled meanwhile. Batches must be padded on the left, as `generate` wants. With
+            `num_return_sequences` the spans of a prompt are those of all its sequences.
         key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
         process_group: the ranks of a model under tensor parallelism (`tp_plan="auto"`), each of which runs the same
             block; sums over heads are then over the heads of all of them.
@@ -86,10 +88,13 @@ def capture_attention_rows(
         "generated" and no `key_spans`, earlier rows are padded with zeros for the keys that came later.
 
     Raises:
-        ValueError: for layers that the model does not have, a mask that is not causal, sliding or padding, attention
-            sinks, and, on leaving the block, for rows that no forward of this thread computed.
+        ValueError: for layers that the model does not have or that have no softmax rows (the others of a hybrid decoder
+            can be captured), a mask that is not causal, sliding or padding, attention sinks, from `generate` for a way
+            of generating whose rows belong to no sequence (beams, an assistant, guidance, ...), and, on leaving the
+            block, for rows that no forward of this thread computed.
     """
     modules = decoder_attention(model)
+    depth = _depth(model, modules)
     if rows is not None and not (isinstance(rows, str) and rows == "generated"):
         try:
             rows = [operator.index(row) for row in rows]
@@ -98,17 +103,23 @@ def capture_attention_rows(
         if not rows or rows[0] < 0 or any(a >= b for a, b in pairwise(rows)):
             raise ValueError(f'rows: got {rows}, want None, "generated" or strictly increasing positions >= 0')
     for layer in layers:
-        if not -len(modules) <= layer < len(modules):
-            raise ValueError(f"layers: got {layer}, want 0 to {len(modules) - 1} ({type(model).__name__})")
+        if not -depth <= layer < depth:
+            raise ValueError(f"layers: got {layer}, want 0 to {depth - 1} ({type(model).__name__})")
+        if layer % depth not in modules:
+            able = ", ".join(map(str, modules))
+            raise ValueError(f"layers: {_why_not(model, layer % depth)}; layers that can be captured: {able}")
+    if rows == "generated" and not hasattr(model, "generate"):
+        raise ValueError(f'rows: got "generated", want the model whose generate runs; {type(model).__name__} has none')
     captures = [
         _Capture(layer, rows, key_spans, causal, head_reduction, return_lse, process_group)
-        for layer in dict.fromkeys(layer % len(modules) for layer in layers)
+        for layer in dict.fromkeys(layer % depth for layer in layers)
     ]
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
     with ExitStack() as routes:
         for capture in captures:
             routes.enter_context(_routed(modules[capture.layer], capture))
+        routes.enter_context(_generating(model, captures))
         yield CapturedRows(captures)
     for capture in captures:
         capture.check_complete()
@@ -139,6 +150,16 @@ def capture_module_rows(
 @contextmanager
 def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
     """Inside, the module sees a config that sends its attention through the capture, beside those that are open."""
+
+    def ran(*_: Any) -> None:
+        if capture.here and not capture.called:
+            raise ValueError(
+                f"layer {capture.layer}: its {type(module).__name__} computes attention by itself, not through "
+                "transformers' attention interface; its rows cannot be captured"
+            )
+        if capture.here:
+            capture.called = False
+
     with _routes:
         seen: Any = module.config
         routed = seen if _captures(seen) else copy.copy(seen)
@@ -149,10 +170,12 @@ def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
         routed.hide_captures = (*_captures(seen), capture)
         capture.base_config = routed.hide_base
         module.config = routed
+        hook = module.register_forward_hook(ran)
     try:
         yield
     finally:
         with _routes:
+            hook.remove()
             routed.hide_captures = tuple(one for one in routed.hide_captures if one is not capture)
             if not routed.hide_captures:
                 module.config = routed.hide_base
@@ -165,16 +188,134 @@ def _captures(config: Any) -> tuple[_Capture, ...]:
 
 def capturing(model: PreTrainedModel) -> bool:
     """Whether a capture that this thread has opened is open on one of the model's layers."""
-    thread = threading.get_ident()
-    return any(
-        capture.thread == thread for module in decoder_attention(model).values() for capture in _captures(module.config)
-    )
+    return any(capture.here for module in decoder_attention(model).values() for capture in _captures(module.config))
+
+
+# Settings of `generate` with the values that leave its rows to its sequences, and why others do not.
+_BEAMS = "what lies in the cache is exchanged between beams"
+_DRAFTS = "several drafted tokens go through the model at once, and some are taken back"
+_OTHER = "it sends other sequences through the model too"
+_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), _BEAMS),
+    "num_beam_groups": ((None, 1), _BEAMS),
+    "constraints": ((None,), _BEAMS),
+    "force_words_ids": ((None,), _BEAMS),
+    "assistant_model": ((None,), _DRAFTS),
+    "prompt_lookup_num_tokens": ((None,), _DRAFTS),
+    "assistant_early_exit": ((None,), _DRAFTS),
+    "use_mtp": ((None, False), _DRAFTS),
+    "penalty_alpha": ((None, 0, 0.0), _OTHER),
+    "guidance_scale": ((None, 1, 1.0), _OTHER),
+    "token_healing": ((None, False), _OTHER),
+    "dola_layers": ((None,), "its tokens come from several layers"),
+    "custom_generate": ((None,), "what it sends through the model is not known"),
+}
+_UNSERVED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_INSTEAD = "generate first, then capture the rows of the whole sequence in one forward"
+
+
+class _WatchedGenerate:
+    """A model's `generate` while captures are open on it: it tells those of its thread where it begins and ends.
+
+    They are held to as many rows as new tokens. A thread without a capture generates as if there were none.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Take the place of `generate`, and of what cannot be captured, until `close`."""
+        self.captures: tuple[_Capture, ...] = ()
+        self._model = model
+        self._own = {name: getattr(model, name) for name in ("generate", *_UNSERVED_METHODS) if hasattr(model, name)}
+        self._before = {name: vars(model)[name] for name in self._own if name in vars(model)}
+        vars(model)["generate"] = self
+        vars(model).update({name: partial(self._unserved, name) for name in self._own if name != "generate"})
+
+    def close(self) -> None:
+        """Put everything back."""
+        for name in self._own:
+            del vars(self._model)[name]
+        vars(self._model).update(self._before)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        captures = [capture for capture in self.captures if capture.here]
+        if not captures:
+            return self._own["generate"](*args, **kwargs)
+        model = self._model
+        arguments = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        prompt = _prompt_length(model, arguments)
+        for capture in captures:
+            _check_served(model, arguments, None if capture.in_prompt(prompt) else capture.layer)
+            chunked = _setting(model, arguments, "prefill_chunk_size") is not None
+            capture.begin(_setting(model, arguments, "num_return_sequences") or 1, chunked)
+        # A compiled step would not be seen.
+        found = self._own["generate"](*args, **{**kwargs, "disable_compile": True})
+        sequences = found if isinstance(found, Tensor) else found.sequences
+        for capture in captures:
+            capture.end(sequences.shape[0], sequences.shape[1] - prompt)
+        return found
+
+    def _unserved(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if any(capture.here for capture in self.captures):
+            raise ValueError(f"generate: continuous batching packs sequences, so that rows have no place; {_INSTEAD}")
+        return self._own[name](*args, **kwargs)
+
+
+@contextmanager
+def _generating(model: Any, captures: Sequence[_Capture]) -> Iterator[None]:
+    """Inside, the captures are told of what the model's `generate` does in this thread."""
+    if not hasattr(model, "generate"):
+        yield
+        return
+    with _routes:
+        watch = vars(model).get("generate")
+        if not isinstance(watch, _WatchedGenerate):
+            watch = _WatchedGenerate(model)
+        watch.captures = (*watch.captures, *captures)
+    try:
+        yield
+    finally:
+        with _routes:
+            watch.captures = tuple(one for one in watch.captures if all(one is not ours for ours in captures))
+            if not watch.captures:
+                watch.close()
+
+
+def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """What `generate` takes: its argument, else the given generation_config's value, else the model's own."""
+    if name in arguments:
+        return arguments[name]
+    found = getattr(arguments.get("generation_config"), name, None)
+    return found if found is not None else getattr(getattr(model, "generation_config", None), name, None)
+
+
+def _prompt_length(model: Any, arguments: Mapping[str, Any]) -> int:
+    """How many tokens at the beginning of its sequences `generate` was given."""
+    given = arguments.get("inputs") if arguments.get("input_ids") is None else arguments["input_ids"]
+    if getattr(model.config, "is_encoder_decoder", False):
+        given = arguments.get("decoder_input_ids")
+    elif given is None and arguments.get("inputs_embeds") is not None:
+        return 0
+    return 1 if given is None else int(given.shape[-1])
+
+
+def _check_served(model: Any, arguments: Mapping[str, Any], layer: int | None) -> None:
+    """`ValueError` for a way of generating without rows of its sequences; `None`: only rows of the prompt matter."""
+    for name, (off, reason) in _UNSERVED.items():
+        value = _setting(model, arguments, name)
+        harmless = layer is None and reason in (_BEAMS, _DRAFTS)
+        if name == "penalty_alpha" and (_setting(model, arguments, "top_k") or 0) <= 1:
+            continue
+        if not any(value is one or (type(value) in (int, float) and value == one) for one in off) and not harmless:
+            shown = type(value).__name__ if name in ("assistant_model", "custom_generate", "constraints") else value
+            raise ValueError(f"generate: rows cannot be captured with {name}={shown}: {reason}; {_INSTEAD}")
+    if _setting(model, arguments, "cache_implementation") == "paged":
+        raise ValueError(f"generate: rows cannot be captured with cache_implementation='paged'; {_INSTEAD}")
 
 
 def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
     """`{layer: attention module}` of the language model's decoder layers, vision towers left out.
 
-    Raises `ValueError` for models without such modules or with gaps in their numbering.
+    Layers without a causal attention that uses transformers' attention interface are left out. Raises `ValueError`,
+    with the reason, for models that have no other.
     """
     found: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
@@ -183,12 +324,31 @@ def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
             if layer in found:
                 raise ValueError(f"model: {type(model).__name__} has two causal attentions of layer {layer} ({name})")
             found[layer] = module
-    if sorted(found) != list(range(len(found))) or not found:
-        raise ValueError(
-            f"model: {type(model).__name__} has causal attention modules for layers {sorted(found)}, want 0, 1, ...: "
-            "its decoder does not use transformers' attention interface"
-        )
-    return found
+    if not found:
+        raise ValueError(f"model: no layer of {type(model).__name__} can be captured; {_why_not(model, 0)}")
+    return dict(sorted(found.items()))
+
+
+def _depth(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> int:
+    """The decoder's number of layers, of all kinds."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return max(getattr(config, "num_hidden_layers", None) or 0, max(modules) + 1)
+
+
+def _why_not(model: PreTrainedModel, layer: int) -> str:
+    """Why a layer that `decoder_attention` leaves out cannot be captured."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    kind = kinds[layer] if layer < len(kinds) else None
+    # "linear_attention", "mamba", "conv", "moe", ...; a "hybrid" layer has attention beside something else.
+    if kind not in (None, "hybrid") and ("attention" not in kind or "linear" in kind):
+        return f"layer {layer} is {kind}: it has no softmax rows"
+    names = {type(part).__name__ for part in model.modules() if getattr(part, "layer_idx", None) == layer}
+    attentions = sorted(name for name in names if "Attention" in name)
+    if attentions or not names:
+        which = f" ({', '.join(attentions)})" if attentions else ""
+        return f"layer {layer} has no causal attention{which} that uses transformers' attention interface"
+    return f"layer {layer} is {', '.join(sorted(names))}: it has no softmax rows"
 
 
 class CapturedRows(Mapping[int, AttentionRows]):
@@ -239,6 +399,40 @@ class _Capture:
     positions: list[int] = field(default_factory=list)
     tokens: int = 0
     keys: int = 0
+    generating: bool = False
+    chunked: bool = False
+    sequences: int = 1
+    called: bool = False
+
+    @property
+    def here(self) -> bool:
+        """Whether this is the thread that opened it, whose forwards it records."""
+        return self.thread == threading.get_ident()
+
+    def begin(self, sequences: int, chunked: bool) -> None:
+        """`generate` begins, with so many sequences of each prompt; `chunked`: prompts come in several forwards."""
+        self._forget()
+        self.generating, self.chunked, self.sequences = True, chunked, sequences
+
+    def end(self, sequences: int, new: int) -> None:
+        """`generate` has returned so many sequences with so many new tokens each."""
+        self.generating, self.sequences = False, 1
+        if self.rows != "generated":
+            return
+        if self.chunked and len(self.positions) == new + 1:
+            # transformers 4.57 decodes the last token of a prompt that came in chunks once more.
+            self._keep(range(1, new + 1))
+        got = (self.pieces[0].rows.shape[0] if self.pieces else 0, len(self.positions))
+        if got != (sequences, new):
+            self._forget()
+            raise ValueError(
+                f"layer {self.layer}: got rows for {got} (sequences, new tokens), want {(sequences, new)}: this way of "
+                f"generating cannot be captured; {_INSTEAD}"
+            )
+
+    def in_prompt(self, length: int) -> bool:
+        """Whether only positions of a prompt of this length are asked for."""
+        return isinstance(self.rows, list) and self.rows[-1] < length
 
     @property
     def flash(self) -> bool:
@@ -261,7 +455,9 @@ class _Capture:
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
         first = _first_position(visible, query.shape[2], key.shape[2])
-        if first < self.tokens:
+        # Without a cache each step of `generate` sends the whole sequence again.
+        again = self.generating and self.rows == "generated" and first == 0
+        if first < self.tokens and not again:
             self._go_back(first)
         sliding = kwargs.get("sliding_window")
         if sliding is not None and (first != self.tokens if self.tokens else first >= max(1, sliding - 1)):
@@ -272,7 +468,8 @@ class _Capture:
         self.tokens = first + query.shape[2]
         wanted: Sequence[int] = range(first, first + query.shape[2])
         if self.rows == "generated":
-            self._drop_prompt(query.shape[2])
+            if not again:
+                self._drop_prompt(query.shape[2])
             wanted = wanted[-1:]
         elif self.rows is not None:
             wanted = self.rows
@@ -284,7 +481,11 @@ class _Capture:
             visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer
         )
         self.keys = max(self.keys, key.shape[2])
-        to_come = _last_key(self.key_spans) - key.shape[2]
+        spans: Any = self.key_spans
+        if spans and self.sequences > 1 and (not spans[0] or isinstance(spans[0][0], (list, tuple))):
+            # A list for each prompt, whose sequences lie one after another.
+            spans = [own for own in spans for _ in range(self.sequences)]
+        to_come = _last_key(spans) - key.shape[2]
         if to_come > 0:
             # A span that lies in a later part of the prompt: keys that nobody sees yet.
             limits.setdefault("kv_lens", torch.full((query.shape[0],), key.shape[2], device=query.device))
@@ -292,7 +493,7 @@ class _Capture:
         new = attention_rows(
             query[:, :, here[0] : here[-1] + 1] if len(here) == here[-1] - here[0] + 1 else query[:, :, here],
             key,
-            key_spans=self.key_spans,
+            key_spans=spans,
             causal=self.causal,
             window=window,
             scale=kwargs.get("scaling"),
@@ -307,15 +508,23 @@ class _Capture:
 
     def _go_back(self, first: int) -> None:
         """A forward begins before the end of what was seen: the rows from there on are of another continuation."""
-        kept = [place for place, position in enumerate(self.positions) if position < first]
-        if len(kept) < len(self.positions):
+        self._keep([place for place, position in enumerate(self.positions) if position < first])
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Of the rows, those at these places."""
+        if not places:
+            self._forget()
+        elif len(places) < len(self.positions):
             whole = _joined(self.pieces)
             lse = whole.lse
+            kept = list(places)
             self.pieces = [AttentionRows(whole.rows[..., kept, :], None if lse is None else lse[..., kept])]
             self.positions = [self.positions[place] for place in kept]
-        if not kept:
-            self.pieces.clear()
-            self.keys = 0
+
+    def _forget(self) -> None:
+        self.pieces.clear()
+        self.positions.clear()
+        self.keys = self.tokens = 0
 
     def _drop_prompt(self, queries: int) -> None:
         """Of a prompt that comes in several forwards, only the last one's last query predicts a token."""
@@ -484,9 +693,9 @@ def _attention(
     """The function registered as `hide_rows`: record, then run the model's own implementation."""
     # Read once: another thread may close the last capture meanwhile, and the module then has its own config again.
     config = module.config
-    thread = threading.get_ident()
     for capture in _captures(config):
-        if capture.thread == thread:
+        if capture.here:
+            capture.called = True
             capture.record(query, key, attention_mask, kwargs)
         else:
             capture.elsewhere = True
