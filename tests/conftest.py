@@ -5,12 +5,13 @@ import os
 import re
 import warnings
 
+# Before numpy and torch are loaded, and for the processes that tests start. Small models gain nothing from threads,
+# parallel test processes would fight over the cores, and sums would depend on how many there are.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 from hypothesis import settings
-
-# Small models gain nothing from threads, and parallel test processes would fight over the cores.
-torch.set_num_threads(1)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Both try the same examples every time; "many" is what `make fuzz` runs.
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=50)
