@@ -88,7 +88,7 @@ def test_errors_are_one_line_that_says_what_to_do(picture, tmp_path, monkeypatch
 
 
 def test_a_picture_that_does_not_fit_is_one_line_with_advice(picture, tmp_path, monkeypatch):
-    def short(*arguments):
+    def short(*arguments, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(PreallocatedLayer, "update", short)
