@@ -10,6 +10,7 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from os import PathLike
 from pathlib import Path
 from typing import IO
@@ -38,7 +39,21 @@ _BITS = (8, 10, 12, 14, 16, 24, 31, 32)
 
 
 class PictureWarning(UserWarning):
-    """Says what was left out of a picture or guessed about it; the commands show it as a note."""
+    """Says what was left out of a picture or guessed about it; results and commands have it as a note."""
+
+
+_notes: ContextVar[list[str] | None] = ContextVar("picture_notes", default=None)
+
+
+@contextmanager
+def picture_notes() -> Iterator[list[str]]:
+    """Inside, what would be a `PictureWarning` of this thread is added to the list, for the notes of a result."""
+    found: list[str] = []
+    before = _notes.set(found)
+    try:
+        yield found
+    finally:
+        _notes.reset(before)
 
 
 def load_image(image: ImageLike) -> Image.Image:
@@ -99,23 +114,27 @@ def load_image(image: ImageLike) -> Image.Image:
 
 
 def from_base64(text: str | bytes) -> Image.Image:
-    """The picture of a data URI, or of base64 alone, as `load_image` reads it.
+    """The picture of a data URI, or of base64 alone, as `load_image` reads it; raises as `base64_bytes` too."""
+    return _open(base64_bytes(text), _base64_name(text))
+
+
+def base64_bytes(text: str | bytes) -> bytes:
+    """The file in a data URI or in base64 alone.
 
     Args:
         text: `data:image/png;base64,...`, of whatever type it says, also with percent-encoding; or base64. Blanks and
             line breaks are skipped, the letters `-` and `_` of URLs taken, and missing padding is added.
 
     Raises:
-        ValueError: for what is no base64, or is no picture.
+        TypeError, ValueError: for what is no base64.
     """
+    name = _base64_name(text)
     if isinstance(text, bytes):
         text = text.decode("ascii", errors="replace")
     if not isinstance(text, str):
         raise TypeError(f"image: got {type(text).__name__}, want text in base64 or a data URI")
-    body, is_uri = text.strip(), text.lstrip()[:5].lower() == "data:"
-    name = "the data URI" if is_uri else "the base64 text"
+    body, encoded, is_uri = text.strip(), True, name == "the data URI"
     with _named(name):
-        encoded = True
         if is_uri:
             header, comma, body = body.partition(",")
             if not comma:
@@ -128,7 +147,12 @@ def from_base64(text: str | bytes) -> Image.Image:
                 data = base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
             except binascii.Error as error:
                 raise ValueError(f"it is not base64 ({error}), it starts with {_short(text)!r}") from None
-    return _open(data, name)
+    return data
+
+
+def _base64_name(text: object) -> str:
+    start = text.lstrip()[:5].lower() if isinstance(text, (str, bytes)) else ""
+    return "the data URI" if start in ("data:", b"data:") else "the base64 text"
 
 
 def _open(source: Path | bytes, name: str) -> Image.Image:
@@ -201,7 +225,11 @@ def _short(text: str) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"image: {text}", PictureWarning, stacklevel=2)
+    notes = _notes.get()
+    if notes is None:
+        warnings.warn(f"image: {text}", PictureWarning, stacklevel=2)
+    else:
+        notes.append(f"image: {text}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

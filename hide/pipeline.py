@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hide.config import PRESETS, HiDeConfig
 from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, entity_request, parse_entities
-from hide.images import ImageLike, load_image, to_image, to_tensor
+from hide.images import ImageLike, load_image, picture_notes, to_image, to_tensor
 from hide.models import load
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide.models.quantised import Weights
@@ -164,6 +164,15 @@ class _Clock:
         return found
 
 
+class _Loaded(NamedTuple):
+    """Pictures as they were read, their pixels where the model is, the encoder's input, and notes about the reading."""
+
+    images: tuple[Image.Image, ...]
+    sources: tuple[Tensor, ...]
+    pictures: Pictures
+    notes: tuple[str, ...]
+
+
 class HiDe:
     """Answers questions about high-resolution pictures by looking closer at what the question speaks of, from any
     number of threads::
@@ -235,9 +244,11 @@ class HiDe:
 
         Close it, or use it in a `with` block, to free its keys and values.
         """
-        read, sources, pictures = self._loaded(images)
-        pictures, features = encode(self.model, pictures)
-        return self._session(read, sources, pictures, features)
+        loaded = self._loaded(images)
+        pictures, features = encode(self.model, loaded.pictures)
+        # Pixels are let go of before the prefill.
+        loaded = loaded._replace(pictures=pictures)
+        return self._session(loaded, features)
 
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
@@ -329,10 +340,11 @@ class HiDe:
         if isinstance(image, ImageSession):
             return self._ask(self._own(image), question, plain, most, clock)
         with clock("read and resize"):
-            images, sources, pictures = self._loaded(image)
+            loaded = self._loaded(image)
         with clock("prefix"):
-            pictures, features = encode(self.model, pictures)
-            session = self._session(images, sources, pictures, features)
+            pictures, features = encode(self.model, loaded.pictures)
+            loaded = loaded._replace(pictures=pictures)
+            session = self._session(loaded, features)
             clock.tokens["prefix"] = session.length
         del features
         with session:
@@ -346,7 +358,7 @@ class HiDe:
                 plain_answer, clock.tokens["plain answer"] = self._answer(session, question, most=most)
         with clock("entities"):
             (entities,), clock.tokens["entities"] = self._entities([question])
-        notes = [*self._notes, *entities.notes]
+        notes = [*self._notes, *session.notes, *entities.notes]
         with clock("attention rows"):
             rows, clock.tokens["attention rows"] = self._attention_rows(session, entities)
         with clock("maps"):
@@ -384,17 +396,15 @@ class HiDe:
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
-    def _loaded(
-        self, images: ImageLike | Sequence[ImageLike]
-    ) -> tuple[tuple[Image.Image, ...], tuple[Tensor, ...], Pictures]:
-        """The pictures, their pixels where the model is, and what the vision encoder eats."""
+    def _loaded(self, images: ImageLike | Sequence[ImageLike]) -> _Loaded:
         device = self.model.model.device
         read, sources = [], []
-        for image in _listed(images):
-            source = self._decoded(image, device)
-            read.append(load_image(image) if source is None else to_image(source))
-            sources.append(to_tensor(read[-1], device) if source is None else source)
-        return tuple(read), tuple(sources), self._preprocess(sources)
+        with picture_notes() as notes:
+            for image in _listed(images):
+                source = self._decoded(image, device)
+                read.append(load_image(image) if source is None else to_image(source))
+                sources.append(to_tensor(read[-1], device) if source is None else source)
+        return _Loaded(tuple(read), tuple(sources), self._preprocess(sources), tuple(notes))
 
     def _decoded(self, image: ImageLike, device: torch.device) -> Tensor | None:
         """The pixels of a file that is decoded on the device; `None` where the config or the file wants Pillow."""
@@ -410,15 +420,14 @@ class HiDe:
         pictures = self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=most)
         return dataclasses.replace(pictures, joined=self.config.collage_in_span)
 
-    def _session(
-        self, images: Sequence[Image.Image], sources: Sequence[Tensor], pictures: Pictures, features: Features
-    ) -> ImageSession:
+    def _session(self, loaded: _Loaded, features: Features) -> ImageSession:
         return ImageSession(
             self.model,
-            pictures,
+            loaded.pictures,
             features=features,
-            images=images,
-            sources=sources,
+            images=loaded.images,
+            sources=loaded.sources,
+            notes=loaded.notes,
             prefill_chunk=self.config.prefill_chunk,
             offload=self.config.offload_kv,
         )

@@ -396,6 +396,7 @@ class ImageSession(Prefix):
         features: Features | None = None,
         images: Sequence[Image.Image] = (),
         sources: Sequence[Tensor] = (),
+        notes: Sequence[str] = (),
         prefill_chunk: int = 2048,
         room: int = 256,
         offload: bool = False,
@@ -403,13 +404,13 @@ class ImageSession(Prefix):
         """Encode and prefill; as `Prefix`.
 
         images: what the pictures were made from. sources: their pixels, (H, W, 3 or 4) uint8, which collages are cut
-            out of, where the model is.
+            out of, where the model is. notes: what was left out of them or guessed (`hide.images.picture_notes`).
         """
         ids = model.image_prefix(pictures)
         super().__init__(
             model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room, offload=offload
         )
-        self.images, self.sources = tuple(images), tuple(sources)
+        self.images, self.sources, self.notes = tuple(images), tuple(sources), tuple(notes)
 
     @property
     def nbytes(self) -> int:

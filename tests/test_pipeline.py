@@ -114,7 +114,7 @@ def test_the_steps_in_a_row_reproduce_the_published_boxes_and_collages(path):
         tuple(attention[:, a:b].unflatten(1, grid) for a, b, grid in spans), 8, ("",) * (len(attention) - 8)
     )
     config = HiDeConfig(layers=None, sigma=case["sigma"].item(), threshold=case["threshold"].item())
-    hide = HiDe(SimpleNamespace(num_layers=1), config)
+    hide = HiDe(SimpleNamespace(num_layers=1, notes=()), config)
     maps = hide.maps(rows)
     collages, boxes = hide.collage(images, hide.boxes(maps, images))
     got = {
@@ -477,3 +477,12 @@ def test_a_bound_on_new_tokens_that_is_none_is_refused_before_anything_runs(boun
     for call in (hide.ask, hide.answer):
         with pytest.raises(error, match=f"max_new_tokens: got {bound}"):
             call("no such file", "What?", max_new_tokens=bound)
+
+
+def test_what_was_guessed_about_a_picture_is_a_note_of_every_result_and_no_warning(hide, recwarn):
+    ramp = np.tile(np.linspace(-1, 1, 300, dtype=np.float32), (200, 1))
+    want = "image: values of -1 to 1 are read as -1 (black) to 1 (white)"
+    assert want in hide.ask(ramp, QUESTION).notes
+    with hide.open(ramp) as session:
+        assert want in hide.ask(session, QUESTION, plain=False).notes
+    assert not recwarn.list

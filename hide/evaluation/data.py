@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import math
 import re
@@ -17,7 +15,7 @@ from PIL import Image
 
 from hide.evaluation.files import Entry, json_records, table
 from hide.evaluation.scoring import right_answer
-from hide.images import load_image
+from hide.images import base64_bytes, load_image
 from hide.questions import LETTERS, Question
 
 
@@ -379,19 +377,9 @@ def _placed(shown: Sequence[Any], listed: Sequence[Any]) -> list[Any]:
     return [next(rest) if picture is _HERE else picture for picture in shown]
 
 
-_DATA_URI = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
-
-
 def _embedded(value: Any) -> Any:
-    """A cell with a picture: base64 in any line width, or what `_pictures` takes."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    start = _DATA_URI.match(value)
-    text = "".join(value[start.end() if start else 0 :].split())
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise ValueError(f"image: it is not base64: {error}") from None
+    """A cell with a picture: base64 or a data URI, or what `_pictures` takes."""
+    return base64_bytes(value) if isinstance(value, str) and value.strip() else value
 
 
 def _pictures(folder: Path, values: Sequence[Any]) -> dict[str, Any]:
@@ -401,8 +389,8 @@ def _pictures(folder: Path, values: Sequence[Any]) -> dict[str, Any]:
     for value in values:
         if isinstance(value, dict):  # as the datasets library stores pictures
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if isinstance(value, str) and _DATA_URI.match(value):
-            value = _embedded(value)
+        if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
+            value = base64_bytes(value)
         if isinstance(value, bytes):
             sources.append(value)
             names.append(f"digest {hashlib.blake2b(value, digest_size=12).hexdigest()}")
@@ -413,20 +401,10 @@ def _pictures(folder: Path, values: Sequence[Any]) -> dict[str, Any]:
             raise ValueError(f"image: got {_short(value)}, want a path or the bytes of a picture")
 
     def read() -> Image.Image | tuple[Image.Image, ...]:
-        pictures = tuple(map(_read_picture, sources))
+        pictures = tuple(map(load_image, sources))
         return pictures if len(pictures) > 1 else pictures[0]
 
     return {"image": read, "picture": " ".join(names)}
-
-
-def _read_picture(source: Path | str | bytes) -> Image.Image:
-    if not isinstance(source, bytes):
-        return load_image(source)
-    try:
-        with Image.open(io.BytesIO(source)) as opened:
-            return load_image(opened)
-    except OSError as error:
-        raise ValueError(f"image: the bytes in the file are no picture: {error}") from None
 
 
 def _held(image: Image.Image) -> Callable[[], Image.Image]:

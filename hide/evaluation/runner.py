@@ -18,6 +18,7 @@ import torch
 from hide.evaluation.data import BadRecord, Sample, distinct
 from hide.evaluation.scoring import Scorer, Share, share
 from hide.evaluation.views import METHODS, VIEWS
+from hide.images import picture_notes
 from hide.output import make_folder, remove_folders
 from hide.pipeline import HiDe
 from hide.questions import Question
@@ -231,7 +232,8 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
     """
     record = blank_record(sample, "")
     try:
-        image = sample.image()
+        with picture_notes() as seen:
+            image = sample.image()
         start = time.perf_counter()
         with hide.open(image) as session:
             opened = time.perf_counter() - start
@@ -268,7 +270,7 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
         return blank_record(sample, f"{type(error).__name__}: {error}")
     facts = result.to_dict()
     kept = {name: facts[name] for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes")}
-    kept["notes"] = [*sample.notes, *kept["notes"]]
+    kept["notes"] = [*sample.notes, *seen, *kept["notes"]]
     asked = {name: {m: of[m] for m in methods if m in of} for name, of in record.items() if isinstance(of, dict)}
     return {**record, **asked, **kept, "error": None}
 
