@@ -167,7 +167,6 @@ SERVED = {
     "a compiled decode is asked for": {
         "cache_implementation": "static", "compile_config": CompileConfig(backend="eager", fullgraph=False),
     },
-    "prompt in chunks": {"prefill_chunk_size": 7},
     "a dictionary is returned": {"return_dict_in_generate": True, "output_logits": True},
     "one token": {"max_new_tokens": 1, "min_new_tokens": 1},
     "samples end early": {"min_new_tokens": None, "eos_token_id": list(range(0, VOCABULARY, 5))},
