@@ -102,8 +102,8 @@ def compiled(capability: tuple[int, int], number: int) -> Usage:
 @functools.cache
 def committed() -> dict[str, Usage]:
     """The usages in the report by the hash of what they were compiled from."""
-    rows = [[cell.strip() for cell in line.split("|")] for line in REPORT.read_text().splitlines() if "`" in line]
-    return {row[-2].strip("`"): Usage(row[2], *map(int, row[3:-2])) for row in rows if row[-2].startswith("`")}
+    rows = [[cell.strip() for cell in line.split("|")] for line in REPORT.read_text().splitlines() if "` |" in line]
+    return {row[-2].strip("`"): Usage(row[2], *map(int, row[3:-2])) for row in rows}
 
 
 def usage(launch: Launch, capability: tuple[int, int]) -> Usage:

@@ -444,7 +444,6 @@ def test_a_model_spread_over_gpu_and_cpu_serves_a_session(adapter, pictures, col
 # Settings, attention and prompts that are not the usual ones
 
 
-@every_size
 def test_one_branch_answers_any_questions_in_any_order(adapter, pictures):
     ids = adapter.input_ids(QUESTION, pictures)
     want = adapter.generate_ids(ids, pictures, max_new_tokens=5)
@@ -455,10 +454,9 @@ def test_one_branch_answers_any_questions_in_any_order(adapter, pictures):
             assert (branch.logits() - logits).abs().max() < 1e-4
             assert branch.reply(5, static=static) == want
             assert (branch.logits() - logits).abs().max() < 1e-4
-        assert (
-            len(branch.reply(600, static=True)) == 600
-            or branch.reply(600, static=True)[-1] in greedy_settings(adapter.model.generation_config).ends
-        )
+        # More than the room that the cache began with.
+        long = branch.reply(300, static=True)
+        assert len(long) == 300 or long[-1] in greedy_settings(adapter.model.generation_config).ends
 
 
 def test_eager_attention_is_decoded_by_generate_alone(pictures):
