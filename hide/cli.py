@@ -194,6 +194,8 @@ def attend(
             peak,
         )
     console.print(table)
+    for note in hide.model.notes:
+        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"reply: [bold]{escape(found.reply)}[/bold]")
     console.print(f"pictures: {paths[0]}; maps as arrays: {paths[1]}", highlight=False, soft_wrap=True)
 
