@@ -191,7 +191,7 @@ def cut(data, part=0.5):
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
 UNREADABLE = {
-    "empty.png": (lambda: b"", "identify"),
+    "empty.png": (lambda: b"", "it is empty"),
     "text.jpg": (lambda: b"<html>404 Not Found</html>", "identify"),
     "only a header.png": (lambda: stored(NOISE, "PNG")[:30], "cannot be read"),
     "cut.jpg": (lambda: cut(stored(NOISE, "JPEG")), "truncated"),
