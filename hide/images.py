@@ -192,8 +192,8 @@ def _without_metadata(data: bytes) -> bytes | None:
         fewest = {b"\0": 2, b"\2": 6}.get(data[25:26], 1)
         while place + 12 <= len(data):
             (length,) = struct.unpack(">I", data[place : place + 4])
-            kind = data[place + 4 : place + 8]
-            if kind in (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND") or (kind == b"tRNS" and length >= fewest):
+            name = data[place + 4 : place + 8]
+            if name in (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND") or (name == b"tRNS" and length >= fewest):
                 kept.append(data[place : place + 12 + length])
             place += 12 + length
         return data[:8] + b"".join(kept)

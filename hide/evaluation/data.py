@@ -349,7 +349,8 @@ def _chat(turns: Any, name: str) -> tuple[str, Any, list[Any]]:
 
 def _content(content: Any) -> tuple[str, list[Any]]:
     """The text of a turn and its pictures; a turn is a text, or a list of parts that are texts and pictures."""
-    texts, shown = [], []
+    texts: list[str] = []
+    shown: list[Any] = []
     for part in content if isinstance(content, list) else [content]:
         kind = part.get("type", next(iter(part), None)) if isinstance(part, dict) else "text"
         value = part.get(str(kind)) if isinstance(part, dict) else part
