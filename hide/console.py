@@ -102,7 +102,8 @@ def errors(console: Console) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         # Importing it here would import torch, which may be what warns.
-        if issubclass(category, getattr(sys.modules.get("hide.images"), "PictureWarning", ())):
+        ours = issubclass(category, getattr(sys.modules.get("hide.images"), "PictureWarning", ()))
+        if ours or "PIL" in Path(str(place[0])).parts:
             console.print(f"[yellow]note[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)
         else:
             shown(message, category, *place, **more)

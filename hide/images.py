@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 ImageLike = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
@@ -75,18 +75,19 @@ def load_image(image: ImageLike) -> Image.Image:
         Values that are not of 8 bits are scaled by the first rule that holds all of them, with a warning wherever that
         is a guess. Integers from 0 on: as numbers of 8, 10, 12, 14, 16, 24, 31 or 32 bits, whichever is the first to
         hold the largest. Floats: as 0..1 (up to 0.25 below and 1 above is cut off), as -1..1 (half a unit more is), as
-        0..255, as integers. All others: from the smallest to the largest. NaN is black.
+        0..255, as integers. All others: from the smallest to the largest. NaN is black. Of colour of 16 bits in a file
+        the upper 8 are read, with a warning where no value needs the highest.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: naming the picture and what is wrong with it.
     """
     if isinstance(image, (str, PathLike)):
         name = str(image)
-        if name[:5].lower() == "data:":
+        if name.lstrip()[:5].lower() == "data:":
             return from_base64(name)
         if _URL.match(name):
             raise ValueError(f"image: got the URL {_short(name)}, and URLs are not read; download it and pass the file")
-        return _open(Path(image), _short(name))
+        return _open(Path(image), _short(name) or "the empty text")
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _open(bytes(image), "the bytes")
     if isinstance(image, Image.Image):
@@ -159,6 +160,8 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
     with _named(name), warnings.catch_warnings():
         if isinstance(source, Path) and not source.is_file():
             raise FileNotFoundError(f"image: {name} is not a file")
+        if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
+            raise ValueError("it is empty")
         # Pillow warns at half the size that it refuses; a picture that it accepts is not news.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -175,7 +178,8 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
                     picture = _to_rgb(opened)
             except Exception:
                 raise error from None
-            _warn(f"the metadata of {name} is left out: {error}")
+            why = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+            _warn(f"the metadata of {name} is left out{why}")
             return picture
 
 
@@ -184,9 +188,12 @@ def _without_metadata(data: bytes) -> bytes | None:
     kept = []
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         place = 8
+        # What is transparent takes so many bytes, by the kind of colour.
+        fewest = {b"\0": 2, b"\2": 6}.get(data[25:26], 1)
         while place + 12 <= len(data):
             (length,) = struct.unpack(">I", data[place : place + 4])
-            if data[place + 4 : place + 8] in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            name = data[place + 4 : place + 8]
+            if name in (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND") or (name == b"tRNS" and length >= fewest):
                 kept.append(data[place : place + 12 + length])
             place += 12 + length
         return data[:8] + b"".join(kept)
@@ -196,7 +203,8 @@ def _without_metadata(data: bytes) -> bytes | None:
         while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] not in (b"\xda", b""):
             length = int.from_bytes(data[place + 2 : place + 4], "big")
             kind, segment = data[place + 1], data[place : place + 2 + length]
-            if not (0xE1 <= kind <= 0xEF or kind == 0xFE) or kind == 0xEE or segment[4:10] == b"Exif\0\0":
+            whole = kind in (0xE0, 0xEE) and length >= 14  # Adobe's has 14 bytes, JFIF's 16
+            if not (0xE0 <= kind <= 0xEF or kind == 0xFE) or whole or segment[4:10] == b"Exif\0\0":
                 kept.append(segment)
             place += 2 + length
         return data[:2] + b"".join(kept) + data[place:]
@@ -217,7 +225,10 @@ def _named(what: str) -> Iterator[None]:
         ) from None
     # Decoders raise what they come across: OSError, SyntaxError, RuntimeError, NotImplementedError, struct.error.
     except Exception as error:
-        raise ValueError(f"image: {what} cannot be read as a picture: {error or type(error).__name__}") from error
+        why: object = getattr(error, "strerror", None) or error or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # Pillow says where its object is in memory
+            why = "cannot identify its format"
+        raise ValueError(f"image: {what} cannot be read as a picture: {why}") from error
 
 
 def _short(text: str) -> str:
@@ -235,7 +246,12 @@ def _warn(text: str) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"it has {image.width} x {image.height} pixels, want at least one")
+    deep_colour = image.mode in ("LA", "RGB", "RGBA") and any(
+        ";16" in str(tile[3]) for tile in getattr(image, "tile", ())
+    )
     image.load()
+    if deep_colour:
+        _note_dark(image)
     turned = _TURNED.get(_orientation(image))
     profile = image.info.get("icc_profile") if image.mode.startswith("RGB") else None
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
@@ -251,6 +267,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # The picture must not be turned a second time by who reads this.
     image.info = {"icc_profile": profile} if profile else {}
     return image
+
+
+def _note_dark(image: Image.Image) -> None:
+    """Of colour of 16 bits Pillow reads the upper 8. Says so where these are not used, as with 12 bits in 16."""
+    highest = np.asarray(image)[..., : 1 if image.mode == "LA" else 3].max()
+    if highest < 128:
+        _warn(f"colour of 16 bits is read by its upper 8, of which the largest is {highest} of 255")
 
 
 def _orientation(image: Image.Image) -> int:

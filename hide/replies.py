@@ -42,23 +42,26 @@ _GOES_ON = r"(?:is|because|since|as|due|seems|looks|porque|parce|est|es|weil|den
 
 _ANSWER = (
     r"(?:\b(?:answer|respuesta|réponse|risposta|resposta|antwoord|jawaban\w*|cevap|antwort|ответ)\b|\bans\b\.?|đáp án"
+    r"|\b(?:assistant|conclusion|correct|output|prediction|reply|response|result|solution|verdict)\b(?=\s*:)"
     r"|答案|答え|回答|解答|正解|정답|답|الإجابة|उत्तर)"
 )
 _CHOICE = r"(?:\b(?:option|choice|opción|opção|opzione|optie|вариант)\b|选项|選項|選択肢|선택지)"
 _BETWEEN = (
     r"(?:[^\w.!?;。]|\b(?:is|are|would|should|must|will|be|to|the|that|it|most|likely|probably|definitely|clearly"
     r"|correct|right|best|choice|option|letter|es|la|el|correcta|opción|est|bonne|lettre|ist|die|richtige|buchstabe|è"
-    r"|corretta|é|correta|letra|lettera|là|adalah)\b|应该?|该|为|是|选项?|择|は|の|은|는|이|가|هي)*"
+    r"|corretta|é|correta|letra|lettera|là|adalah)\b|[应應][该該]?|[该該]|[为為]|是|选项?|择|は|の|은|는|이|가|هي)*"
 )
 _CHOOSING = (
-    r"(?:\b(?:choose|select|pick|go(?:ing)? with|opt(?:ing)? for|vote for|settle (?:on|for)|would say|['’]d say|guess"
-    r"|think|believe|(?:correct|right|best) (?:one )?is|elijo|escojo|choisis|wähle|it['’]?s|it is|that['’]s|this is"
-    r"|(?:must|should|would) be|but|c['’]est|so|hence|thus|therefore|probably|likely|definitely|clearly|certainly|sure"
-    r"|final)\b!?|=>|->|→|[选選]择?|選択|应该?是|正确的是|因此|所以|故)"
+    r"(?:\b(?:choose|chose|select(?:ed)?|pick(?:ed)?|go(?:ing)? with|opt(?:ing)? for|vote for|settle (?:on|for)"
+    r"|would say|['’]d say|guess|think|believe|corresponds to|yes|(?:correct|right|best) (?:one |letter )?is|elijo"
+    r"|escojo|la correcta es|choisis|wähle|es ist|it['’]?s|it is|that['’]s|this is|(?:must|should|would) be|but"
+    r"|c['’]est|so|hence|thus|therefore|probably|likely|definitely|clearly|certainly|sure|final)\b!?|=>|->|→|[选選]择?|選択"
+    r"|[认認應应][为為]|[应應][该該]?是|正确的是|因此|所以|故)"
 )
 _RIGHT = (
     r"(?:is|seems|looks|would be|must be|est|es|ist|:|-)\s*(?:clearly |definitely |also )?"
-    r"(?:correct|right|(?:the|my) (?:\w+ )?(?:answer|choice|option|one)\b|la (?:correcta|bonne)|richtig)"
+    r"(?:correct|right|(?:the|my) (?:\w+ )?(?:answer|choice|option|one)\b|la (?:correcta|bonne)|richtig"
+    r"|the best(?!\s+\w))"
 )
 _CJK_RIGHT = r"(?:选项|選項|项|項)?(?:是|为)?(?:正确|正確|对的)|です|でしょう|が正解|입니다|번|选项|選項|项(?!目)"
 _REFUSING = (
@@ -66,10 +69,11 @@ _REFUSING = (
     r"|不是|不选|不選|排除|并非|而非)(?:[^\w.!?;。]|\b(?:the|option|choice|answer|be|it['’]?s|choose|pick|select)\b|选项)*"
 )
 _REFUSED = (
-    r"(?:\s+(?:is|was|seems|looks|can|does|would|est|ist)\s*(?:n['’]t\b|not\b)"
+    r"(?:\s+(?:is|was|seems|looks|ca|can|does|would|est|ist)\s*(?:n['’]t\b|not\b)"
     r"|\W{0,2}\s*(?:is |seems |looks )?(?:clearly )?(?:wrong|incorrect|false|ruled out|eliminated|falsch)\b"
     r"|(?:选项|项)?(?:不对|不正确|不是|是?错)|ではな|は間違|が間違)"
 )
+_DENIED = r"\s+(?:is|was|seems|looks)(?:\s*n['’]t|\s+not|\s+(?:clearly )?(?:wrong|incorrect|false))\b"
 _AND = r"\)?\s*(?:[,/&+、]|\b(?:or|and|nor|y|o|et|ou|und|oder)\b|[和或与及]|과|와|または)(?:\s|,|\b(?:or|and)\b)*"
 _NEGATION = re.compile(r"(?:\b(?:not|no)|n['’]t|不是|没有) *(?:\b(?:the|an?|on|in|at|to|of|really|very|any)\b *)*$")
 
@@ -91,7 +95,7 @@ def read_letter(reply: str, options: Sequence[str]) -> str | None:
        `B、蓝色`.
     5. It says a letter in other words: `option B`, `B is correct`, `I'd go with B`, `It's B`, `选B`. The last counts.
     6. It has a line that is one upper-case letter, and none that is another.
-    7. It has exactly one option's text in it, which no "not" and no other letter stands before.
+    7. It has exactly one option's text in it, which no "not" and no other letter stands before, nor "is wrong" behind.
 
     A lower-case letter counts in brackets, with a mark behind it, or as the last word of what 3 and 5 say; `a` there
     only behind a colon or "option". `A` and `I` before a word are none, unless the word is "is", "because" or the like.
@@ -99,8 +103,8 @@ def read_letter(reply: str, options: Sequence[str]) -> str | None:
     if not options:
         return None
     letters = LETTERS[: len(options)]
-    text = _plain(_answer(reply))
-    exact = [_plain(option) for option in options]
+    text = plain(_answer(reply))
+    exact = [plain(option) for option in options]
     texts = [option.casefold().rstrip(".。") for option in exact]
 
     one = re.fullmatch(rf"\W*([{letters}{letters.lower()}])(?![+#])\W*", text)
@@ -118,6 +122,7 @@ def read_letter(reply: str, options: Sequence[str]) -> str | None:
     for pattern in (listed, refused):
         # A full stop, as no pattern reaches over it.
         counted = pattern.sub(" . ", counted)
+    counted = counted.lstrip(" .")
     for pattern, all_agree in ((said, False), (starts, True), (in_words, False), (lines, True)):
         found = [match[match.lastindex or 0].upper() for match in pattern.finditer(counted)]
         if pattern is starts and not (found and starts.match(counted)):
@@ -146,7 +151,8 @@ def _answer(reply: str) -> str:
     return _SPECIAL_TOKEN.sub("", answer[: unfinished.start()] if unfinished else answer)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """`text` with NFKC, round brackets, and without invisible characters, quotes, Markdown and LaTeX around words."""
     text = unicodedata.normalize("NFKC", text).translate(_TO_PLAIN)
     # Format characters (BOM, joiners, directions) and the variation selectors of emoji.
     text = "".join(c for c in text if unicodedata.category(c) != "Cf" and c not in "\ufe0e\ufe0f")
@@ -183,6 +189,7 @@ def _patterns(letters: str) -> tuple[re.Pattern[str], ...]:
         re.compile(rf"^(?:[-#>•]+[ \t]+)?{marked}", re.MULTILINE),
         re.compile(
             rf"{i(_CHOICE)}{i(_BETWEEN)}(?:{bracketed}|{upper})|{i(_CHOICE)}[^\w.]*{any_small}"
+            rf"|{i(_CHOICE)}(?:(?!\bno[tr]?\b|n['’]t)[^.,;\n]){{0,80}}?\bis{i(_BETWEEN)}(?:{bracketed}|{upper}{done})"
             rf"|{i(_CHOOSING)}{i(_BETWEEN)}(?:{bracketed}|{upper}{done}|{small})"
             rf"|({alone})\)?\s*(?:{i(_RIGHT)}|{_CJK_RIGHT})"
         ),
@@ -193,12 +200,13 @@ def _patterns(letters: str) -> tuple[re.Pattern[str], ...]:
 
 
 def _without_lists(text: str, letters: str, options: Sequence[str]) -> str:
-    """`text` without options repeated one after another, each with its letter."""
+    """`text` without options that, each with its letter, are repeated one after another or refused."""
     echo = "|".join(
         rf"\(?{letter}\W{{1,3}}{re.escape(option)}" for letter, option in zip(letters, options, strict=True) if option
     )
     between = r"\W*(?:\b(?:or|and)\b)?\W*"
-    return re.sub(rf"(?<!\w)(?:{echo})(?:{between}(?:{echo}))+(?!\w)", " . ", text) if echo else text
+    more = rf"(?:{between}(?:{echo}))+(?!\w)|(?i:{_REFUSED})"
+    return re.sub(rf"(?<!\w)(?:{echo})(?:{more})", " . ", text) if echo else text
 
 
 def _named(text: str, letters: str, options: Sequence[str]) -> list[str]:
@@ -207,7 +215,7 @@ def _named(text: str, letters: str, options: Sequence[str]) -> list[str]:
     for option, letter in sorted(zip(options, letters, strict=True), key=lambda pair: -len(pair[0])):
         if not re.search(r"\w", option):
             continue
-        pattern = re.compile(rf"(?<!{_IN_WORD})(?<!\d[.,]){re.escape(option)}(?!{_IN_WORD}|[.,]\d)")
+        pattern = re.compile(rf"(?<!{_IN_WORD})(?<!\d[.,]){re.escape(option)}(?!{_IN_WORD}|[.,]\d|{_DENIED})")
         places = [match.start() for match in pattern.finditer(text)]
         before = [text[max(0, place - 60) : place] for place in places]
         marks = [re.search(r"(?:^|\W)\(?([a-z])[).:]\W*$", one) for one in before]

@@ -2,8 +2,10 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
+import warnings
 
 import pytest
 import typer
@@ -118,3 +120,18 @@ def test_what_is_left_out_of_a_picture_is_a_note_of_the_command(capsys):
     said = capsys.readouterr().err
     assert said.startswith("note image: values of 3000 to 3000 are read as 0 (black) to 4095 (white)")
     assert said.count("\n") == 1
+
+
+def test_what_pillow_warns_of_is_a_note_of_the_command(capsys):
+    from rich.console import Console
+
+    from hide.images import load_image
+
+    # EXIF data whose first entry lies behind the file's end.
+    entry = struct.pack("<HHII", 0x112, 5, 1, 0xFFFF)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0")
+    with errors(Console(stderr=True)), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        load_image(file.getvalue())
+    assert capsys.readouterr().err == "note Truncated File Read\n"

@@ -94,6 +94,29 @@ def test_tsv_quotes_line_breaks_and_large_cells(folder):
     assert same(first.image(), PIXELS) and same(second.image(), PIXELS) and first.picture == second.picture
 
 
+def test_tsv_quotes_that_are_no_cells_own_are_text_and_cost_no_other_row(folder):
+    rows = [
+        row('"STOP" sign', "x", "", ""),
+        row("x", "y", "", "", index="1", question='"Open question'),
+        row("x", '5"', "", "", index="2", question='"What\nis it?"'),
+        row("x", '"', "", "", index="3", question='"What" is it?'),
+        row("x", index="4", question='"What?'),
+        row("x", "y", "", "", index="5", question='"What?'),
+    ]
+    found = tsv(folder, *rows)
+    assert [sample.id for sample in found] == list("012345") and isinstance(found.pop(4), BadRecord)
+    assert [(sample.question.stem, sample.question.options) for sample in found] == [
+        ("What?", ('"STOP" sign', "x")), ('"Open question', ("x", "y")), ("What\nis it?", ("x", '5"')),
+        ('"What" is it?', ("x", '"')), ('"What?', ("x", "y")),
+    ]  # fmt: skip
+
+
+def test_a_url_in_a_table_is_refused_as_one(folder):
+    (sample,) = tsv(folder, row("x", "y", "", "", image="https://example.org/a.png"))
+    with pytest.raises(ValueError, match="URLs are not read"):
+        sample.image()
+
+
 def test_parquet_cells_of_other_types_are_texts(folder):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -128,6 +151,12 @@ def test_json_numbers_are_the_texts_that_stand_there(folder):
     [
         (["(A) 12", "(B) 14"], ("12", "14")),
         (["A. red", "B: blue", "C) green"], ("red", "blue", "green")),
+        (["（A）红", "（B）蓝"], ("红", "蓝")),
+        (["A、红", "B：蓝"], ("红", "蓝")),
+        (["[A] red", "【B】 blue"], ("red", "blue")),
+        (["a. red", "(b) blue"], ("red", "blue")),
+        (["(A). red", "(B).5"], ("red", ".5")),
+        (["（B）蓝", "（A）红"], None),
         (["f(x) = 2", "f(x) = 3"], ("f(x) = 2", "f(x) = 3")),
         ([12, None], None),
         (["(B) red", "(A) blue"], None),
@@ -174,6 +203,7 @@ def test_ids_are_texts_and_each_is_one_question(folder):
     [
         ("B", "B"), ("b", "B"), ("(b)", "B"), ("[B]", "B"), ("B.", "B"), ("(B) blue", "B"), ("B) Blue.", "B"), ("b: blue", "B"),
         (" blue ", "B"), ("Light  BLUE", "C"), ("option B", "B"), ("Answer: (b)", "B"), ("D", "D"), ("A", "A"), ("a", "D"),
+        ("（B）", "B"), ("Ｂ", "B"), ("'B'", "B"), ("**B**", "B"), ("B,", "B"), ("B：blue", "B"), ("B、blue", "B"), ("B - blue", "B"),
         ("E", None), ("AB", None), ("A, B", None), ("(B) red", None), ("", None), ("1", None), ("green", None), ("b lue", None),
     ],
 )  # fmt: skip
@@ -231,6 +261,7 @@ URI = f"data:image/png;base64,{PICTURE}"
         (chat(("user", [{"type": "image", "path": "a.png"}, WORDS]), REPLY), 1),
         (chat(("user", [{"image": "a.png"}, {"text": TEXT}]), ("assistant", [{"text": "B"}])), 1),
         (chat(("user", [{"type": "image_url", "image_url": {"url": URI}}, WORDS]), REPLY), 1),
+        (chat(("user", [{"type": "image", "base64": PICTURE}, WORDS]), REPLY), 1),
         (chat(("system", ""), ("user", TEXT), REPLY, images=["a.png"]), 1),
         (chat(("user", f"<image><image>{TEXT}"), REPLY, images=["a.png", "b.png"]), 2),
         (chat(("user", TEXT), REPLY, images=["a.png", "b.png"]), 2),
@@ -269,6 +300,8 @@ def test_chats_in_parts_and_several_pictures(folder, record, pictures):
         (chat(("user", [{"type": "video", "video": "v.mp4"}, WORDS]), REPLY), "got a part"),
         (chat(("user", [IMAGE, WORDS]), ("assistant", [IMAGE]), images=["a.png"]), "answer holds a picture"),
         (chat(("user", None), REPLY, images=["a.png"]), "content: got nothing"),
+        (chat(("user", [{"type": ["text"]}]), REPLY, images=["a.png"]), "content: got a part"),
+        ({**GOOD, "labels": None}, "without 'labels'; it has ['image_path', 'question']$".replace("[", "\\[")),
         ({"messages": "hello", "images": ["a.png"]}, "want a list of turns"),
         ({**GOOD, "question": {"en": TEXT}}, "question: got dict"),
         ({**GOOD, "image_path": 3.5}, None),

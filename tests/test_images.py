@@ -154,7 +154,10 @@ def test_bytes_open_files_data_uris_and_base64_give_the_same_pixels(tmp_path):
         ("data:image/png;base64", ValueError, "the data URI .* no comma"),
         ("data:image/png;base64,%%%", ValueError, "the data URI .* is not base64"),
         ("data:image/png;base64,AAAA", ValueError, "the data URI .* identify"),
-        (b"", ValueError, "the bytes .* identify"),
+        (b"", ValueError, "the bytes .* it is empty"),
+        (b"version https://git-lfs", ValueError, "the bytes cannot be read as a picture: cannot identify its format$"),
+        ("", FileNotFoundError, "the empty text is not a file"),
+        ("x" * 5000, ValueError, "5000 characters.* cannot be read as a picture: File name too long$"),
         (io.StringIO("text"), ValueError, "the file object .* mode 'rb'"),
         (3, TypeError, "got int, want a path, a data URI"),
     ],
@@ -220,6 +223,9 @@ METADATA = {
     "JPEG, colour profile that is none": (lambda: with_segment(0xE2, b"ICC_PROFILE\0"), None, ""),
     "JPEG, further pictures that are not there": (lambda: with_segment(0xE2, b"MPF\0II*\0\xff\xff\xff\xff"), None, ""),
     "JPEG, Photoshop data cut short": (lambda: with_segment(0xED, b"Photoshop 3.0\x008BIM\x04"), None, ""),
+    "PNG, transparency cut short": (lambda: with_chunk(b"tRNS", b"\0"), PIXELS, "metadata of the bytes"),
+    "JPEG, JFIF data cut short": (lambda: with_segment(0xE0, b"JFIF"), None, "metadata of the bytes"),
+    "JPEG, Adobe's data cut short": (lambda: with_segment(0xEE, b"Adobe"), None, "metadata of the bytes"),
     "JPEG, an empty segment": (lambda: with_segment(0xE1, b""), None, ""),
 }  # fmt: skip
 
@@ -235,9 +241,28 @@ def test_pixels_that_decode_are_read_whatever_the_metadata_and_what_is_left_out_
         np.testing.assert_array_equal(np.asarray(image), shown)
     assert image.size == ((20, 31) if "turned" in name else (31, 20))
     ours = [str(one.message) for one in heard if str(one.message).startswith("image: ")]
+    assert not any(" object at " in text for text in ours)
     assert any(said in text for text in ours) if said else True
     # Read again it is not turned again.
     assert load_image(image).tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("kind, channels", [(2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize("largest, said", [(4095, "upper 8, of which the largest is 15 of 255"), (65535, None)])
+def test_colour_of_16_bits_that_does_not_use_the_upper_ones_is_said(kind, channels, largest, said):
+    values = np.repeat((RAMP * (largest / 255)).round()[..., None], channels, axis=2).astype(">u2")
+    if channels != 3:
+        values[..., -1] = 65535
+    lines = b"".join(b"\0" + line.tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", RAMP.shape[1], RAMP.shape[0], 16, kind, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        seen = np.asarray(load_image(data))[..., 0]
+    np.testing.assert_array_equal(seen, values[..., 0] >> 8)
+    assert [said in str(one.message) for one in heard] == ([True] if said else [])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

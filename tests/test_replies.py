@@ -31,12 +31,15 @@ NAMES_B = [
     "(B) is correct", "option b is correct", "I pick b", "so B.", "Therefore, B", "Probably B.", "=> B", "Sure! B",
     "The correct one is B.", "A is wrong, B is right", "not A but B", "It's not A, but B.", "A and C are wrong, so B.",
     "It isn't A; I choose B", "B is correct, not A.", "The star is like the sky.\n\nB", "The star is like the sky.\n(B)",
+    "I chose B", "I selected (b).", "Yes, B.", "Among the options, B is the best.", "This corresponds to B.", "Correct: B",
+    "The option that best matches the star is B.", "Response: B", "Assistant: B", "The correct letter is B",
+    "A) red is wrong. B) blue is right.", "(A) red can't be seen, so B", "A is wrong.\nB. blue",
     # Other languages.
     "答案是B", "答案：B", "答案为B。", "答案是（B）", "答案应该是B", "答案选B", "正确答案是(B)", "正确答案是：B", "选B", "我选择B。", "应选B",
     "故选B", "因此选B", "选项B", "选项B正确", "B选项正确", "B是正确的", "应该是B", "不是A，是B。答案：B", "答えはB", "答えはBです。", "正解はBです",
     "Bです", "정답은 B", "정답은 B입니다.", "정답: B", "B입니다", "La respuesta es B", "La respuesta correcta es la B.",
     "Respuesta: B", "Elijo B", "La opción correcta es B", "La réponse est B.", "La bonne réponse est la B", "C'est B.",
-    "Die Antwort ist B", "Die richtige Antwort ist B.", "Antwort: b", "A resposta é B", "La risposta è B", "Ответ: B",
+    "Die Antwort ist B", "Es ist B.", "La correcta es B", "答案應該是B", "我认为是B", "应为B", "Die richtige Antwort ist B.", "Antwort: b", "A resposta é B", "La risposta è B", "Ответ: B",
     # Marked, boxed, behind thoughts.
     "<think>It may be A.</think>B", "It may be A, or C.</think>\n\nB", "<thinking>A</thinking> The answer is B.",
     "◁think▷A◁/think▷B", "[THINK]Answer: A[/THINK]B", "B<think>or is it A?", "<answer>B</answer>", "<answer> (b) </answer>",
@@ -64,6 +67,7 @@ NAMES_NONE = [
     "E", "(E)", "e", "The answer is E.", "E. blue", "答案是E", "E) none", "<think>It may be B", "<think>B</think>", "<answer></answer> B",
     "答案是B超", "B超", "B's hat", "Ba", "4B", "B2", "The letters are a b c d", "A man made a choice a man makes", "the option above",
     "The best option a person has", "Select the letter", "it's a", "I pick a", "so a", "C'est la vie", "d'accord",
+    "Conclusion: A man stands there.", "The option that is not blue is B.", "Yes, A man", "The correct: A or B", "(B) blue is wrong",
     "The answer is not B.", "<FINAL_OUTPUT></FINAL_OUTPUT>B", "A. The star is not.\nB. The star may be.",
 ]  # fmt: skip
 

@@ -257,7 +257,8 @@ def _object(record: Any) -> dict[str, Any]:
 
 def _field(record: dict[str, Any], name: str) -> Any:
     if record.get(name) is None:
-        raise ValueError(f"without {name!r}; it has {str(sorted(map(str, record)))[:400]}")
+        given = sorted(str(key) for key, value in record.items() if value is not None)
+        raise ValueError(f"without {name!r}; it has {str(given)[:400]}")
     return record[name]
 
 
@@ -286,7 +287,7 @@ def _split(value: Any) -> str:
     return " ".join(_text(value, "category", "").split()) or "all"
 
 
-_LETTERED = re.compile(r"\s*\(?([A-Z])[).:]\s*(.*)", re.DOTALL)
+_LETTERED = re.compile(r"\s*[(（\[【]?([A-Za-z])[)）\]】.．:：、](?:[.．:：](?=\s))?\s*(.*)", re.DOTALL)
 
 
 def _options(value: Any, name: str) -> list[str]:
@@ -301,7 +302,7 @@ def _options(value: Any, name: str) -> list[str]:
         raise ValueError(f"{name}: got {_short(value)}, want a list of options")
     texts = [_text(option, name) for option in value]
     found = [_LETTERED.fullmatch(text) for text in texts]
-    letters = "".join(match[1] for match in found if match)
+    letters = "".join(match[1] for match in found if match).upper()
     if len(letters) < len(texts) or sorted(letters) != sorted(LETTERS[: len(letters)]):
         return texts
     if letters != LETTERS[: len(letters)]:
@@ -348,15 +349,18 @@ def _chat(turns: Any, name: str) -> tuple[str, Any, list[Any]]:
 
 def _content(content: Any) -> tuple[str, list[Any]]:
     """The text of a turn and its pictures; a turn is a text, or a list of parts that are texts and pictures."""
-    texts, shown = [], []
+    texts: list[str] = []
+    shown: list[Any] = []
     for part in content if isinstance(content, list) else [content]:
         kind = part.get("type", next(iter(part), None)) if isinstance(part, dict) else "text"
-        value = part.get(kind) if isinstance(part, dict) else part
+        value = part.get(str(kind)) if isinstance(part, dict) else part
         if kind == "text":
             texts.append(_text(value, "content"))
             shown += [_HERE] * texts[-1].count(_MARK)
         elif kind in ("image", "image_url"):
             value = value or part.get("url") or part.get("path")
+            if not value and isinstance(part.get("base64"), str):
+                value = f"data:;base64,{part['base64']}"
             shown.append(value.get("url", value) if isinstance(value, dict) else value)
         else:
             raise ValueError(f"content: got a part {_short(part)}, want text, image or image_url")
@@ -378,8 +382,8 @@ def _placed(shown: Sequence[Any], listed: Sequence[Any]) -> list[Any]:
 
 
 def _embedded(value: Any) -> Any:
-    """A cell with a picture: base64 or a data URI, or what `_pictures` takes."""
-    return base64_bytes(value) if isinstance(value, str) and value.strip() else value
+    """A cell with a picture: base64 or a data URI, or what `_pictures` takes; URLs are refused there."""
+    return base64_bytes(value) if isinstance(value, str) and value.strip() and "://" not in value[:20] else value
 
 
 def _pictures(folder: Path, values: Sequence[Any]) -> dict[str, Any]:

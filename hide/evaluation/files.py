@@ -83,17 +83,9 @@ def _tsv(file: Path) -> tuple[list[str], Iterator[Entry]]:
     csv.field_size_limit(2**31 - 1)
 
     def read() -> Iterator[tuple[int, list[str]]]:
-        try:
-            # Bytes that are no UTF-8 become surrogates, which cost their row alone.
-            with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-                before = 0
-                reader = csv.reader(lines, dialect="excel-tab")
-                for cells in reader:
-                    if cells:
-                        yield before + 1, cells
-                    before = reader.line_num
-        except csv.Error as error:
-            raise ValueError(f"data: {file} cannot be read: {error}") from None
+        # Bytes that are no UTF-8 become surrogates, which cost their row alone.
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            yield from _tsv_rows(lines)
 
     rows = read()
     _, header = next(rows, (0, []))
@@ -105,6 +97,38 @@ def _tsv(file: Path) -> tuple[list[str], Iterator[Entry]]:
             yield Entry(number, f"line {line} of {file}", dict(zip(header, cells, strict=True)) if whole else wrong)
 
     return header, entries()
+
+
+def _tsv_rows(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """(number of the first line, cells) of each row that is not empty. Where quotes do not make a row as wide as the
+    header, they are part of the texts, and the row is one line."""
+    ahead: list[str] = []
+    taken: list[str] = []
+
+    def line() -> str:
+        one = ahead.pop() if ahead else next(lines, "")
+        taken.extend([one] if one else [])
+        return one
+
+    number, width = 1, 0
+    while True:
+        try:
+            cells = next(csv.reader(iter(line, ""), dialect="excel-tab", strict=True), [])
+        except csv.Error:
+            cells = None
+        if not taken:
+            return
+        if cells is None or (width and cells and len(cells) != width):
+            as_it_stands = taken[0].rstrip("\r\n").split("\t")
+            if cells is None or len(as_it_stands) == width:
+                cells = as_it_stands
+                ahead += reversed(taken[1:])
+                del taken[1:]
+        if cells:
+            yield number, cells
+        width = width or len(cells)
+        number += len(taken)
+        taken.clear()
 
 
 def _parquet(file: Path) -> tuple[list[str], Iterator[Entry]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hide.questions import LETTERS, Question
+from hide.replies import plain
 from hide.tags import tagged
 
 Scorer = Callable[[Question, str, str], "bool | None"]
@@ -34,15 +35,18 @@ def compat(question: Question, answer: str, reply: str) -> bool | None:
     return (reply if between is None else between.strip())[-1:].upper() == answer
 
 
-_KEY = re.compile(r"(?:(?:option|answer|choice)\b[ :]*(?:is\b[ :]*)?)?[(\[]?([a-z])(?:[)\].:]+|(?=\s)|$)\s*(.*)", re.I)
+_KEY = re.compile(
+    r"(?:(?:option|answer|choice)\b[ :]*(?:is\b[ :]*)?)?\(?([a-z])(?:[).:,;、]+|(?=\s)|$)[\s–-]*(.*)", re.I
+)
 
 
 def right_answer(question: Question, key: str) -> str:
     """What a data set gives as right, as the letter of an option; for free questions the text itself.
 
-    Read in this order, without regard to blanks: a capital letter, bare or with brackets or a stop (`B`, `(B)`, `B.`);
+    Read in this order, without regard to blanks: a capital letter, bare or with brackets or a mark (`B`, `(B)`, `B.`);
     an option's text, by its case or, if only one fits, in any; a letter of any case, also after "option" or "answer"
-    and before its own option's text (`b`, `(B) blue`, `option B`). The place of an option in the list is no key.
+    and before its own option's text (`b`, `(B) blue`, `option B`). Letters are read without quotes and Markdown and in
+    full width too (`hide.replies.plain`). The place of an option in the list is no key.
 
     Raises:
         ValueError: it is none of the question's options, or several; or for free questions has no word. Such a
@@ -54,15 +58,16 @@ def right_answer(question: Question, key: str) -> str:
             raise ValueError(f"answer: got {key[:80]!r}, want a word at least")
         return text
     letters = LETTERS[: len(question.options)]
-    if bare := re.fullmatch(rf"[(\[]?([{letters}])[)\].:]*", text):
+    simple = plain(text)
+    if bare := re.fullmatch(rf"\(?([{letters}])[).:,;、]*", simple):
         return bare[1]
-    for form in (str, _plain):
+    for form in (str, _plain) if text else ():
         same = [letter for letter, own in zip(letters, question.options, strict=True) if form(own) == form(text)]
         if len(same) == 1:
             return same[0]
-    named = _KEY.fullmatch(text)
+    named = _KEY.fullmatch(simple)
     letter = named[1].upper() if named else ""
-    if named and letter in letters and _plain(named[2]) in ("", _plain(question.options[letters.index(letter)])):
+    if named and letter in letters and _plain(named[2]) in ("", _plain(plain(question.options[letters.index(letter)]))):
         return letter
     raise ValueError(f"answer: got {key[:80]!r}, want one of the options {letters[0]} to {letters[-1]} or its text")
 
