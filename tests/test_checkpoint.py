@@ -168,6 +168,51 @@ def test_parts_of_two_models_are_refused(folder, file, entries, text):
         load(folder, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "file, entries, text",
+    [
+        ("preprocessor_config.json", {"patch_size": None}, ""),
+        ("preprocessor_config.json", {"merge_size": None}, ""),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "mean: got"),
+        ("preprocessor_config.json", {"image_mean": "x"}, "mean: got"),
+        ("preprocessor_config.json", {"image_std": None}, "std: got"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "std: got .* want no zero"),
+        ("generation_config.json", {"eos_token_id": "a"}, "eos_token_id: got 'a'"),
+        ("generation_config.json", {"eos_token_id": [2, None]}, "eos_token_id: got"),
+        ("generation_config.json", {"repetition_penalty": "x"}, "repetition_penalty: got 'x'"),
+        ("generation_config.json", {"repetition_penalty": -1}, "repetition_penalty: got -1"),
+        ("generation_config.json", {"max_new_tokens": -1}, "max_new_tokens"),
+        ("generation_config.json", {"cache_implementation": "nothing"}, "cache_implementation"),
+        ("generation_config.json", {"guidance_scale": 3.0}, "guidance_scale: got 3.0"),
+        ("generation_config.json", {"assistant_early_exit": 1}, "assistant_early_exit: got 1"),
+        ("generation_config.json", {"stop_strings": ["a"]}, "stop_strings: got"),
+        ("generation_config.json", {"token_healing": True}, "token_healing: got True"),
+        ("generation_config.json", {"dola_layers": "low"}, "dola_layers: got 'low'"),
+    ],
+)
+def test_settings_that_would_fail_in_the_first_answer_are_refused_while_loading(folder, file, entries, text):
+    edit_json(folder / file, **entries)
+    with pytest.raises(ValueError, match=f"{file}: the .* cannot be used: .*{text}") as refused:
+        load(folder, device="cpu")
+    assert "\n" not in str(refused.value)
+
+
+def test_settings_for_other_ways_of_generating_are_left_aside(folder):
+    ways = {"temperature": 0.2, "top_p": 0.8, "top_k": 5, "do_sample": True, "num_beams": 2, "use_cache": False}
+    picture = Image.new("RGB", (140, 140), "red")
+    plain = HiDe.from_pretrained(folder, device="cpu").ask(picture, "What color is the star?")
+    edit_json(folder / "generation_config.json", **ways)
+    result = HiDe.from_pretrained(folder, device="cpu").ask(picture, "What color is the star?")
+    assert (result.answer, result.plain_answer) == (plain.answer, plain.plain_answer)
+
+
+@pytest.mark.parametrize("path", ["", " ", "x" * 300, "\0"])
+def test_what_cannot_be_a_checkpoints_name_is_one_line(path):
+    with pytest.raises((ValueError, OSError), match="^model: ") as refused:
+        load(path, device="cpu")
+    assert "\n" not in str(refused.value)
+
+
 def test_on_the_command_line_damage_is_one_line(folder, tmp_path):
     os.truncate(folder / WEIGHTS, 1000)
     Image.new("RGB", (140, 140)).save(tmp_path / "p.png")

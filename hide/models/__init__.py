@@ -53,12 +53,18 @@ def load(
     """
     from hide.models.checkpoint import read_config
 
+    if not str(path).strip():
+        raise ValueError("model: got no name, want a Hugging Face checkpoint folder or a hub name")
     folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
+    try:
+        there = folder.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise OSError(f"model: {error}") from None
+    if not there and (folder.is_absolute() or str(path).startswith((".", "~"))):
         raise FileNotFoundError(
             f"model: there is no folder {path}; want a Hugging Face checkpoint folder or a hub name"
         )
-    if folder.exists() and not (folder / "config.json").is_file():
+    if there and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: {path} has no config.json; want a Hugging Face checkpoint folder")
     # Asked of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
     model_type = type(read_config(path)).model_type

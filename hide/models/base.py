@@ -261,12 +261,14 @@ class Adapter(ABC):
             raise ValueError(f"tokenizer: {self.image_text} has id {own}, and the model's image_token_id is {wanted}")
 
     def check_image_processor(self) -> None:
-        """`ValueError` where it cuts other patches than the vision encoder takes."""
+        """`ValueError` where it cuts other patches than the vision encoder takes, or where its settings are no use."""
         vision = self.model.config.vision_config
         for name, of_model in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
             own, wanted = getattr(self.image_processor, name, None), getattr(vision, of_model, None)
             if None not in (own, wanted) and own != wanted:
                 raise ValueError(f"image processor: got {name} {own!r}, and the model's {of_model} is {wanted}")
+        # Other settings that are no use show on a picture; the bound is no family's concern for one so small.
+        self.preprocess([Image.new("RGB", (56, 56))], min_tokens=1, max_tokens=16384)
 
     @classmethod
     def processor_class(cls) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
 CONFIG = ("config.json",)
@@ -32,6 +32,16 @@ TOKENIZER = (
 )
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX)
+# Settings of generation_config.json that a greedy reply cannot follow, with the values that ask for nothing.
+UNSERVED: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (None,),
+    "constraints": (None, []),
+    "dola_layers": (None,),
+    "force_words_ids": (None, []),
+    "guidance_scale": (None, 1.0),
+    "stop_strings": (None, []),
+    "token_healing": (None, False),
+}
 # Names that an error lists before it only counts.
 NAMED = 4
 
@@ -57,7 +67,7 @@ def reading(path: str | Path, part: str, names: Sequence[str]) -> Iterator[None]
 
 
 def read_config(path: str | Path) -> Any:
-    """The checkpoint's configuration; generation_config.json, which transformers skips where broken, is looked at.
+    """The checkpoint's configuration; generation_config.json, which transformers skips where broken, is read too.
 
     Raises as `reading`.
     """
@@ -66,7 +76,23 @@ def read_config(path: str | Path) -> Any:
     damage = _damage(path, GENERATION)
     if damage is not None:
         raise ValueError(f"model: {damage}")
+    if find_file(path, GENERATION[0]) is not None:
+        with reading(path, "generation settings", GENERATION):
+            check_settings(GenerationConfig.from_pretrained(path))
     return config
+
+
+def check_settings(settings: GenerationConfig) -> None:
+    """`ValueError` for what would fail in the first reply: `UNSERVED` settings, and values of another kind."""
+    for name, off in UNSERVED.items():
+        if (value := getattr(settings, name, None)) not in off:
+            raise ValueError(f"{name}: got {value!r}, which replies here do not follow; take it out")
+    ends = settings.eos_token_id
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends] * (ends is not None))):
+        raise ValueError(f"eos_token_id: got {ends!r}, want a token's id or a list of them")
+    penalty = settings.repetition_penalty
+    if penalty is not None and not (isinstance(penalty, (int, float)) and penalty > 0):
+        raise ValueError(f"repetition_penalty: got {penalty!r}, want a number above 0")
 
 
 def read_weights(model_class: Any, path: str | Path, **arguments: Any) -> tuple[Any, tuple[str, ...]]:
