@@ -28,7 +28,7 @@ def operands(query, key, *, lse=None, weights=None, positions=None, lens=None, s
     flat = [bound for span in spans for bound in span] * len(query)
     masks = (positions, None, lens, None, None, None)
     per_sample = [len(spans)] * len(query)
-    return (query, key, *masks, lse, weights, flat, per_sample, None, None, *described.values())
+    return (query, key, lse, weights, *masks, flat, per_sample, None, None, *described.values())
 
 
 @pytest.mark.parametrize(

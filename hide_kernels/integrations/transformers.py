@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide_kernels.attention_rows import AttentionRows, attention_rows
-from hide_kernels.attention_rows.api import KeySpans
+from hide_kernels.attention_rows.request import KeySpans
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
