@@ -5,21 +5,62 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# An environment holds exactly what its lock names; requirements/ has one for each that cannot be resolved with another.
+LOCKS := test kvpress vllm lmms-eval
+SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-transformers-4 hub wheels docs fuzz sanitize lint format bench static-report clean
+.PHONY: help install upgrade demo test test-transformers-4 test-newest test-kvpress hub wheels docs fuzz sanitize lint \
+	format bench static-report clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/'
 
 install: $(STAMP)  ## create .venv and install the package with its test tools
 
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
-	@touch $(STAMP)
+# $(call environment,FOLDER,LOCK). Without dependencies: pip is to install what the lock names, and to resolve nothing.
+# Uncompiled: of these thousands of files Python compiles those that it imports.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) pip setuptools wheel
+	$(1)/bin/python -m pip install --quiet --constraint $(2) "$(TORCH)"
+	$(1)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $(2)
+	$(1)/bin/python -m pip show torch | grep -q '^Requires:.*triton' \
+		|| $(1)/bin/python -m pip install --quiet --no-deps --requirement requirements/triton.txt
+	PYTHONWARNINGS="ignore:Editable installation" \
+		$(1)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+endef
+
+$(STAMP): requirements/test.txt $(SOURCES)
+	$(call environment,$(VENV),$<)
+	$(BIN)/python -m pip check
+	@touch $@
+
+# make build/environment-vllm/.installed, and so for the other locks: beside .venv, with a torch of its own.
+build/environment-%/.installed: requirements/%.txt $(SOURCES)
+	$(call environment,$(@D),$<)
+	@touch $@
+
+# uv resolves for every platform and Python at once.
+build/uv: Makefile
+	rm -rf $@ && $(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet uv==0.13.9
+
+RESOLVE = build/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --fork-strategy fewest \
+	--no-emit-index-url --custom-compile-command "make upgrade"
+FROM_test := --extra test
+FROM_kvpress := --extra peers
+FROM_vllm := requirements/vllm.in
+# Its torchvision is one more CUDA build, and it does without.
+FROM_lmms-eval := requirements/lmms-eval.in --no-emit-package torchvision
+
+upgrade: $(LOCKS:%=resolve-%)  ## resolve all locks anew: the newest versions of today
+
+resolve-triton: build/uv
+	$(RESOLVE) requirements/triton.in --output-file requirements/triton.txt
+
+resolve-%: build/uv resolve-triton
+	$(RESOLVE) pyproject.toml requirements/every.in $(FROM_$*) --overrides requirements/overrides.txt \
+		--constraints requirements/triton.txt --no-emit-package triton --output-file requirements/$*.txt
 
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
 	$(BIN)/hide ask hide/examples/scene.jpg "Is the heart on the left or right side of the circle?" --report demo
@@ -35,17 +76,34 @@ REPO_ID ?= OWNER/hide-kernels
 hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hub; REPO_ID=you/hide-kernels
 	$(BIN)/python -m hide_kernels.integrations.kernels_hub build/hub --repo-id $(REPO_ID)
 
-# Beside the installed one, for the tests that run models.
-OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
+# $(call over,FOLDER): what runs Python with the packages in a folder before those of .venv, in child processes too.
+over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
+# The tests that run models.
 MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices tiny_model \
-	session offload pipeline attend drop_in quantised
+	session threads modes offload pipeline attend drop_in quantised
 
-build/transformers-4: Makefile
+OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
+build/transformers-4: Makefile | $(STAMP)
 	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ $(OLDEST)
 
 test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models, on the oldest transformers
-	PYTHONPATH=build/transformers-4 $(BIN)/python -c "import transformers as t; assert t.__version__[0] == '4', t"
-	PYTHONPATH=build/transformers-4 $(BIN)/python -m pytest --numprocesses=2 $(MODEL_TESTS:%=tests/test_%.py)
+	$(call over,build/transformers-4) -c "import transformers as t; assert t.__version__[0] == '4', t"
+	$(call over,build/transformers-4) -m pytest --numprocesses=2 $(MODEL_TESTS:%=tests/test_%.py)
+
+# Whatever is the newest today, with what it needs; none of these needs torch, and torch stays the locked one.
+NEWEST := transformers triton numpy pillow datasets ray
+NEWEST_TESTS := $(MODEL_TESTS) attention_rows_triton attention_rows_serving_triton token_maps_triton \
+	images pixel_values collage report golden evaluation evaluation_methods on_ray
+
+test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pillow, datasets or ray, on today's newest
+	rm -rf build/newest && $(BIN)/python -m pip install --quiet --no-compile --target build/newest $(NEWEST)
+	@test ! -e build/newest/torch || { echo "build/newest brings a torch of its own"; exit 1; }
+	@$(call over,build/newest) -c "from importlib.metadata import version as v; import sys; \
+		print('newest:', *(f'{name} {v(name)}' for name in sys.argv[1:]), sep='\n  ')" $(NEWEST)
+	$(call over,build/newest) -m pytest --numprocesses=2 $(NEWEST_TESTS:%=tests/test_%.py)
+
+test-kvpress: build/environment-kvpress/.installed  ## kvpress's SnapKV with our scores, in an environment of its own
+	$(<D)/bin/python -m pytest tests/test_kvpress.py
 
 wheels: $(STAMP)  ## sdist, pure wheel and compiled wheel in dist/, and the demo's job from each wheel
 	rm -rf dist build/wheels

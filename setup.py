@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
@@ -97,8 +97,9 @@ class Build(build_ext):
 
 
 setup(
-    # The sources travel with the package: CuPy compiles them where the extension has no CUDA part.
-    packages=[*find_packages(include=["hide", "hide.*", "hide_kernels", "hide_kernels.*"]), "hide_kernels.csrc"],
+    # Folders of data are packages too, or setuptools warns of each. The sources travel with the package: CuPy
+    # compiles them where the extension has no CUDA part.
+    packages=[*find_namespace_packages(include=["hide*"], exclude=["*__pycache__*"]), "hide_kernels.csrc"],
     package_dir={"hide_kernels.csrc": "csrc"},
     package_data={"hide_kernels.csrc": ["*"]},
     ext_modules=[]

@@ -27,7 +27,7 @@ from benchmarks import (
     smaller_cards,
     window_scores,
 )
-from benchmarks.measure import environment, write
+from benchmarks.measure import count, environment, write
 
 
 def ratios(table: list[dict[str, Any]], dtype: str) -> dict[str, float]:
@@ -47,8 +47,8 @@ def ratios(table: list[dict[str, Any]], dtype: str) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=int, default=9, help="timed runs of each (default 9)")
-    parser.add_argument("--threads", type=int, default=1, help="threads (default 1: steady beside other work)")
+    parser.add_argument("--runs", type=count, default=9, help="timed runs of each (default 9)")
+    parser.add_argument("--threads", type=count, default=1, help="threads (default 1: steady beside other work)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     failures = attention_rows.failures("cpu")

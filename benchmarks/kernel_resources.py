@@ -82,8 +82,8 @@ def main() -> int:
         "|---" * (1 + len(ARCHITECTURES)) + "|",
     ]
     lines += [f"| `{name}` | " + " | ".join(str(one.registers) for one in of) + " |" for name, of in by_kernel.items()]
-    TABLE.write_text("\n".join(lines) + "\n")
-    print(TABLE.read_text())
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(TABLE.read_text(encoding="utf-8"))
     return 0
 
 

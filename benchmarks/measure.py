@@ -21,6 +21,13 @@ RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
 
 
+def count(text: str) -> int:
+    """Of a command's option: a whole number from 1 on, else one line of usage."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, want at least 1")
+    return int(text)
+
+
 def alone(module: Any, seconds: float) -> int:
     """One operator as a command: its check, its table and, on a CPU, its limit; the exit code.
 
@@ -173,7 +180,7 @@ def write(kind: str, result: dict[str, Any]) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", f"{kind} {machine} {(found['git'] or 'unknown')[:8]}".lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -203,7 +210,7 @@ def _version(distribution: str) -> str | None:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -22,7 +22,7 @@ NONE_YET = "No result exists yet: `python -m benchmarks.{kind}` makes one."
 
 def newest(kind: str) -> dict[str, Any] | None:
     """The result of "cpu" or "gpu" that was made last."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob(f"{kind}-*.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{kind}-*.json")]
     return max(found, key=lambda result: result["environment"]["time"], default=None)
 
 
@@ -148,11 +148,11 @@ def _rows_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def render(path: Path) -> list[Path]:
     """Write Markdown and pictures beside a result file; the paths."""
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     drawn = pictures(result, path.with_suffix(""))
     shown = "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in drawn)
     target = path.with_suffix(".md")
-    target.write_text(markdown(result) + shown)
+    target.write_text(markdown(result) + shown, encoding="utf-8")
     return [target, *drawn]
 
 
@@ -188,7 +188,9 @@ def cpu_section(result: dict[str, Any]) -> str:
 
 def gpu_section(result: dict[str, Any]) -> str:
     """The README's words about a GPU result: where it is, whole questions, and rows of `attention_rows`."""
-    stem = next(path for path in RESULTS.glob("gpu-*.json") if json.loads(path.read_text()) == result).stem
+    stem = next(
+        path for path in RESULTS.glob("gpu-*.json") if json.loads(path.read_text(encoding="utf-8")) == result
+    ).stem
     head = (
         f"{provenance(result['environment'])}. All of it: [benchmarks/results/{stem}.md](benchmarks/results/{stem}.md)."
     )
@@ -224,12 +226,12 @@ def main() -> int:
             print(f"written to {written}")
     if arguments.files:
         return 0
-    before = README.read_text()
+    before = README.read_text(encoding="utf-8")
     after = readme(before)
     if arguments.check:
         print("README.md is up to date" if before == after else "README.md is out of date: python -m benchmarks.render")
         return int(before != after)
-    README.write_text(after)
+    README.write_text(after, encoding="utf-8")
     return 0
 
 

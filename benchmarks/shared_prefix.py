@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.measure import count
 from hide.models.base import Picture, Pictures, SearchPrompt
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import ImageSession, Prefix
@@ -362,7 +363,7 @@ def line(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=count, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     wrong = failures(arguments.device)

@@ -1,23 +1,26 @@
 """What the kernels compile to for six architectures, and how fast the cards could run them at best: no GPU is needed.
 
 `python -m benchmarks.static_report` rewrites `static_report.md` beside it, so that a change for the worse shows in a
-diff; `--check` instead exits with 1 if anything uses the stack or shared memory beyond its limit.
+diff; `--check` instead exits with 1 if anything uses the stack or shared memory beyond its limit. Each row ends with a
+hash of all that it was compiled from: tests take the figures of kernels that have not changed since from the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.attention_rows import ANCHOR, Shape
-from hide_kernels.testing.offline import SHARED_LIMIT, Usage, compile_launch, planned, planned_maps
+from hide_kernels.launch import Launch
+from hide_kernels.testing.offline import SHARED_LIMIT, Usage, compile_launch, fingerprint, planned, planned_maps
 
 REPORT = Path(__file__).with_suffix(".md")
 
@@ -45,13 +48,25 @@ CARDS = {
 EXPONENTIALS = 16
 
 PAGED = {"packed": True, "block_size": 16}
-# (name, head size, rows, further arguments of `planned`). All are causal and padded, which takes the most registers.
+RAW = {"softmax": False, "softcap": 9.0, "row_reduction": "sum"}
+# (name, head size, rows, further arguments of `planned`). All but one are causal and padded, which takes the most
+# registers.
 CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
     *((f"bf16 D {depth} R {rows}", depth, rows, {}) for depth in (64, 80, 128, 256) for rows in (8, 16, 32, 64)),
+    ("bf16 D 72 R 16", 72, 16, {}),
+    ("bf16 D 96 R 64", 96, 64, {}),
+    ("bf16 D 128 R 1, no mask", 128, 1, {"masked": False}),
     ("bf16 D 128 R 32, heads apart", 128, 32, {"head_reduction": "none"}),
-    ("bf16 D 128 R 32, raw, softcap, rows summed", 128, 32, {"softmax": False, "softcap": 9.0, "row_reduction": "sum"}),
+    ("bf16 D 128 R 32, raw, softcap, rows summed", 128, 32, RAW),
+    ("bf16 D 128 R 32, raw, added, kv groups", 128, 32, {**RAW, "head_reduction": "kv_group", "accumulate": True}),
     ("bf16 D 128 R 32, weights", 128, 32, {"head_reduction": torch.empty(28, device="meta")}),
     ("bf16 D 128 R 32, not aligned", 128, 32, {"unaligned": True}),
+    (
+        "fp16 D 128 R 32, weights, not aligned",
+        128,
+        32,
+        {"dtype": torch.float16, "head_reduction": torch.empty(28, device="meta"), "unaligned": True},
+    ),
     ("fp32 D 128 R 32", 128, 32, {"dtype": torch.float32}),
     *((f"bf16 D 128 R {rows}, packed", 128, rows, {"packed": True}) for rows in (8, 16, 32, 64)),
     *((f"bf16 D {depth} R 32, packed, paged", depth, 32, PAGED) for depth in (64, 80, 256)),
@@ -64,26 +79,46 @@ CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
 ]
 
 
-def compiled(capability: tuple[int, int], name: str, depth: int, rows: int, arguments: dict[str, Any]) -> list[Usage]:
-    """Usage of the two kernels with tiles, for a model of 28 heads in 4 groups."""
-    launches = planned(capability, depth=depth, rows=rows, masked=True, **arguments)
-    return [compile_launch(launch, capability) for launch in launches if launch.kernel.fn.__name__ != "combine_lse"]
-
-
 # Types of the rows that token_maps reads; the other three kernels of it are the same for all.
 MAP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def compiled_maps(capability: tuple[int, int]) -> list[tuple[str, Usage]]:
-    """Type of the rows and usage of the kernels of `token_maps`."""
-    scans = [(name, planned_maps((95, 170), dtype=dtype)[0]) for name, dtype in MAP_DTYPES.items()]
-    others = [("any", launch) for launch in planned_maps((95, 170))[1:]]
-    return [(name, compile_launch(launch, capability)) for name, launch in scans + others]
+@functools.cache
+def launches(capability: tuple[int, int]) -> list[tuple[str, Launch]]:
+    """All that the report has of a card, for a model of 28 heads in 4 groups: the name of a row, and its launch."""
+    found: list[tuple[str, Launch]] = []
+    for name, depth, rows, arguments in CONFIGURATIONS:
+        own = planned(capability, depth=depth, rows=rows, **{"masked": True, **arguments})
+        found += [(name, launch) for launch in own if launch.kernel.fn.__name__ != "combine_lse"]
+    found.append(("any", planned(capability)[1]))
+    found += [(f"{name} rows", planned_maps((95, 170), dtype=dtype)[0]) for name, dtype in MAP_DTYPES.items()]
+    return found + [("any", launch) for launch in planned_maps((95, 170))[1:]]
 
 
-def acceptable(usage: Usage, capability: tuple[int, int], name: str, depth: int) -> bool:
-    """Nothing on the stack for 16-bit types and D <= 128, 32 bytes elsewhere, shared memory fits."""
-    stack = 0 if depth <= 128 and "fp32" not in name else 32
+def compiled(capability: tuple[int, int], number: int) -> Usage:
+    return compile_launch(launches(capability)[number][1], capability)
+
+
+@functools.cache
+def committed() -> dict[str, Usage]:
+    """The usages in the report by the hash of what they were compiled from."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in REPORT.read_text().splitlines() if "` |" in line]
+    return {row[-2].strip("`"): Usage(row[2], *map(int, row[3:-2])) for row in rows}
+
+
+def usage(launch: Launch, capability: tuple[int, int]) -> Usage:
+    """As the report has it, or compiled now where the report is of another kernel."""
+    return committed().get(fingerprint(launch, capability)) or compile_launch(launch, capability)
+
+
+def acceptable(usage: Usage, capability: tuple[int, int], name: str) -> bool:
+    """Nothing on the stack for 16-bit types and D <= 128, 32 bytes elsewhere, shared memory fits.
+
+    Four programs of `token_maps` share a multiprocessor.
+    """
+    if usage.kernel not in ("partial_lse", "combine_lse", "reduce_rows"):
+        return not usage.stack and usage.registers <= 128 and usage.shared <= SHARED_LIMIT[capability] // 4
+    stack = 32 if name.startswith("fp32") or "D 256" in name else 0
     return usage.stack <= stack and usage.shared <= SHARED_LIMIT[capability]
 
 
@@ -111,9 +146,7 @@ def floors(shape: Shape = ANCHOR) -> list[str]:
     return lines
 
 
-def report(
-    results: dict[tuple[tuple[int, int], str], list[Usage]], maps: dict[tuple[int, int], list[tuple[str, Usage]]]
-) -> str:
+def report(usages: dict[tuple[int, int], list[Usage]]) -> str:
     """The committed table."""
     import triton
 
@@ -121,37 +154,25 @@ def report(
         "# What the Triton kernels compile to",
         "",
         "Written by `python -m benchmarks.static_report` (compiled offline, nothing was run). "
-        f"Triton {triton.__version__}; those of attention_rows as causal with padding, 28 heads in 4 groups. "
-        "mma, wgmma, tcgen05: tensor-core instructions in the machine code.",
+        f"Triton {triton.__version__}; those of attention_rows as causal with padding, 28 heads in 4 groups; those of "
+        "token_maps, from `scan_rows` on, are the same for every size, sigma and number of images. mma, wgmma, "
+        "tcgen05: tensor-core instructions in the machine code. The last column is a hash of what was compiled.",
         "",
         "## Least time, in microseconds, from data sheets",
         "",
         *floors(),
     ]
-    for capability in CARDS:
+    for capability, of_card in usages.items():
         lines += [
             "",
             f"## sm_{capability[0]}{capability[1]} (shared memory up to {SHARED_LIMIT[capability]} bytes)",
             "",
-            "| configuration | kernel | registers | stack | shared | mma | wgmma | tcgen05 | instructions |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| configuration | kernel | registers | stack | shared | mma | wgmma | tcgen05 | instructions | hash |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
-        for (of, name), usages in results.items():
-            for u in usages if of == capability else []:
-                figures = (u.registers, u.stack, u.shared, u.mma, u.wgmma, u.tcgen05, u.instructions)
-                lines.append(f"| {name} | {u.kernel} | {' | '.join(map(str, figures))} |")
-    lines += [
-        "",
-        "## token_maps, the same for every size, sigma and number of images",
-        "",
-        "| card | rows | kernel | registers | stack | shared | instructions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for capability, usages in maps.items():
-        for name, u in usages:
-            figures = (u.registers, u.stack, u.shared, u.instructions)
-            card = f"sm_{capability[0]}{capability[1]}"
-            lines.append(f"| {card} | {name} | {u.kernel} | {' | '.join(map(str, figures))} |")
+        for (name, launch), found in zip(launches(capability), of_card, strict=True):
+            figures = " | ".join(map(str, astuple(found)))
+            lines.append(f"| {name} | {figures} | `{fingerprint(launch, capability)}` |")
     return "\n".join(lines) + "\n"
 
 
@@ -160,27 +181,18 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     arguments = parser.parse_args()
-    jobs = [(capability, *configuration) for capability in CARDS for configuration in CONFIGURATIONS]
+    jobs = [(capability, number) for capability in CARDS for number in range(len(launches(capability)))]
+    usages: dict[tuple[int, int], list[Usage]] = {capability: [] for capability in CARDS}
+    bad = 0
     with ProcessPoolExecutor(arguments.workers) as pool:
-        usages = list(pool.map(compiled, *zip(*jobs, strict=True)))
-        maps = dict(zip(CARDS, pool.map(compiled_maps, CARDS), strict=True))
-    results = {(job[0], job[1]): found for job, found in zip(jobs, usages, strict=True)}
-    bad = [
-        f"sm_{capability[0]}{capability[1]} {name}: {usage}"
-        for (capability, name, depth, _, _), found in zip(jobs, usages, strict=True)
-        for usage in found
-        if not acceptable(usage, capability, name, depth)
-    ]
-    bad += [
-        f"sm_{capability[0]}{capability[1]} {name}: {usage}"
-        for capability, found in maps.items()
-        for name, usage in found
-        if usage.stack or usage.shared > SHARED_LIMIT[capability]
-    ]
-    for problem in bad:
-        print(problem)
+        for (capability, number), found in zip(jobs, pool.map(compiled, *zip(*jobs, strict=True)), strict=True):
+            usages[capability].append(found)
+            name = launches(capability)[number][0]
+            if not acceptable(found, capability, name):
+                print(f"sm_{capability[0]}{capability[1]} {name}: {found}")
+                bad += 1
     if not arguments.check:
-        REPORT.write_text(report(results, maps))
+        REPORT.write_text(report(usages), encoding="utf-8")
         print(f"written to {REPORT}")
     return 1 if bad else 0
 

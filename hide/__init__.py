@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hide import upstream  # noqa: F401 (before anything that speaks at import)
+
 if TYPE_CHECKING:
     from hide.config import PRESETS, HiDeConfig
     from hide.pipeline import HiDe, HiDeResult

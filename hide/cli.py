@@ -14,6 +14,7 @@ from rich.table import Table
 
 from hide.console import (
     EMBEDDED,
+    App,
     DeviceOption,
     DtypeOption,
     LayerOption,
@@ -28,9 +29,10 @@ from hide.console import (
     quiet,
 )
 from hide.evaluation.commands import calibrate, entities, evaluate
+from hide.output import check_folder
 from hide.profiling.commands import profile
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -41,7 +43,9 @@ app = typer.Typer(
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="The picture: any file that Pillow reads.", show_default=False)],
+    image: Annotated[
+        str, typer.Argument(help="The picture: any file that Pillow reads, or a data URI.", show_default=False)
+    ],
     question: Annotated[
         str,
         typer.Argument(
@@ -59,6 +63,9 @@ def ask(
     dtype: DtypeOption = "auto",
     weights: WeightsOption = None,
     offload_kv: OffloadOption = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that each answer may have, at least 1; default: the preset's.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
@@ -78,13 +85,20 @@ def ask(
         quiet()
         from hide.report import save_pictures, save_report
 
+        folders = list(dict.fromkeys(given for given in (out, report) if given)) or [Path("hide-out")]
+        for folder in folders:
+            check_folder(folder, ("result.json", "overview.png"), argument="report" if folder == report else "out")
+        if report is not None:
+            check_folder(report, ["report.html"], argument="report")
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
-        result = hide.ask(image, question, options=option or None, progress=status.update)
+        result = hide.ask(
+            image, question, options=option or None, max_new_tokens=max_new_tokens, progress=status.update
+        )
         status.update("drawing")
         document = result.to_dict()
         document |= {"model": model or "embedded", "weights": weights}
-        for folder in dict.fromkeys(given for given in (out, report) if given) or [Path("hide-out")]:
+        for folder in folders:
             pictures = save_pictures(result, folder, hide.config.threshold)
             (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if report is not None:
@@ -127,7 +141,9 @@ def ask(
 
 @app.command()
 def attend(
-    image: Annotated[Path, typer.Argument(help="The picture: any file that Pillow reads.", show_default=False)],
+    image: Annotated[
+        str, typer.Argument(help="The picture: any file that Pillow reads, or a data URI.", show_default=False)
+    ],
     text: Annotated[str, typer.Argument(help="What the model is told about it.", show_default=False)],
     model: ModelOption = None,
     layers: Annotated[
@@ -150,10 +166,14 @@ def attend(
         quiet()
         from hide.attend import attend as attention_of
 
+        if tokens < 1:
+            raise ValueError(f"tokens: got {tokens}, want at least 1")
+        given = _layer_list(layers) if layers else None
+        check_folder(out, ("attention.png", "attention.npz"))
         status.update(f"loading {model or 'the embedded model'}")
         hide = load_model(model, device=device, dtype=dtype, weights=weights)
         status.update("attending")
-        wanted = _layer_list(layers) if layers else hide.config.layers or range(hide.model.num_layers)
+        wanted = given or hide.config.layers or range(hide.model.num_layers)
         found = attention_of(hide.model, image, text, layers=wanted, new_tokens=tokens)
         status.update("drawing")
         paths = found.save(out)
@@ -174,6 +194,8 @@ def attend(
             peak,
         )
     console.print(table)
+    for note in hide.model.notes:
+        console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"reply: [bold]{escape(found.reply)}[/bold]")
     console.print(f"pictures: {paths[0]}; maps as arrays: {paths[1]}", highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hide.kv_cache import PreallocatedCache
+from hide.kv_cache import PreallocatedCache, cache_keyword
 
 # Steps between two looks at the tokens on a GPU; what was decoded behind an end is cut off.
 _STEPS_PER_READ = 8
@@ -101,11 +101,14 @@ class GreedyDecoder:
         for row, prompt in enumerate(prompts):
             self._seen[row, torch.tensor(sorted(set(prompt)), device=device)] = True
 
-    @torch.no_grad()
     def decode(self, max_new_tokens: int) -> list[list[int]]:
         """The new tokens of each sequence, its end token included, as `generate` gives them."""
         if not 0 < max_new_tokens <= self.room:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, want 1 to {self.room}, the room in the cache")
+        with self._adapter.alone():
+            return self._decoded(max_new_tokens)
+
+    def _decoded(self, max_new_tokens: int) -> list[list[int]]:
         self._cache.set_slot(self._slot)
         try:
             done, advance = 0, self._advance
@@ -135,7 +138,8 @@ class GreedyDecoder:
             if not capture:
                 return self._advance
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            # What other threads do on the device meanwhile is none of the graph's business, and no error.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._advance()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -148,8 +152,8 @@ class GreedyDecoder:
             # Four dimensions are taken as they are; anything less would be built anew for the cache's length.
             attention_mask=self._visible[:, None, None],
             position_ids=self._positions,
-            past_key_values=self._cache,
             use_cache=True,
+            **{cache_keyword(type(language_model).forward): self._cache},
         ).last_hidden_state
         logits = self._adapter.model.get_output_embeddings()(hidden[:, -1]).float()
         penalty = self.settings.repetition_penalty

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
 import sys
@@ -45,9 +44,6 @@ PACKAGES = (
     ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "image work on the GPU; extra [cuda12] or [cuda13]", False),
     ("cucim", ("cucim-cu13", "cucim-cu12", "cucim"), "image work on the GPU; extra [cuda12] or [cuda13]", False),
 )
-
-# Loggers that warn, at import, of torchao's own kernels, which no operator of the project needs.
-NOISY = ("torchao", "torch.utils._pytree")
 
 
 def examine() -> list[Finding]:
@@ -201,8 +197,6 @@ def healthy(findings: list[Finding]) -> bool:
 
 def main(echo: Callable[[str], None] = print) -> int:
     """Print the report; 0 if healthy, 1 if something that is needed is missing or broken."""
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
     findings = examine()
     echo(report(findings))
     return 0 if healthy(findings) else 1

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hide.questions import Question
+from hide.questions import Question, without_wrapper
 from hide.tags import CLOSE_TAG, OPEN_TAG, tagged, without_tags
 
 Extractor = Callable[[str], str]
@@ -163,9 +163,10 @@ def entities_by_rules(question: Question) -> Entities:
     """Entities without a model: runs of the question's content words, in any language that separates words.
 
     Function words, question words, places and names of attributes end a run; the possessive `'s` too, and a length of
-    `MAX_LENGTH`. The options are read only when the question itself names nothing. At most `MAX_ENTITIES` are kept.
+    `MAX_LENGTH`. Sentences that only ask for a kind of answer name nothing. The options are read only when the question
+    itself names nothing. At most `MAX_ENTITIES` are kept.
     """
-    for text in (question.stem, ", ".join(question.options)):
+    for text in (without_wrapper(question.stem), ", ".join(question.options)):
         items: dict[str, None] = {}
         run: list[str] = []
         position = 0

@@ -3,10 +3,16 @@
 transformers' own `DynamicCache` copies all keys and values for every new token (0.94 GB for a 7B model at 16k tokens),
 and cutting it down to a length differs between its versions. With `offloading=True` it also sends every layer back to
 the host whole in every step.
+
+Buffers are plain tensors whatever mode they are allocated in: what `torch.inference_mode` makes cannot be written to
+outside of it, and a cache outlives the block that filled it.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +21,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hide_kernels.memory import host_memory
+
+
+@cache
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """What a forward, and `generate` with it, calls its cache: transformers 5.24 renamed the argument."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -90,7 +102,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def _room(self, like: Tensor, capacity: int) -> Tensor:
         """A buffer for `capacity` tokens such as those of `like`."""
-        return like.new_empty(*like.shape[:2], capacity, like.shape[3])
+        with torch.inference_mode(False):
+            return like.new_empty(*like.shape[:2], capacity, like.shape[3])
 
 
 class PreallocatedCache(DynamicCache):
@@ -345,8 +358,9 @@ def _token_by_token(like: Tensor, capacity: int, device: torch.device, *, pin_me
     Some tokens in a row are then contiguous: one copy over the bus.
     """
     batch, heads, _, channels = like.shape
-    whole = torch.empty(capacity, batch, heads, channels, dtype=like.dtype, device=device, pin_memory=pin_memory)
-    return whole.permute(1, 2, 0, 3)
+    with torch.inference_mode(False):
+        whole = torch.empty(capacity, batch, heads, channels, dtype=like.dtype, device=device, pin_memory=pin_memory)
+        return whole.permute(1, 2, 0, 3)
 
 
 def _tokens(buffer: Tensor, start: int, end: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hide.config import PRESETS, HiDeConfig
 from hide.entities import MAX_LENGTH, Entities, Extractor, entities_by_rules, entity_request, parse_entities
-from hide.images import ImageLike, load_image, to_image, to_tensor
+from hide.images import ImageLike, load_image, picture_notes, to_image, to_tensor
 from hide.models import load
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide.models.quantised import Weights
@@ -164,8 +164,18 @@ class _Clock:
         return found
 
 
+class _Loaded(NamedTuple):
+    """Pictures as they were read, their pixels where the model is, the encoder's input, and notes about the reading."""
+
+    images: tuple[Image.Image, ...]
+    sources: tuple[Tensor, ...]
+    pictures: Pictures
+    notes: tuple[str, ...]
+
+
 class HiDe:
-    """Answers questions about high-resolution pictures by looking closer at what the question speaks of::
+    """Answers questions about high-resolution pictures by looking closer at what the question speaks of, from any
+    number of threads::
 
     hide = HiDe.from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct")
     result = hide.ask("street.jpg", "What is the color of the umbrella?")
@@ -181,7 +191,7 @@ class HiDe:
             model: an adapter of `hide.models`.
             config: see `hide.config`; `preset_for(model)` gives the one for the model.
             extractor: replaces `config.entities_from`: question with options -> comma-separated entities, or empty.
-            notes: repeated in every result, e.g. where the config comes from.
+            notes: repeated in every result, e.g. where the config comes from; before them those of the model.
 
         Raises:
             ValueError: for layers that the model does not have, or a `collage_in_span` that its family cannot.
@@ -196,7 +206,7 @@ class HiDe:
         self.model = model
         self.config = config
         self.extractor = extractor
-        self._notes = tuple(notes)
+        self._notes = (*model.notes, *notes)
         self._instruction: tuple[str | None, Prefix] | None = None
         # Under the question and all that its entities depend on.
         self._known: dict[tuple[Any, ...], Entities] = {}
@@ -217,7 +227,8 @@ class HiDe:
         """Load a checkpoint (folder or hub name) with the preset for it.
 
         Args:
-            preset: a name in `hide.PRESETS`; `None`: the one that fits the model.
+            preset: a name in `hide.PRESETS`; `None`: the one that the checkpoint names as `"hide_preset"` in its
+                config.json, else its family's.
             device, dtype, attn_implementation, weights: as `hide.models.load`.
             extractor: as in the constructor.
             changes: fields of `HiDeConfig` that replace the preset's.
@@ -233,9 +244,11 @@ class HiDe:
 
         Close it, or use it in a `with` block, to free its keys and values.
         """
-        read, sources, pictures = self._loaded(images)
-        pictures, features = encode(self.model, pictures)
-        return self._session(read, sources, pictures, features)
+        loaded = self._loaded(images)
+        pictures, features = encode(self.model, loaded.pictures)
+        # Pixels are let go of before the prefill.
+        loaded = loaded._replace(pictures=pictures)
+        return self._session(loaded, features)
 
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
@@ -289,13 +302,17 @@ class HiDe:
         images: Shown,
         question: str | Question,
         collages: Sequence[Image.Image | None] = (),
+        *,
+        max_new_tokens: int | None = None,
     ) -> Reply:
         """Step 4: the model's reply to all images, then all collages, then the question; without collages, plain.
 
-        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does.
+        `ask` gives the collages in the order of `EntityMaps.order`, as the published code does. max_new_tokens: bound
+        on the reply, at least 1; `None`: the config's.
         """
+        most = self._most_new_tokens(max_new_tokens)
         with self._opened(images) as session:
-            return self._answer(session, _question(question), self._collage_pictures(collages, session))
+            return self._answer(session, _question(question), self._collage_pictures(collages, session), most=most)
 
     def ask(
         self,
@@ -304,6 +321,7 @@ class HiDe:
         *,
         options: Sequence[str] | None = None,
         plain: bool = True,
+        max_new_tokens: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> HiDeResult:
         """All steps.
@@ -313,31 +331,34 @@ class HiDe:
             question: free, or with lettered options on lines of their own.
             options: the options, when they do not stand in the question.
             plain: also give the reply without the collage.
+            max_new_tokens: bound on each answer, at least 1, not on the entities; `None`: the config's.
             progress: called with the name of each step when it begins.
         """
         clock = _Clock(self.model.model.device, progress)
         question = _question(question, options)
+        most = self._most_new_tokens(max_new_tokens)
         if isinstance(image, ImageSession):
-            return self._ask(self._own(image), question, plain, clock)
+            return self._ask(self._own(image), question, plain, most, clock)
         with clock("read and resize"):
-            images, sources, pictures = self._loaded(image)
+            loaded = self._loaded(image)
         with clock("prefix"):
-            pictures, features = encode(self.model, pictures)
-            session = self._session(images, sources, pictures, features)
+            pictures, features = encode(self.model, loaded.pictures)
+            loaded = loaded._replace(pictures=pictures)
+            session = self._session(loaded, features)
             clock.tokens["prefix"] = session.length
         del features
         with session:
-            return self._ask(session, question, plain, clock)
+            return self._ask(session, question, plain, most, clock)
 
-    def _ask(self, session: ImageSession, question: Question, plain: bool, clock: _Clock) -> HiDeResult:
+    def _ask(self, session: ImageSession, question: Question, plain: bool, most: int, clock: _Clock) -> HiDeResult:
         images = session.images
         plain_answer = None
         if plain:
             with clock("plain answer"):
-                plain_answer, clock.tokens["plain answer"] = self._answer(session, question)
+                plain_answer, clock.tokens["plain answer"] = self._answer(session, question, most=most)
         with clock("entities"):
             (entities,), clock.tokens["entities"] = self._entities([question])
-        notes = [*self._notes, *entities.notes]
+        notes = [*self._notes, *session.notes, *entities.notes]
         with clock("attention rows"):
             rows, clock.tokens["attention rows"] = self._attention_rows(session, entities)
         with clock("maps"):
@@ -350,13 +371,13 @@ class HiDe:
         if shown:
             with clock("answer"):
                 more = self._collage_pictures(shown, session)
-                answer, clock.tokens["answer"] = self._answer(session, question, more)
+                answer, clock.tokens["answer"] = self._answer(session, question, more, most=most)
             image_tokens += more.tokens if more is not None else ()
         else:
             notes.append("collage: no region was found, so the answer is the plain one")
             if plain_answer is None:
                 with clock("answer"):
-                    plain_answer, clock.tokens["answer"] = self._answer(session, question)
+                    plain_answer, clock.tokens["answer"] = self._answer(session, question, most=most)
             answer = plain_answer
         return HiDeResult(
             question=question,
@@ -375,17 +396,15 @@ class HiDe:
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
-    def _loaded(
-        self, images: ImageLike | Sequence[ImageLike]
-    ) -> tuple[tuple[Image.Image, ...], tuple[Tensor, ...], Pictures]:
-        """The pictures, their pixels where the model is, and what the vision encoder eats."""
+    def _loaded(self, images: ImageLike | Sequence[ImageLike]) -> _Loaded:
         device = self.model.model.device
         read, sources = [], []
-        for image in _listed(images):
-            source = self._decoded(image, device)
-            read.append(load_image(image) if source is None else to_image(source))
-            sources.append(to_tensor(read[-1], device) if source is None else source)
-        return tuple(read), tuple(sources), self._preprocess(sources)
+        with picture_notes() as notes:
+            for image in _listed(images):
+                source = self._decoded(image, device)
+                read.append(load_image(image) if source is None else to_image(source))
+                sources.append(to_tensor(read[-1], device) if source is None else source)
+        return _Loaded(tuple(read), tuple(sources), self._preprocess(sources), tuple(notes))
 
     def _decoded(self, image: ImageLike, device: torch.device) -> Tensor | None:
         """The pixels of a file that is decoded on the device; `None` where the config or the file wants Pillow."""
@@ -393,7 +412,7 @@ class HiDe:
             return None
         try:
             return decode(image, device=device, decoder=self.config.decoder)
-        except ValueError:
+        except (ValueError, OSError):
             return None
 
     def _preprocess(self, images: Sequence[Image.Image | Tensor], max_tokens: int | None = None) -> Pictures:
@@ -401,15 +420,14 @@ class HiDe:
         pictures = self.model.preprocess(images, min_tokens=self.config.min_tokens, max_tokens=most)
         return dataclasses.replace(pictures, joined=self.config.collage_in_span)
 
-    def _session(
-        self, images: Sequence[Image.Image], sources: Sequence[Tensor], pictures: Pictures, features: Features
-    ) -> ImageSession:
+    def _session(self, loaded: _Loaded, features: Features) -> ImageSession:
         return ImageSession(
             self.model,
-            pictures,
+            loaded.pictures,
             features=features,
-            images=images,
-            sources=sources,
+            images=loaded.images,
+            sources=loaded.sources,
+            notes=loaded.notes,
             prefill_chunk=self.config.prefill_chunk,
             offload=self.config.offload_kv,
         )
@@ -472,41 +490,55 @@ class HiDe:
             )
         return _entity_maps(found, image_index, valid, rows.labels), collages, notes
 
-    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None) -> Reply:
+    def _answer(self, session: ImageSession, question: Question, more: Pictures | None = None, *, most: int) -> Reply:
         text = question.asked(self.config.letter_request)
-        return session.ask(text, more, max_new_tokens=self.config.max_new_tokens)
+        return session.ask(text, more, max_new_tokens=most)
+
+    def _most_new_tokens(self, asked: int | None) -> int:
+        """The bound of one call, or the config's."""
+        if asked is None:
+            return self.config.max_new_tokens
+        if not isinstance(asked, int) or isinstance(asked, bool):
+            raise TypeError(f"max_new_tokens: got {asked!r}, want an int, or None for the config's")
+        if asked < 1:
+            raise ValueError(f"max_new_tokens: got {asked}, want at least 1")
+        return asked
 
     def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
         """The entities, and how many tokens went through the model for them."""
         settings = self.config
         made_by = (self.extractor, settings.entities_from, settings.entity_prompt, settings.max_entity_tokens)
-        new = {question.text: question for question in questions if (question.text, made_by) not in self._known}
+        with self.model.lock:
+            seen = {one.text: self._known.get((one.text, made_by)) for one in questions}
+        known = {text: entities for text, entities in seen.items() if entities is not None}
+        new = {question.text: question for question in questions if question.text not in known}
         tokens = 0
         if self.extractor is not None:
             for text in new:
                 reply = self.extractor(text)
                 if not isinstance(reply, str):
                     raise TypeError(f"extractor: it returned {type(reply).__name__}, want a string")
-                self._known[text, made_by] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
+                known[text] = parse_entities(f"{OPEN_TAG}{reply}{CLOSE_TAG}")
         elif self.config.entities_from == "rules":
-            for text, question in new.items():
-                self._known[text, made_by] = entities_by_rules(question)
+            known |= {text: entities_by_rules(question) for text, question in new.items()}
         elif new:
             requests = [entity_request(question, self.config.entity_prompt) for question in new.values()]
             said = self._entity_replies(requests)
             tokens = sum(one.tokens for one in said)
             for text, request, one in zip(new, requests, said, strict=True):
-                self._known[text, made_by] = parse_entities(one.text, request)
+                known[text] = parse_entities(one.text, request)
+        with self.model.lock:
+            self._known |= {(text, made_by): known[text] for text in new}
+            while len(self._known) > MEMO:
+                self._known.pop(next(iter(self._known)))
         found = []
         for question in questions:
-            known = self._known[question.text, made_by]
-            if not known.items:
+            own = known[question.text]
+            if not own.items:
                 words = " ".join(question.stem.split())[:MAX_LENGTH]
                 note = "entities: none were found; the question's own words took their place"
-                known = Entities((words,), (*known.notes, note))
-            found.append(known)
-        while len(self._known) > MEMO:
-            self._known.pop(next(iter(self._known)))
+                own = Entities((words,), (*own.notes, note))
+            found.append(own)
         return found, tokens
 
     def _entity_replies(self, requests: Sequence[str]) -> list[Reply]:
@@ -527,18 +559,19 @@ class HiDe:
 
     def _entity_prefix(self) -> Prefix:
         asked = self.config.entity_prompt
-        if self._instruction is None or self._instruction[0] != asked:
-            ids = [
-                self.model.input_ids(entity_request(Question.parse(text), asked))[0]
-                for text in ("What?", "9 things are there.")
-            ]
-            shorter = min(map(len, ids))
-            differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
-            # The last common token may melt into other questions.
-            common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
-            prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
-            self._instruction = (asked, prefix)
-        return self._instruction[1]
+        with self.model.lock:
+            if self._instruction is None or self._instruction[0] != asked:
+                ids = [
+                    self.model.input_ids(entity_request(Question.parse(text), asked))[0]
+                    for text in ("What?", "9 things are there.")
+                ]
+                shorter = min(map(len, ids))
+                differs = (ids[0][:shorter] != ids[1][:shorter]).nonzero()
+                # The last common token may melt into other questions.
+                common = max(1, int(differs[0]) - 1) if len(differs) else shorter - 1
+                prefix = Prefix(self.model, ids[0][None, :common], prefill_chunk=self.config.prefill_chunk)
+                self._instruction = (asked, prefix)
+            return self._instruction[1]
 
     def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
         """The rows, and how many tokens went through the model for them."""
@@ -589,13 +622,16 @@ class HiDe:
 def preset_for(model: Adapter, preset: str | None = None) -> tuple[HiDeConfig, tuple[str, ...]]:
     """The config for a model, and notes about where it comes from.
 
-    `preset` is a name in `PRESETS`; `None` takes the first of the model's family, and for depths that it was not
-    published for, the layers at the same relative depth, with a note. Raises `ValueError` for an unknown name.
+    `preset` is a name in `PRESETS`; `None` takes the one that the checkpoint's config.json names as `"hide_preset"`.
+    Without it, the first of the model's family, and for depths that it was not published for, the layers at the same
+    relative depth, with a note. Raises `ValueError` for an unknown name.
     """
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset: got {preset!r}, want one of {', '.join(PRESETS)}")
-        return PRESETS[preset], ()
+    own = getattr(model.model.config, "hide_preset", None)
+    source, asked = ("preset", preset) if preset is not None else ("config.json: hide_preset", own)
+    if asked is not None:
+        if not isinstance(asked, str) or asked not in PRESETS:
+            raise ValueError(f"{source}: got {asked!r}, want one of {', '.join(PRESETS)}")
+        return PRESETS[asked], ()
     name = model.presets[0]
     published = PRESETS[name]
     if model.num_layers == model.preset_depth:

@@ -6,19 +6,38 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hide.tags import CLOSE_TAG, OPEN_TAG, tagged
+from hide.replies import LETTERS, read_letter
+from hide.tags import CLOSE_TAG, OPEN_TAG
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 TAGGED_LETTER_REQUEST = f"{LETTER_REQUEST.rstrip('.')}, between {OPEN_TAG} and {CLOSE_TAG}."
 
-# A sentence that only asks for a letter, as benchmarks append it in several wordings: it has one of these words, then
-# "letter", and is no question. Each pattern takes time linear in the text, which may have any length.
-_SENTENCE = re.compile(r"[^\n.?!]*[\n.?!]?")
-_ASKS = re.compile(r"\b(?:answer|respond|reply)\b", re.IGNORECASE)
-_LETTER = re.compile(r"\bletter\b", re.IGNORECASE)
-_BEST_ANSWER = re.compile(r"\s*the best answer is:?\s*", re.IGNORECASE)
-_OPTION = re.compile(r"\(?([A-Z])[).:]\s*(\S.*)")
+# What benchmarks put around question and options has words of these only. A sentence of theirs is dropped if it asks
+# for something or ends with a colon, and is no question. Each pattern takes time linear in the text, of any length.
+_WRAPPER_WORDS = re.compile(
+    r"(?<![A-Za-z])(?:please|now|just|only|simply|directly|carefully|then|do|not|you|must|should|can|your|its|it|is|are|be|a|an|the"
+    r"|this|that|these|to|of|in|on|at|by|as|for|from|among|between|with|without|using|based|according|e\.g\.?|i\.e\.?|and"
+    r"|or|one|single|exactly|best|correct|right|most|appropriate|suitable|proper|corresponding|capital|uppercase"
+    r"|above|below|following|follows|given|provided|listed|shown|available|possible|hint|format|form|end|word|words"
+    r"|phrase|short|brief|briefly|explanation|reasoning|additional|any|other|text|else|nothing|final|image|images|picture"
+    r"|pictures|photo|answer|answers|respond|response|reply|provide|give|output|return|write|select|choose|pick|question"
+    r"|questions|multiple|multi|choice|choices|option|options|option['’]s|letter|letters|FINAL_OUTPUT|[A-Z])(?![A-Za-z_])"
+    r"|请|根据|基于|按照|图像|图片|图中|选择|选出|选项|上述|上面|以下|下列|下面|中|多项|单项|单选|多选|题目?|问题|的|最佳|最合适|正确|只需|只用|仅|直接"
+    r"|用|以|从|回答|作答|给出|输出|字母|答案|列表|如下|所示|为|是|或|和|与|一个|并|即可|对应|提示|不要|解释",
+    re.IGNORECASE,
+)
+_ASKS = re.compile(
+    r"\b(?:answer|respond|reply|provide|give|output|return|write|select|choose|pick)\b|选|答|输出|给出", re.I
+)
+_SENTENCE = re.compile(r"(?:[^\n.?!。！？]|\.(?=[a-z0-9,;:)]))*[\n.?!。！？]?")
+# The end of the question's own line, before the options.
+_ANNOUNCED = re.compile(
+    r"[ \t]*(?:\bthe (?:choices|options) are (?:listed|shown|given|as) (?:below|follows)|选项列?表?如下(?:所示)?)"
+    r"[ \t]*[:：][ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LABEL = re.compile(r"^[ \t]*(?:question|hint|问题|题目|提示)[ \t]*[:：]", re.IGNORECASE | re.MULTILINE)
+_OPTION = re.compile(r"[(（]?([A-Z])[)）.．:：、]\s*(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,9 @@ class Question:
 
         Args:
             text: the question; lines such as `(A) red` or `B. blue`, lettered from A on, are its options (the last such
-                list where there are several), and a sentence that asks for a letter only is dropped (it is put back by
-                `prompt`). Lines lose surrounding blanks, empty lines go.
+                list where there are several), and then what benchmarks put around them is dropped: "Question:", "The
+                choices are listed below:", sentences that only ask to choose or for a letter, in English or Chinese
+                (`prompt` puts one back). Lines lose surrounding blanks, empty lines go.
             options: the options, when they do not stand in the text; 2 to 26 of them. Each becomes one line.
 
         Raises:
@@ -60,7 +80,7 @@ class Question:
             found = [" ".join(option.split()) for option in options]
         body = "\n".join(line for place, line in enumerate(lines) if place not in places)
         if found:
-            body = "".join(map(_without_request, _SENTENCE.findall(body)))
+            body = without_wrapper(body)
         stem = "\n".join(line.strip() for line in body.split("\n") if line.strip())
         if not re.search(r"\w", stem):
             raise ValueError(
@@ -85,30 +105,9 @@ class Question:
         return f"{self.text}\n{letter_request}" if self.options else self.text
 
     def letter(self, reply: str) -> str | None:
-        """The option that `reply` chooses: a letter, or `None` where it names none or cannot be understood.
-
-        Where there are tags (`hide.tags`), only what stands between them counts. It is read in this order: it is a
-        letter or starts with one (`B`, `(B)`, `B. blue`, `B` and a line break); it says `answer: B`, `option is (B)` or
-        the like (the last such place counts; an `A` before a word is an article); it has exactly one option's text.
-        """
-        letters = LETTERS[: len(self.options)]
-        if not letters:
-            return None
-        between = tagged(reply)
-        text = (reply if between is None else between).strip().strip("*").strip()
-        start = re.match(rf"[(\[]?([{letters}])(?:[)\].:,]|[ \t]*(?:\n|$))", text)
-        if start:
-            return start[1]
-        said = re.findall(rf"(?i:answer|option|choice)\W*(?i:is\b\W*)?([{letters}])(?![\w'])(?!(?<=A) \w)", text)
-        if said:
-            return said[-1]
-        lower = text.lower()
-        named = [
-            letter
-            for letter, option in zip(letters, self.options, strict=True)
-            if (name := option.lower().rstrip(".")) and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", lower)
-        ]
-        return named[0] if len(named) == 1 else None
+        """The option that `reply` chooses, `None` where it names none or cannot be understood; the rule is that of
+        `hide.replies.read_letter`."""
+        return read_letter(reply, self.options)
 
 
 def _check_unicode(name: str, text: str) -> None:
@@ -130,8 +129,15 @@ def _lettered(lines: Sequence[str]) -> list[int]:
     return next((places for places in reversed(lists) if len(places) >= 2), [])
 
 
-def _without_request(sentence: str) -> str:
-    """`sentence`, or the end of its line where it only asks for a letter."""
-    asks = _ASKS.search(sentence)
-    request = asks and _LETTER.search(sentence, asks.end()) and not sentence.endswith("?")
-    return "\n"[: sentence.endswith("\n")] if request or _BEST_ANSWER.fullmatch(sentence) else sentence
+def without_wrapper(text: str) -> str:
+    """`text` without what benchmarks put around a question: requests to choose, for a letter or for a short answer,
+    lines that announce the options, and the labels "Question:" and "Hint:"."""
+    sentences = _SENTENCE.findall(_LABEL.sub("", _ANNOUNCED.sub("", text)))
+    return "".join("\n"[: one.endswith("\n")] if _is_wrapper(one) else one for one in sentences)
+
+
+def _is_wrapper(sentence: str) -> bool:
+    sentence = sentence.strip()
+    if sentence.endswith(("?", "？")) or re.search(r"\w", _WRAPPER_WORDS.sub("", sentence)):
+        return False
+    return bool(sentence.endswith((":", "：")) or _ASKS.search(sentence))

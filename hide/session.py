@@ -3,10 +3,13 @@
 HiDe as published runs the vision encoder and the whole model over the same image for each step of each question.
 An `ImageSession` holds the keys and values of `[system][user][image ...]`; a branch adds a prompt's other tokens behind
 them and is rolled back afterwards. Logits, rows and replies are those of the unshared forward, up to rounding.
+
+Any number of threads may use a session or a pool; who holds what is said in `docs/sessions.md`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -88,7 +91,9 @@ class Prefix:
         self._chunk = prefill_chunk
         kind = OffloadedCache if offload else PreallocatedCache
         self._cache: PreallocatedCache | None = kind(model.num_layers, self.length + room)
-        self._branched = False
+        # Held while a branch is open. No re-entrant lock: that of a generator may be left in another thread.
+        self._turn = threading.Lock()
+        self._branching: int | None = None
         if features is not None and len(features.embeddings) != sum(pictures.tokens if pictures is not None else ()):
             raise ValueError(f"features: got {len(features.embeddings)} tokens, want as many as the pictures have")
         if pictures is not None and features is None:
@@ -97,7 +102,7 @@ class Prefix:
             self.pictures = pictures.without_pixels()
         with stage("prefill"):
             # No logits are wanted of a prefix, and its features live on as keys and values.
-            Branch(self, self.ids, self.pictures, features, start=0).run()
+            Branch(self, self.cache, self.ids, self.pictures, features, start=0).run()
 
     @property
     def closed(self) -> bool:
@@ -127,24 +132,34 @@ class Prefix:
 
         Raises:
             ValueError: a prompt that does not begin with the prefix, or has nothing behind it.
-            RuntimeError: the session is closed, or another branch is open.
+            RuntimeError: the session is closed, or this thread has another branch open; those of other threads are
+                waited for.
         """
-        cache = self.cache
-        if self._branched:
-            raise RuntimeError("session: a branch is open already; leave it before the next one")
         self._check(ids, pictures)
-        every, features = self.pictures, None
-        if pictures is not None:
-            pictures, features = encode(self.model, pictures)
-            every = pictures if every is None else every + pictures
-        self._branched = True
-        try:
-            with _advised(f"keys and values of {ids.shape[1] + room} tokens"):
-                cache.reserve(ids.shape[1] + room)
-            yield Branch(self, ids.cpu(), every, features, start=self.length)
-        finally:
-            self._branched = False
-            cache.rewind(self.length)
+        with self._alone() as cache:
+            every, features = self.pictures, None
+            if pictures is not None:
+                pictures, features = encode(self.model, pictures)
+                every = pictures if every is None else every + pictures
+            try:
+                with _advised(f"keys and values of {ids.shape[1] + room} tokens"):
+                    cache.reserve(ids.shape[1] + room)
+                yield Branch(self, cache, ids.cpu(), every, features, start=self.length)
+            finally:
+                cache.rewind(self.length)
+
+    @contextmanager
+    def _alone(self) -> Iterator[PreallocatedCache]:
+        """Inside, keys and values are this thread's; closing the session frees them only behind the block."""
+        if self._branching == threading.get_ident():
+            raise RuntimeError("session: a branch is open already; leave it before the next one")
+        with self._turn:
+            cache = self.cache
+            self._branching = threading.get_ident()
+            try:
+                yield cache
+            finally:
+                self._branching = None
 
     def _check(self, ids: Tensor, pictures: Pictures | None) -> None:
         if ids.dim() != 2 or ids.shape[0] != 1:
@@ -160,7 +175,6 @@ class Prefix:
         with self.branch(ids, pictures, room=max_new_tokens) as branch:
             return branch.reply(max_new_tokens, static=static)
 
-    @torch.no_grad()
     def replies(self, prompts: Sequence[Tensor], *, max_new_tokens: int) -> list[list[int]]:
         """The greedy replies to several prompts without further pictures, decoded side by side.
 
@@ -176,18 +190,18 @@ class Prefix:
             return [self.reply(ids, max_new_tokens=max_new_tokens) for ids in prompts]
         found: list[list[int]] = []
         for first in range(0, len(prompts), SIDE_BY_SIDE):
-            with _advised(f"{SIDE_BY_SIDE} replies side by side"):
-                found += self._replies(prompts[first : first + SIDE_BY_SIDE], max_new_tokens)
+            with self._alone() as cache, _advised(f"{SIDE_BY_SIDE} replies side by side"):
+                found += self._replies(cache, prompts[first : first + SIDE_BY_SIDE], max_new_tokens)
         return found
 
-    def _replies(self, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
+    def _replies(self, own: PreallocatedCache, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
         for ids in prompts:
             self._check(ids, None)
         suffixes = [ids[0, self.length :] for ids in prompts]
         longest = max(len(suffix) for suffix in suffixes)
         model, start = self.model, self.length
         end = start + longest - 1
-        cache = self.cache.copy_for(len(prompts), end + max_new_tokens)
+        cache = own.copy_for(len(prompts), end + max_new_tokens)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
         visible = torch.zeros(len(prompts), start + longest, dtype=torch.bool)
         visible[:, :start] = True
@@ -195,9 +209,9 @@ class Prefix:
         for row, (ids, suffix) in enumerate(zip(prompts, suffixes, strict=True)):
             tokens[row, longest - len(suffix) :] = suffix
             visible[row, -len(suffix) :] = True
-            own = model.positions(ids, self.pictures)[0][..., start:]
+            behind = model.positions(ids, self.pictures)[0][..., start:]
             # A padding token's position does not matter: nobody sees it.
-            positions.append(torch.nn.functional.pad(own, (longest - len(suffix), 0)))
+            positions.append(torch.nn.functional.pad(behind, (longest - len(suffix), 0)))
         place = torch.cat(positions, dim=-2)
         if longest > 1:
             model.extend(cache, tokens[:, :-1], place[..., :-1], attention_mask=visible[:, :end].long())
@@ -207,7 +221,7 @@ class Prefix:
         return decoder.decode(max_new_tokens)
 
     def close(self) -> None:
-        """Free the memory; the session cannot be used any more."""
+        """Free the memory, that of a branch in another thread when it is left; no more can be opened."""
         self._cache = None
 
     def __enter__(self) -> Any:
@@ -223,12 +237,19 @@ class Branch:
     """One prompt on top of a prefix: `run` sends its tokens through the model, in order."""
 
     def __init__(
-        self, prefix: Prefix, ids: Tensor, pictures: Pictures | None, features: Features | None, *, start: int
+        self,
+        prefix: Prefix,
+        cache: PreallocatedCache,
+        ids: Tensor,
+        pictures: Pictures | None,
+        features: Features | None,
+        *,
+        start: int,
     ) -> None:
-        """Made by `Prefix.branch`. features: of the images whose tokens come from `start` on."""
+        """Made by `Prefix.branch`. cache: the prefix's. features: of the images whose tokens come from `start` on."""
         self.ids = ids
         self.at = start
-        self._prefix, self._model, self._cache = prefix, prefix.model, prefix.cache
+        self._prefix, self._model, self._cache = prefix, prefix.model, cache
         self._positions, self._rope_delta = prefix.model.positions(ids, pictures)
         self._features = features
         image = ids[0, start:] == prefix.model.image_token
@@ -237,7 +258,6 @@ class Branch:
         self._start = start
         self._ended = False
 
-    @torch.no_grad()
     def run(self, stop: int | None = None, *, depth: int | None = None, whole: bool = False) -> Tensor:
         """Send the tokens up to `stop` (default: the last) through the decoder.
 
@@ -293,7 +313,7 @@ class Branch:
     def logits(self) -> Tensor:
         """(1, V) float32, of the token that comes after the prompt."""
         self._go_back(self.ids.shape[1] - 1)
-        with torch.no_grad():
+        with self._model.alone():
             return self._model.model.get_output_embeddings()(self.run()[:, -1]).float()
 
     def rows(
@@ -314,7 +334,6 @@ class Branch:
         rows = torch.stack([result.rows[0] for result in captured.values()])
         return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
 
-    @torch.no_grad()
     def reply(self, max_new_tokens: int, *, static: bool | None = None) -> list[int]:
         """The tokens of the greedy reply.
 
@@ -377,6 +396,7 @@ class ImageSession(Prefix):
         features: Features | None = None,
         images: Sequence[Image.Image] = (),
         sources: Sequence[Tensor] = (),
+        notes: Sequence[str] = (),
         prefill_chunk: int = 2048,
         room: int = 256,
         offload: bool = False,
@@ -384,13 +404,13 @@ class ImageSession(Prefix):
         """Encode and prefill; as `Prefix`.
 
         images: what the pictures were made from. sources: their pixels, (H, W, 3 or 4) uint8, which collages are cut
-            out of, where the model is.
+            out of, where the model is. notes: what was left out of them or guessed (`hide.images.picture_notes`).
         """
         ids = model.image_prefix(pictures)
         super().__init__(
             model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room, offload=offload
         )
-        self.images, self.sources = tuple(images), tuple(sources)
+        self.images, self.sources, self.notes = tuple(images), tuple(sources), tuple(notes)
 
     @property
     def nbytes(self) -> int:
@@ -398,7 +418,7 @@ class ImageSession(Prefix):
         return super().nbytes + sum(source.nbytes for source in self.sources)
 
     def close(self) -> None:
-        """Free the memory; the session cannot be used any more."""
+        """As a `Prefix`; the sources too."""
         super().close()
         self.sources = ()
 
@@ -421,7 +441,11 @@ class ImageSession(Prefix):
 
 
 class SessionPool:
-    """Sessions of several pictures, least recently used ones closed when they hold more than `budget` bytes."""
+    """Sessions of several pictures, least recently used ones closed when they hold more than `budget` bytes.
+
+    Several threads may share a pool. A session that another thread has got from it leaves the pool in the same way, but
+    is not closed: its memory is freed when that thread lets go of it. An empty pool is true, as any pool.
+    """
 
     def __init__(self, budget: int) -> None:
         """budget: bytes of keys, values and sources on the devices, in all; the newest session is kept even if it alone
@@ -429,46 +453,57 @@ class SessionPool:
         if budget < 0:
             raise ValueError(f"budget: got {budget}, want bytes, 0 or more")
         self.budget = budget
-        self._sessions: dict[object, ImageSession] = {}
+        # With the threads that have got each.
+        self._sessions: dict[object, tuple[ImageSession, set[int]]] = {}
+        self._lock = threading.RLock()
 
     def get(self, key: object, open_session: Callable[[], ImageSession]) -> ImageSession:
-        """The session of `key`, made by `open_session` where there is none.
+        """The session of `key`, made by `open_session` where there is none; other threads wait meanwhile.
 
         Where memory is too short for it, all others are closed and it is tried once more.
         """
-        session = self._sessions.pop(key, None)
-        if session is None or session.closed:
-            session = None
-            try:
-                session = open_session()
-            except MemoryError:
-                if not self._sessions:
-                    raise
-            if session is None:
-                # Out here, where the error no longer holds what the first try had made.
-                self.close()
-                session = open_session()
-        self._sessions[key] = session
-        self._evict()
-        return session
+        with self._lock:
+            session, users = self._sessions.pop(key, (None, set[int]()))
+            if session is None or session.closed:
+                session, users = None, set()
+                try:
+                    session = open_session()
+                except MemoryError:
+                    if not self._sessions:
+                        raise
+                if session is None:
+                    # Out here, where the error no longer holds what the first try had made.
+                    while self._sessions:
+                        self._drop_oldest()
+                    session = open_session()
+            self._sessions[key] = session, {*users, threading.get_ident()}
+            while self.nbytes > self.budget and len(self._sessions) > 1:
+                self._drop_oldest()
+            return session
 
     @property
     def nbytes(self) -> int:
         """Held by all sessions."""
-        return sum(session.nbytes for session in self._sessions.values())
+        with self._lock:
+            return sum(session.nbytes for session, _ in self._sessions.values())
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def close(self) -> None:
-        """Close all."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+    def __bool__(self) -> bool:
+        return True
 
-    def _evict(self) -> None:
-        while self.nbytes > self.budget and len(self._sessions) > 1:
-            self._sessions.pop(next(iter(self._sessions))).close()
+    def close(self) -> None:
+        """Close all, those of other threads too."""
+        with self._lock:
+            for session, _ in self._sessions.values():
+                session.close()
+            self._sessions.clear()
+
+    def _drop_oldest(self) -> None:
+        session, users = self._sessions.pop(next(iter(self._sessions)))
+        if users <= {threading.get_ident()}:
+            session.close()
 
 
 def _check_tokens(model: Adapter, ids: Tensor, pictures: Pictures | None) -> None:

@@ -107,7 +107,7 @@ def device_source() -> str:
             return ""
         seen.add(name)
         lines = []
-        for line in (SOURCES / name).read_text().splitlines():
+        for line in (SOURCES / name).read_text(encoding="utf-8").splitlines():
             include = line.removeprefix('#include "').removesuffix('"')
             lines.append(inline(include) if include != line else "" if line == "#pragma once" else line)
         return "\n".join(lines)

@@ -22,8 +22,8 @@ from .attention_rows.torch_blocked import without_autocast
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor? lse, Tensor? weights, Tensor? q_positions, Tensor? kv_starts, Tensor? kv_lens, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, SymInt[] spans, SymInt[] spans_per_sample, "
-    "SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, str? row_reduction, bool causal, SymInt? window, "
-    "float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
+    "SymInt columns, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, str? row_reduction, bool causal, "
+    "SymInt? window, float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
 )
 ARGUMENTS = tuple(argument.split()[-1] for argument in SCHEMA[1 : SCHEMA.index(")")].split(", "))
 

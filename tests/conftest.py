@@ -1,18 +1,37 @@
 """Settings that every test shares."""
 
+import logging
 import os
+import re
+import warnings
+
+# Before numpy and torch are loaded, and for the processes that tests start. Small models gain nothing from threads,
+# parallel test processes would fight over the cores, and sums would depend on how many there are.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from hypothesis import settings
-
-# Small models gain nothing from threads, and parallel test processes would fight over the cores.
-torch.set_num_threads(1)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Both try the same examples every time; "many" is what `make fuzz` runs.
 settings.register_profile("few", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("many", deadline=None, derandomize=True, max_examples=600, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
+
+
+class DeprecationsLogged(logging.Handler):
+    """Turns what transformers only logs as deprecated into a warning, which pyproject.toml makes an error."""
+
+    def emit(self, record):
+        if re.search(r"deprecat|will be removed", record.getMessage(), re.IGNORECASE):
+            warnings.warn(record.getMessage(), FutureWarning, stacklevel=2)
+
+
+logging.getLogger("transformers").addHandler(DeprecationsLogged(logging.WARNING))
+
+
+def pytest_runtest_setup(item):
+    logging.getLogger("transformers").setLevel(logging.WARNING)  # a test before may have run a command, which hushes it
 
 
 def pytest_collection_modifyitems(items):

@@ -42,13 +42,21 @@ def rows_of(query, key, **arguments):
     return attention_rows(query, key, backend="triton", **arguments).rows
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# float32 takes its products in slices of the head size, in tiles of their own: what meets those is run in it too, and
+# what comes after the products is not run twice.
+SLICED = {
+    "plain", "group of 7, 32 rows", "heads = kv heads", "one kv head, group of 11", "one row", "head size 40", "one key",
+    "spans per sample", "every mask", "heads apart", "kv groups", "weights", "rows averaged", "raw scores, softcap",
+    "negative scale, softcap", "scores of ten thousand",
+}  # fmt: skip
+KINDS = [(case, torch.float16) for case in CASES] + [(case, torch.float32) for case in CASES if case.name in SLICED]
+
+
+@pytest.mark.parametrize("case, dtype", KINDS, ids=lambda value: getattr(value, "name", str(value)))
 def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
-    # The arithmetic is float32 for every input, so float16 earns no larger budget, but for the interpreter's products of
-    # float16, which sum one after another.
+    # The arithmetic is float32 for every input, so float16 earns no larger budget.
     rows, lse = error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)
-    assert max(rows, lse) <= (1 if dtype == torch.float32 else 2)
+    assert max(rows, lse) <= 1
     assert "reduce_rows" in {name for name, _ in launched}
 
 
@@ -60,25 +68,28 @@ def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
 )
 def test_other_cards_tiles_give_the_same(case, capability, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", triton_launch.Card(capability, 100))
-    assert max(error_of(case, torch.float16, "cpu", backend="triton", plain_dtype=torch.float32)) <= 2
+    assert max(error_of(case, torch.float16, "cpu", backend="triton", plain_dtype=torch.float32)) <= 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+WINDOW = {"q_positions": torch.tensor([200, 210, 230, 320, 332]), "causal": True, "window": 190}
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    "arguments, dtype",
     [
-        {}, {"kv_starts": torch.tensor([70, 0]), "kv_lens": torch.tensor([333, 290])},
-        {"q_positions": torch.tensor([0, 60, 64, 150, 300]), "causal": True},
-        {"q_positions": torch.tensor([200, 210, 230, 320, 332]), "causal": True, "window": 190},
+        ({}, torch.float16),
+        ({"kv_starts": torch.tensor([70, 0]), "kv_lens": torch.tensor([333, 290])}, torch.float16),
+        ({"q_positions": torch.tensor([0, 60, 64, 150, 300]), "causal": True}, torch.float16),
+        (WINDOW, torch.float16), (WINDOW, torch.float32),
     ],
-    ids=["all", "padded", "causal", "window"],
+    ids=["all", "padded", "causal", "window", "window, float32"],
 )  # fmt: skip
 def test_a_program_that_takes_many_blocks_of_keys_masks_both_ends(arguments, dtype, launched, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", triton_launch.Card((8, 0), 1))
     monkeypatch.setitem(triton_configs.LSE, ("mma", 16), triton_configs.LseConfig(16, 32, 4))
     triton_configs.lse_config.cache_clear()
     case = Case("many blocks", length=333, arguments=arguments)
-    assert max(error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)) <= 2
+    assert max(error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)) <= 1
     triton_configs.lse_config.cache_clear()
     assert 333 / launched[0][1][0] > 3 * 32
 

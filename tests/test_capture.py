@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from random_models import FAMILIES, IMAGE, VOCABULARY, prompt, qwen2_5_vl, sliding_window_llm
+from random_models import FAMILIES, IMAGE, VOCABULARY, prompt, qwen2_5_vl, randomise, sliding_window_llm
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hide.kv_cache import cache_keyword
 from hide_kernels.integrations.transformers import (
     CONTINUING,
     IMPLEMENTATION,
@@ -148,8 +149,8 @@ def test_a_chunked_prefill_gives_the_rows_of_one_forward(cache):
     ):
         for start, stop in [(0, 10), (10, 12), (12, 30)]:
             model(
-                input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], past_key_values=past,
-                use_cache=True, cache_position=torch.arange(start, stop),
+                input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], use_cache=True,
+                cache_position=torch.arange(start, stop), **{cache_keyword(type(model).forward): past},
             )  # fmt: skip
     assert (captured[2].rows - want[..., [*range(9), *range(20, 30)]]).abs().max() < TOLERANCE
 
@@ -160,10 +161,12 @@ def test_chunks_on_a_sliding_window_cache_that_dropped_keys_are_refused(inside):
     past = transformers.DynamicCache(config=model.config)
     with torch.no_grad(), pytest.raises(ValueError, match="dropped keys"):
         if not inside:
-            model(input_ids=ids[:, :10], past_key_values=past, use_cache=True)
+            model(input_ids=ids[:, :10], use_cache=True, **{cache_keyword(type(model).forward): past})
         with capture_attention_rows(model, layers=[1], rows=[12]):
             for start in (0, 10) if inside else (10,):
-                model(input_ids=ids[:, start : start + 10], past_key_values=past, use_cache=True)
+                model(
+                    input_ids=ids[:, start : start + 10], use_cache=True, **{cache_keyword(type(model).forward): past}
+                )
 
 
 def test_a_new_sequence_replaces_the_rows_of_the_last():
@@ -216,8 +219,8 @@ def test_a_chunked_prefill_on_flash_attention_keeps_all_keys_for_nested_captures
             model(
                 input_ids=ids[:, start:stop],
                 position_ids=positions[..., start:stop],
-                past_key_values=past,
                 use_cache=True,
+                **{cache_keyword(type(model).forward): past},
             )
     assert (inner[1].rows - want).abs().max() < TOLERANCE
     assert (outer[1].rows - want[:, [3, 25]]).abs().max() < TOLERANCE
@@ -319,6 +322,96 @@ def test_masks_that_cannot_be_reproduced_are_refused():
         model(input_ids=ids, attention_mask=block)
 
 
+SIZES = {
+    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+
+
+def small(model_type, **sizes):
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    return randomise(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize(
+    "model_type, sizes",
+    [
+        ("gemma2", {**SIZES, "head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 2.0}),
+        ("gemma3_text", {**SIZES, "head_dim": 16, "sliding_window": 5}),
+        ("gpt2", {"vocab_size": 64, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64}),
+        ("gpt_neox", SIZES),
+        (
+            "deepseek_v3",
+            {
+                **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1,
+                "topk_group": 1, "num_experts_per_tok": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_softcaps_windows_and_value_heads_of_another_size_equal_eager(model_type, sizes):
+    model, ids = small(model_type, **sizes), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+        with capture_attention_rows(model, layers=range(4), head_reduction="none") as captured:
+            model(input_ids=ids, use_cache=False)
+    for layer in range(4):
+        assert (captured[layer].rows - want[layer]).abs().max() < TOLERANCE
+
+
+def test_softmax_layers_of_a_hybrid_decoder_equal_eager_and_the_others_are_refused_for_what_they_are():
+    model, ids = small("qwen3_next", **SIZES, **EXPERTS, head_dim=16), torch.arange(3, 15)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids, output_attentions=True, use_cache=False).attentions[-1]
+        with capture_attention_rows(model, layers=[-1], head_reduction="none") as captured:
+            model(input_ids=ids, use_cache=False)
+    assert list(captured) == [3] and (captured[3].rows - want).abs().max() < TOLERANCE
+    with (
+        pytest.raises(ValueError, match="layer 1 is linear_attention: it has no softmax rows; layers .* captured: 3"),
+        capture_attention_rows(model, layers=[3, 1]),
+    ):
+        pass
+    with pytest.raises(ValueError, match="got 4, want 0 to 3"), capture_attention_rows(model, layers=[4]):
+        pass
+
+
+def test_attention_sinks_are_refused_by_layer():
+    model = small("gpt_oss", **SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(ValueError, match="layer 2: s_aux"), torch.no_grad(), capture_attention_rows(model, layers=[2]):
+        model(input_ids=torch.arange(3, 15)[None])
+
+
+@pytest.mark.parametrize(
+    "model_type, sizes, text",
+    [
+        ("bloom", {"vocab_size": 64, "hidden_size": 48, "n_layer": 2, "n_head": 4}, "BloomAttention"),
+        ("mamba", {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2, "state_size": 8}, "no softmax rows"),
+    ],
+)
+def test_decoders_with_attention_of_their_own_or_none_are_refused_for_that(model_type, sizes, text):
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"no layer of .* can be captured; layer 0 .*{text}"):
+        decoder_attention(model)
+
+
+def test_a_module_that_computes_attention_by_itself_is_named_when_it_has_run(monkeypatch):
+    model = sliding_window_llm()
+    attention = decoder_attention(model)[1]
+    monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with (
+        pytest.raises(ValueError, match="layer 1: its MistralAttention computes attention by itself"),
+        torch.no_grad(),
+        capture_attention_rows(model, layers=[1]),
+    ):
+        model(input_ids=text_inputs())
+    assert not attention._forward_hooks
+
+
 def test_models_without_the_attention_interface_are_refused():
     model = transformers.BertModel(
         transformers.BertConfig(
@@ -351,8 +444,8 @@ def test_continuing_a_cache_needs_no_mask_and_gives_the_same(monkeypatch, padded
     with continuing(decoder):
         for start, stop in [(0, 6), (6, 13), (13, 20), (20, 21)]:
             piece = decoder(
-                inputs_embeds=states[:, start:stop], past_key_values=cache, use_cache=True,
-                attention_mask=mask[:, :stop] if padded else None,
+                inputs_embeds=states[:, start:stop], use_cache=True, attention_mask=mask[:, :stop] if padded else None,
+                **{cache_keyword(type(decoder).forward): cache},
             )  # fmt: skip
             found.append(piece.last_hidden_state)
     got = torch.cat(found, 1)

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from random_models import FAMILIES, IMAGE, V5, VOCABULARY, llm, prompt, qwen2_5_vl, sliding_window_llm
+from random_models import FAMILIES, IMAGE, VOCABULARY, llm, prompt, qwen2_5_vl, sliding_window_llm
+from transformers import CompileConfig, GenerationConfig
 
+from hide.kv_cache import cache_keyword
 from hide_kernels.integrations.transformers import capture_attention_rows
 
 NEW = 6
@@ -85,9 +87,9 @@ def test_chunked_prefill_and_static_caches_give_the_same_rows(options):
     _, steps = eager_steps(model, inputs, 1)
     with capture_attention_rows(model, layers=[1], rows="generated", key_spans=[(0, 20)]) as captured:
         greedy(model, inputs, **options)
-    assert captured[1].rows.shape[1] == NEW + (not V5 and "prefill_chunk_size" in options)
     want = torch.stack([step[..., :20].mean(1) for step in steps], 1)
-    assert (captured[1].rows[:, -NEW:] - want).abs().max() < TOLERANCE
+    assert captured[1].rows.shape == want.shape
+    assert (captured[1].rows - want).abs().max() < TOLERANCE
 
 
 def test_a_second_generate_replaces_the_first_and_prompt_rows_can_be_had_beside():
@@ -127,12 +129,120 @@ def test_several_queries_in_a_decode_step_are_refused():
         torch.no_grad(),
         capture_attention_rows(model, layers=[1], rows="generated"),
     ):
-        past = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        name = cache_keyword(type(model).forward)
+        past = model(input_ids=ids[:, :10], use_cache=True)[name]
         for step in (1, 4):
-            model(input_ids=ids[:, :step], past_key_values=past, position_ids=torch.full((3, 3, step), 10))
+            model(input_ids=ids[:, :step], position_ids=torch.full((3, 3, step), 10), **{name: past})
 
 
 @pytest.mark.parametrize("rows", ["all", [1.5], "1"])
 def test_other_rows_are_refused(rows):
     with pytest.raises(TypeError, match="generated"), capture_attention_rows(qwen2_5_vl(), layers=[0], rows=rows):
+        pass
+
+
+SPANS = [[(7, 12)], [(0, 5)], [(2, 7)]]
+
+
+def rows_afterwards(model, sequences, layer, prompts):
+    """(sequences, new tokens, 5) of the spans, by one eager forward of what was generated."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    each = len(sequences) // prompts
+    mask = left_padded()["attention_mask"][:prompts].repeat_interleave(each, 0)
+    mask = torch.cat([mask, torch.ones(len(sequences), sequences.shape[1] - 20, dtype=mask.dtype)], 1)
+    with torch.no_grad():
+        maps = eager(
+            input_ids=sequences, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0),
+            output_attentions=True, use_cache=False,
+        ).attentions[layer].mean(1)[:, 19:-1]  # fmt: skip
+    return torch.stack([maps[i, :, slice(*SPANS[i // each][0])] for i in range(len(sequences))])
+
+
+SERVED = {
+    "without a cache": {"use_cache": False},
+    "three samples of each": {"do_sample": True, "num_return_sequences": 3},
+    "two samples, no cache": {"do_sample": True, "num_return_sequences": 2, "use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "a compiled decode is asked for": {
+        "cache_implementation": "static", "compile_config": CompileConfig(backend="eager", fullgraph=False),
+    },
+    "a dictionary is returned": {"return_dict_in_generate": True, "output_logits": True},
+    "one token": {"max_new_tokens": 1, "min_new_tokens": 1},
+    "samples end early": {"min_new_tokens": None, "eos_token_id": list(range(0, VOCABULARY, 5))},
+    "embeddings": {"inputs_embeds": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", SERVED)
+def test_each_way_of_generating_gives_as_many_rows_as_new_tokens_and_they_are_those_of_its_sequences(way):
+    model, inputs, options = llm(), left_padded(), dict(SERVED[way])
+    if options.pop("inputs_embeds", False):
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]).detach()
+        ids = inputs.pop("input_ids")
+    settings = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0} | options
+    torch.manual_seed(0)
+    with capture_attention_rows(model, layers=[1], rows="generated", key_spans=SPANS) as captured:
+        found = model.generate(**inputs, **settings)
+    sequences = found if isinstance(found, torch.Tensor) else found.sequences
+    if "inputs_embeds" in inputs:
+        sequences = torch.cat([ids, sequences], 1)
+    want = rows_afterwards(model, sequences, 1, 3)
+    assert captured[1].rows.shape == want.shape == (len(sequences), sequences.shape[1] - 20, 5)
+    assert (captured[1].rows - want).abs().max() < TOLERANCE
+
+
+REFUSED = {
+    "num_beams=2": {"num_beams": 2},
+    "num_beams=4": {"generation_config": GenerationConfig(num_beams=4, pad_token_id=0)},
+    "prompt_lookup_num_tokens=3": {"prompt_lookup_num_tokens": 3},
+    "assistant_model=LlamaForCausalLM": {"assistant_model": True},
+    "assistant_early_exit=1": {"assistant_early_exit": 1},
+    "penalty_alpha=0.6": {"penalty_alpha": 0.6, "top_k": 4},
+    "guidance_scale=1.5": {"guidance_scale": 1.5},
+    "dola_layers=high": {"dola_layers": "high"},
+    "custom_generate=function": {"custom_generate": lambda model, input_ids, **_: input_ids},
+    "cache_implementation='paged'": {"cache_implementation": "paged"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ways_of_generating_without_rows_of_their_sequences_are_refused_by_name_before_they_begin(name):
+    model, options = llm(), dict(REFUSED[name])
+    if options.get("assistant_model"):
+        options["assistant_model"] = llm()
+    inputs = {key: value[2:] for key, value in left_padded().items()}
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with (
+        pytest.raises(ValueError, match=f"{name}.*generate first"),
+        capture_attention_rows(model, layers=[1], rows="generated"),
+    ):
+        model.generate(**inputs, max_new_tokens=NEW, **options)
+    assert not calls and "generate" not in vars(model)
+
+
+def test_continuous_batching_is_refused():
+    model = llm()
+    with pytest.raises(ValueError, match="continuous batching"), capture_attention_rows(model, layers=[1]):
+        model.generate_batch([[20, 21, 22]])
+    assert "generate_batch" not in vars(model)
+
+
+def test_beams_leave_the_rows_of_the_prompt_but_none_of_the_reply():
+    model, inputs = llm(), {name: value[2:] for name, value in left_padded().items()}
+    with capture_attention_rows(model, layers=[1], rows=[3, 19], key_spans=[(0, 20)]) as captured:
+        model.generate(**inputs, num_beams=2, max_new_tokens=3, pad_token_id=0)
+    with torch.no_grad(), capture_attention_rows(model, layers=[1], rows=[3, 19], key_spans=[(0, 20)]) as plain:
+        model(**inputs)
+    assert (captured[1].rows - plain[1].rows).abs().max() < TOLERANCE
+    with pytest.raises(ValueError, match="num_beams=2"), capture_attention_rows(model, layers=[1], rows=[3, 20]):
+        model.generate(**inputs, num_beams=2, max_new_tokens=3, pad_token_id=0)
+
+
+def test_a_model_that_does_not_generate_has_no_generated_rows():
+    with (
+        pytest.raises(ValueError, match="want the model whose generate runs"),
+        capture_attention_rows(llm().model, layers=[1], rows="generated"),
+    ):
         pass

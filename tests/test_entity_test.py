@@ -71,6 +71,16 @@ def test_command_prints_scores_and_misses_and_names_broken_lines(tmp_path):
     assert result.exit_code == 0, result.output
     assert f"Entities of {len(annotated_questions())} questions" in result.output and "wanted: mailbox" in result.output
     broken = tmp_path / "q.jsonl"
-    broken.write_text(json.dumps({"question": "Where is the cat?", "entities": ["cat"]}) + "\n{\n")
+    good = json.dumps({"question": "Where is the cat?", "entities": ["cat"]})
+    text = json.dumps({"question": "Where is the cat?", "entities": "cat"})
+    broken.write_text(f"{good}\n{{\n{text}\n3\n{good}\n")
     result = CliRunner().invoke(app, ["entities", "--data", str(broken)])
-    assert result.exit_code == 1 and "line 2" in result.output
+    assert result.exit_code == 0 and "Entities of 2 questions" in result.output
+    said = " ".join(result.output.split())
+    for line, reason in ((2, "not JSON"), (3, "want a list of texts"), (4, "TypeError")):
+        assert f"left out entities: line {line} of" in said and reason in said
+    with pytest.raises(ValueError, match="line 2 of .*q.jsonl: it is not JSON"):
+        annotated_questions(broken)
+    broken.write_text("{\n")
+    result = CliRunner().invoke(app, ["entities", "--data", str(broken)])
+    assert result.exit_code == 1 and "holds no question" in " ".join(result.output.split())

@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from hide.evaluation import data
 from hide.evaluation.data import Sample
-from hide.evaluation.runner import ResultFile, answer, ask_here, evaluate, score_groups, score_methods
+from hide.evaluation.runner import ResultFile, answer, ask_here, blank_record, evaluate, score_groups, score_methods
 from hide.evaluation.scoring import compat, share, strict
 from hide.questions import Question
 
@@ -124,29 +125,10 @@ def test_scenes_are_questions_with_true_boxes_and_repeatable():
 
 
 @pytest.mark.parametrize(
-    "reader, name, content, text",
-    [
-        (data.vstar, "", None, "test_questions.jsonl is not a file"),
-        (data.mme_realworld, "m.json", "{", "not JSON"),
-        (data.mme_realworld, "m.json", "{}", "want a list"),
-        (data.mme_realworld, "m.json", '[{"Text": "Where?"}]', "without 'Answer choices'"),
-        (data.published_list, "m.json", "[3]", "without 'question'"),
-        (data.hr_bench, "m.csv", "x", "neither .tsv nor .parquet"),
-    ],
-)
-def test_broken_data_is_named(tmp_path, reader, name, content, text):
-    pytest.importorskip("datasets")
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=text):
-        list(reader(tmp_path / name))
-
-
-@pytest.mark.parametrize(
     "reply, strictly, published",
     [
         ("B", True, True),
-        ("b", None, True),
+        ("b", True, True),
         ("(B)", True, False),
         ("The answer is B.", True, False),
         ("A", False, False),
@@ -166,6 +148,7 @@ def test_strict_and_published_scoring_of_letters(reply, strictly, published):
 def test_free_answers_are_compared_without_case_and_articles():
     question = Question.parse("What color is it?")
     assert strict(question, "red", "Red.") is True and strict(question, "red", "the RED") is True
+    assert strict(question, "A", "a") is True and strict(question, "A", "the B") is False
     assert strict(question, "red", "red and blue") is False and strict(question, "red", " ... ") is None
 
 
@@ -236,13 +219,78 @@ def test_a_failing_question_is_recorded_and_only_retried_on_demand(tmp_path):
 
 def test_other_settings_a_second_run_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
-    with ResultFile(path, {"sigma": 1}), pytest.raises(ValueError, match="another run is writing"):
-        ResultFile(path, {"sigma": 1})
+    with ResultFile(path, {"sigma": 1}) as results:
+        with pytest.raises(ValueError, match="another run is writing"):
+            ResultFile(path, {"sigma": 1})
+        results.append(blank_record(sample(0), ""))
     with pytest.raises(ValueError, match="sigma: 1 there, 2 now"):
         ResultFile(path, {"sigma": 2})
-    (tmp_path / "x").write_text("hello\n")
-    with pytest.raises(ValueError, match="not a result file"):
-        ResultFile(tmp_path / "x", {})
+    for foreign, text in (
+        ("hello\n", "not a result file"),
+        ('{"settings": 3}\n', "not a result file"),
+        ('{"settings": {}}\n{"id": "q1"}\n', "line 2 of .*x is no record"),
+        ('{"settings": {}}\nnull\n', "line 2 of .*x is no record"),
+    ):
+        (tmp_path / "x").write_text(foreign)
+        with pytest.raises(ValueError, match=text):
+            ResultFile(tmp_path / "x", {})
+        assert (tmp_path / "x").read_text() == foreign
+
+
+def test_a_run_without_a_result_leaves_no_file_and_blocks_no_folder(tmp_path):
+    path = tmp_path / "new" / "folder" / "r.jsonl"
+    with ResultFile(path, {"sigma": 1}):
+        assert path.is_file()
+    assert list(tmp_path.iterdir()) == []
+    path.parent.mkdir(parents=True)
+    path.write_text('{"settings": {"sigma": 1}}\n{"id": "q')  # killed before its first answer
+    with ResultFile(path, {"sigma": 2}) as results:
+        results.append(blank_record(sample(0), ""))
+    assert json.loads(path.read_text().splitlines()[0]) == {"settings": {"sigma": 2}}
+
+
+def test_a_result_is_never_taken_for_another_question(tmp_path):
+    first = replace(sample(0), picture="a.png")
+    others = [
+        replace(first, question=Question("Where is she?", first.question.options)),
+        replace(first, question=Question(first.question.stem, ("right", "left"))),
+        replace(first, picture="b.png"),
+    ]
+    for number, other in enumerate(others):
+        hide, seen = Fake(), []
+        with ResultFile(tmp_path / str(number), {}) as results:
+            run(hide, [first], results)
+            run(hide, [first], results)
+            assert len(hide.asked) == 1
+            run(hide, [other], results, progress=seen.append)
+        assert hide.asked == [first.question, other.question] and "another question before" in seen[0]["notes"][0]
+        assert (seen[0]["question"], seen[0]["picture"]) == (other.question.stem, other.picture)
+    with ResultFile(tmp_path / "key", {}) as results:
+        run(hide := Fake(), [first], results)
+        run(hide, [replace(first, answer="A", split="new")], results)
+        record = results.records["q0"]
+    assert len(hide.asked) == 1, "the reply is the same, whatever is right"
+    assert (record["answer"], record["split"], record["replies"]) == ("A", "new", {"plain": "A", "hide": "B"})
+    assert json.loads((tmp_path / "key").read_text().splitlines()[-1]) == record
+
+
+def test_results_of_before_pictures_were_recorded_are_still_read(tmp_path):
+    path, hide = tmp_path / "r.jsonl", Fake()
+    old = {name: of for name, of in answer(hide, sample(0)).items() if name not in ("picture", "notes")}
+    path.write_text('{"settings": {}}\n' + json.dumps(old) + "\n")
+    with ResultFile(path, {}) as results:
+        run(hide, [replace(sample(0), picture="a.png")], results)
+    assert len(hide.asked) == 1 and path.read_text().count("\n") == 2
+
+
+def test_samples_with_one_id_are_asked_each(tmp_path):
+    samples = [replace(sample(number), id=id) for number, id in enumerate(["1", 1, "1#2", "x"])]
+    with ResultFile(tmp_path / "r.jsonl", {}) as results:
+        for _ in range(2):
+            hide, seen = Fake(), []
+            run(hide, samples, results, progress=seen.append)
+            assert [record["id"] for record in seen] == ["1", "1#2", "1#2#2", "x"]
+        assert hide.asked == [] and "'1' stands there more than once" in seen[1]["notes"][0]
 
 
 def run_until_killed(path):

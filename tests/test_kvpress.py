@@ -13,6 +13,7 @@ from kvpress.utils import get_prerope_query_states  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
+from hide.kv_cache import cache_keyword  # noqa: E402
 from hide_kernels.recipes import window_scores  # noqa: E402
 
 
@@ -31,7 +32,7 @@ def kept(model, press, tokens):
     """The keys of every layer, those of a head in the order of their first number."""
     cache = DynamicCache()
     with torch.no_grad(), press(model):
-        model(tokens, past_key_values=cache)
+        model(tokens, **{cache_keyword(type(model).forward): cache})
     return [layer.keys.gather(2, layer.keys[..., :1].argsort(2).expand_as(layer.keys)) for layer in cache.layers]
 
 

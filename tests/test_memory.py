@@ -14,6 +14,7 @@ from random_models import llm, prompt, qwen2_5_vl, rope
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from hide.kv_cache import cache_keyword
 from hide_kernels.memory import host_memory, predict, profile, stage
 
 KIB = 1024
@@ -135,9 +136,10 @@ def test_a_whole_vision_language_model_is_predicted_to_the_byte():
 
     def run():
         with torch.no_grad(), stage("prefill"):
-            cache = model(**inputs).past_key_values
+            name = cache_keyword(type(model).forward)
+            cache = model(**inputs)[name]
         with torch.no_grad(), stage("decode"):
-            model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[9]]), **{name: cache})
 
     with profile(model) as measured:
         run()
@@ -168,7 +170,10 @@ def test_a_7b_model_is_predicted_without_its_memory():
     # Weights in bfloat16, the inverse frequencies in float32; every tensor is rounded up to 512 bytes.
     assert 0 <= weights.live - 2 * parameters < 1024 * 28 * 12
     cache = 28 * 2 * 4 * tokens * 128 * 2
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers) == cache
+    assert (
+        sum(layer.keys.nbytes + layer.values.nbytes for layer in out[cache_keyword(type(model).forward)].layers)
+        == cache
+    )
     # In the last MLP: three activations of 18,944 channels, four of 3,584, cosines and sines; ids and positions.
     above = tokens * 2 * (3 * 18944 + 4 * 3584 + 2 * 128) + 2 * tokens * 8
     assert prefill.peak - weights.live - cache == pytest.approx(above, rel=1e-3)

@@ -16,6 +16,7 @@ from hide.images import on_colour, to_tensor
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityMaps, EntityRows, preset_for
 from hide.session import Branch, ImageSession, Prefix
+from hide.tiny import CHECKPOINT
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
 from hide_kernels import collage_of_maps, token_maps
@@ -113,7 +114,7 @@ def test_the_steps_in_a_row_reproduce_the_published_boxes_and_collages(path):
         tuple(attention[:, a:b].unflatten(1, grid) for a, b, grid in spans), 8, ("",) * (len(attention) - 8)
     )
     config = HiDeConfig(layers=None, sigma=case["sigma"].item(), threshold=case["threshold"].item())
-    hide = HiDe(SimpleNamespace(num_layers=1), config)
+    hide = HiDe(SimpleNamespace(num_layers=1, notes=()), config)
     maps = hide.maps(rows)
     collages, boxes = hide.collage(images, hide.boxes(maps, images))
     got = {
@@ -454,3 +455,34 @@ def test_nobody_holds_the_encoders_input_during_the_prefill(hide, images, monkey
     monkeypatch.setattr(Branch, "run", looked)
     hide.ask(images, QUESTION, plain=False) if way == "ask" else hide.open(images).close()
     assert alive[0] == [False, False]
+
+
+def test_a_bound_on_new_tokens_of_one_call_is_for_answers_and_not_for_entities():
+    hide = HiDe.from_pretrained(CHECKPOINT, preset="tiny", entities_from="model")
+    image, question = draw_scene(3, 280, 196, objects=3).image, "What color is the star in the picture?"
+    lengths = []
+    real = hide.model.decode
+    hide.model.decode = lambda tokens: lengths.append(len(tokens)) or real(tokens)
+    hide.ask(image, question, max_new_tokens=1)
+    plain, entities, answer = lengths
+    assert plain == answer == 1 < entities
+    hide.answer(image, question, max_new_tokens=1)
+    hide.answer(image, question)
+    assert lengths[3] == 1 < lengths[4] <= hide.config.max_new_tokens
+
+
+@pytest.mark.parametrize("bound, error", [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_a_bound_on_new_tokens_that_is_none_is_refused_before_anything_runs(bound, error):
+    hide = HiDe.from_pretrained(CHECKPOINT, preset="tiny")
+    for call in (hide.ask, hide.answer):
+        with pytest.raises(error, match=f"max_new_tokens: got {bound}"):
+            call("no such file", "What?", max_new_tokens=bound)
+
+
+def test_what_was_guessed_about_a_picture_is_a_note_of_every_result_and_no_warning(hide, recwarn):
+    ramp = np.tile(np.linspace(-1, 1, 300, dtype=np.float32), (200, 1))
+    want = "image: values of -1 to 1 are read as -1 (black) to 1 (white)"
+    assert want in hide.ask(ramp, QUESTION).notes
+    with hide.open(ramp) as session:
+        assert want in hide.ask(session, QUESTION, plain=False).notes
+    assert not recwarn.list

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from hide.config import SEARCH_PROMPT
+from hide.kv_cache import cache_keyword
 from hide.models import load
 from hide.models.qwen2_5_vl import Qwen25VL, token_grid
 from hide.tiny.model import build
@@ -165,7 +166,7 @@ def test_non_causal_rows_are_the_softmax_over_every_key(adapter, pictures):
     ((args, kwargs),) = seen
     adapter.model.set_attn_implementation("eager")
     with torch.no_grad():
-        want = attention(*args, **{**kwargs, "attention_mask": None, "past_key_values": None})[1][
+        want = attention(*args, **{**kwargs, "attention_mask": None, cache_keyword(type(attention).forward): None})[1][
             0, :, prompt.rows
         ].mean(0)
     adapter.model.set_attn_implementation("sdpa")

@@ -28,7 +28,8 @@ def operands(query, key, *, lse=None, weights=None, positions=None, lens=None, s
     flat = [bound for span in spans for bound in span] * len(query)
     masks = (positions, None, lens, None, None, None)
     per_sample = [len(spans)] * len(query)
-    return (query, key, lse, weights, *masks, flat, per_sample, None, None, *described.values())
+    columns = sum(stop - start for start, stop in spans)
+    return (query, key, lse, weights, *masks, flat, per_sample, columns, None, None, *described.values())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""InternVL, LLaVA-1.5 and LLaVA-OneVision: tiles, padding and line breaks, one image span for several pictures."""
+"""InternVL, LLaVA-1.5 and LLaVA-OneVision: tiles, padding and line breaks, one image span for several pictures.
+
+What holds for every family, the shared prefix above all, is in test_families.py.
+"""
 
 import dataclasses
 
@@ -9,7 +12,6 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
 from hide import PRESETS, HiDe, HiDeConfig
-from hide.models import FAMILIES, load
 from hide.models.base import Picture, Pictures
 from hide.models.internvl import tile_grid
 from hide.pipeline import EntityRows
@@ -58,21 +60,6 @@ def stock_logits(adapter, ids, pictures):
 
 
 @pytest.mark.parametrize("chunk", [4096, 23])
-def test_branches_are_the_unshared_forward_and_stock_generate(adapter, pictures, chunk):
-    collage = preprocessed(adapter, [(90, 64)], seed=7)
-    with ImageSession(adapter, pictures, prefill_chunk=chunk) as session:
-        for more in (None, collage):
-            every = pictures if more is None else pictures + more
-            ids = adapter.input_ids(QUESTION, every)
-            with session.branch(ids, more) as branch:
-                assert (branch.logits() - stock_logits(adapter, ids, every)).abs().max() < 1e-4
-            want = adapter.generate_ids(ids, every, max_new_tokens=12)
-            assert len(set(want)) > 3, "a reply that repeats itself shows little"
-            for static in (False, True):
-                assert session.reply(ids, more, max_new_tokens=12, static=static) == want
-
-
-@pytest.mark.parametrize("chunk", [4096, 23])
 @pytest.mark.parametrize("sizes", [[(171, 107)], [(171, 107), (60, 90)]], ids=str)
 def test_a_collage_in_the_pictures_own_span_is_the_unshared_forward(internvl, sizes, chunk):
     first = dataclasses.replace(preprocessed(internvl, sizes), joined=True)
@@ -97,31 +84,6 @@ def test_a_collage_in_the_pictures_own_span_is_the_unshared_forward(internvl, si
         rows = session.search_rows(prompt, layers=(2,), causal=False)
     for mine, theirs in zip(rows, internvl.search_rows(prompt, first, layers=(2,), causal=False), strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize("layers, causal", [((2,), False), ((0, 3), True), (None, False)])
-def test_rows_of_a_branch_are_those_of_the_unshared_forward(adapter, pictures, layers, causal):
-    prompt = adapter.search_prompt("star, ring", pictures)
-    want = adapter.search_rows(prompt, pictures, layers=layers, causal=causal)
-    with ImageSession(adapter, pictures, prefill_chunk=23) as session:
-        got = session.search_rows(prompt, layers=layers, causal=causal)
-    assert [rows.shape for rows in got] == [(len(prompt.rows), *grid) for grid in pictures.grids]
-    assert max(float(rows.max()) for rows in want) > 0.01
-    for mine, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)
-
-
-def test_rows_are_those_of_eager_attention(adapter):
-    pictures = preprocessed(adapter, SIZES[3])
-    prompt = adapter.search_prompt("star, ring", pictures)
-    rows = adapter.search_rows(prompt, pictures, layers=(0, 2), causal=True)
-    adapter.model.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = adapter.model(**adapter._inputs(prompt.input_ids, pictures), output_attentions=True).attentions
-    adapter.model.set_attn_implementation("sdpa")
-    chosen = torch.stack([attentions[layer] for layer in (0, 2)])[:, 0, :, prompt.rows].mean((0, 1))
-    for mine, image in zip(rows, prompt.images, strict=True):
-        assert (mine - chosen[:, image.start + image.cells]).abs().max() < 1e-6
 
 
 def test_encode_is_what_the_models_own_forward_puts_into_the_prompt(adapter, pictures):
@@ -399,18 +361,6 @@ def test_hide_answers_from_picture_and_collage_as_stock_generate_does(adapter, i
     pictures = dataclasses.replace(pictures, joined=in_span)
     assert result.answer == adapter.generate(QUESTION, pictures, max_new_tokens=8).text
     assert result.plain_answer == adapter.generate(QUESTION, Pictures(pictures.items[:1]), max_new_tokens=8).text
-
-
-def test_a_saved_checkpoint_loads_by_its_model_type_and_answers_the_same(adapter, tmp_path):
-    for part in (adapter.model, adapter.tokenizer, adapter.image_processor):
-        part.save_pretrained(tmp_path)
-    loaded = load(tmp_path, device="cpu")
-    assert type(loaded) is type(adapter) and FAMILIES[adapter.family]
-    pictures, again = preprocessed(adapter, SIZES[0]), preprocessed(loaded, SIZES[0])
-    ids = adapter.input_ids(QUESTION, pictures)
-    assert torch.equal(loaded.input_ids(QUESTION, again), ids)
-    assert torch.equal(again.items[0].pixels, pictures.items[0].pixels)
-    assert loaded.generate_ids(ids, again, max_new_tokens=6) == adapter.generate_ids(ids, pictures, max_new_tokens=6)
 
 
 def test_onevisions_spans_need_sizes_that_fit():

@@ -8,14 +8,14 @@ with the methods of `hide.evaluation.views`).
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hide.entities import Entities
@@ -58,21 +58,29 @@ class GridScore(NamedTuple):
         return self.recall * (1 - self.collage)
 
 
+Failed = Callable[[Sample, Exception], None]
+"""Called with a question that could not be measured."""
+
 Grid = Mapping[tuple[float, float], GridScore]
 """(sigma, threshold) -> score."""
 
 
 def layer_sweep(
-    hide: HiDe, samples: Iterable[Sample], *, progress: Callable[[], None] = lambda: None
+    hide: HiDe,
+    samples: Iterable[Sample],
+    *,
+    progress: Callable[[], None] = lambda: None,
+    failed: Failed | None = None,
 ) -> list[LayerScore]:
     """Where each layer's attention lies; one forward per question for all layers.
 
     The maps are smoothed as `hide.config` says. Entities are the data set's own where it has them. Samples have boxes.
+    With `failed`, a question that raises is left out; if all do, that is a `ValueError`.
     """
-    found: dict[int, list[LayerScore]] = defaultdict(list)
-    for sample in samples:
-        image = sample.image()
-        for layer, rows in enumerate(hide.attention_rows_by_layer(image, _entities(hide, sample))):
+
+    def measure(sample: Sample) -> list[LayerScore]:
+        image, scores = _picture(sample), []
+        for rows in hide.attention_rows_by_layer(image, _entities(hide, sample)):
             inside = cells_inside(sample.boxes, image.size, _grid_of(rows.rows[0])).to(rows.rows[0].device)
             tokens = rows.rows[0][rows.prior_rows :]
             share = float((tokens * inside).sum((1, 2)).div(tokens.sum((1, 2)).clamp(min=1e-30)).mean())
@@ -80,9 +88,11 @@ def layer_sweep(
             part = (maps * inside).sum((1, 2)) / maps.sum((1, 2))
             at_peak = inside.flatten()[maps.flatten(1).argmax(1)].float()
             purified, peak = (float(of.mean()) if len(maps) else 0.0 for of in (part, at_peak))
-            found[layer].append(LayerScore(share, share / float(inside.float().mean()), purified, peak))
-        progress()
-    return [LayerScore(*map(fmean, zip(*found[layer], strict=True))) for layer in sorted(found)]
+            scores.append(LayerScore(share, share / float(inside.float().mean()), purified, peak))
+        return scores
+
+    found = _each(samples, measure, progress, failed)
+    return [LayerScore(*map(fmean, zip(*of_layer, strict=True))) for of_layer in zip(*found, strict=True)]
 
 
 def settings_grid(
@@ -92,16 +102,18 @@ def settings_grid(
     sigmas: Sequence[float] = SIGMAS,
     thresholds: Sequence[float] = THRESHOLDS,
     progress: Callable[[], None] = lambda: None,
+    failed: Failed | None = None,
 ) -> dict[tuple[float, float], GridScore]:
-    """What each sigma and threshold keep, with the layers of `hide.config`; one forward per question serves all."""
+    """What each sigma and threshold keep, with the layers of `hide.config`; one forward per question serves all.
+    `failed` as for `layer_sweep`."""
     variants = {
         (sigma, threshold): HiDe(hide.model, dataclasses.replace(hide.config, sigma=sigma, threshold=threshold))
         for sigma in sigmas
         for threshold in thresholds
     }
-    found: dict[tuple[float, float], list[GridScore]] = defaultdict(list)
-    for sample in samples:
-        image = sample.image()
+
+    def measure(sample: Sample) -> dict[tuple[float, float], GridScore]:
+        image, scores = _picture(sample), {}
         rows = hide.attention_rows(image, _entities(hide, sample))
         truth = torch.tensor(sample.boxes)
         maps: dict[float, EntityMaps] = {}
@@ -109,9 +121,14 @@ def settings_grid(
             if sigma not in maps:
                 maps[sigma] = variant.maps(rows)
             boxes = merge_boxes(variant.boxes(maps[sigma], image)[0].cpu())
-            found[sigma, threshold].append(_grid_score(boxes, truth, image.size))
-        progress()
-    return {setting: GridScore(*map(fmean, zip(*scores, strict=True))) for setting, scores in found.items()}
+            scores[sigma, threshold] = _grid_score(boxes, truth, image.size)
+        return scores
+
+    found = _each(samples, measure, progress, failed)
+    return {
+        setting: GridScore(*map(fmean, zip(*(scores[setting] for scores in found), strict=True)))
+        for setting in variants
+    }
 
 
 def best_layer(scores: Sequence[LayerScore]) -> int:
@@ -225,6 +242,37 @@ def to_dict(layers: Sequence[LayerScore], grid: Grid) -> dict[str, Any]:
 
 def _axes(grid: Grid) -> tuple[list[float], list[float]]:
     return sorted({sigma for sigma, _ in grid}), sorted({threshold for _, threshold in grid})
+
+
+T = TypeVar("T")
+
+
+def _each(
+    samples: Iterable[Sample],
+    measure: Callable[[Sample], T],
+    progress: Callable[[], None],
+    failed: Failed | None,
+) -> list[T]:
+    found, last = [], ""
+    for sample in samples:
+        try:
+            found.append(measure(sample))
+        except Exception as error:  # whatever one question does, the others are measured
+            if failed is None:
+                raise
+            failed(sample, error)
+            last = f"; the last, {sample.id}: {type(error).__name__}: {error}"
+        progress()
+    if not found:
+        raise ValueError(f"data: no question could be measured{last}")
+    return found
+
+
+def _picture(sample: Sample) -> Image.Image:
+    picture = sample.image()
+    if isinstance(picture, tuple):
+        raise ValueError(f"image: got {len(picture)} pictures, want one: layers are measured in the boxes of one")
+    return picture
 
 
 def _entities(hide: HiDe, sample: Sample) -> Entities:

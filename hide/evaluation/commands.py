@@ -31,9 +31,10 @@ from hide.console import (
     load_model,
     quiet,
 )
+from hide.output import check_folder
 
 if TYPE_CHECKING:
-    from hide.evaluation.data import Sample
+    from hide.evaluation.data import BadRecord, Sample
     from hide.evaluation.tables import ResultTable
     from hide.pipeline import HiDe
 
@@ -96,15 +97,17 @@ def evaluate(
         from hide.evaluation.runner import ResultFile, ask_here
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
-        from hide.evaluation.tables import group_table, method_table
+        from hide.evaluation.tables import bad_table, group_table, method_table
 
         if scorer not in SCORERS:
             raise ValueError(f"scorer: got {scorer!r}, want one of {', '.join(SCORERS)}")
         if actors is not None and (ray is None or actors < 1):
             raise ValueError(f"actors: got {actors}, want at least 1, together with --ray")
+        _check_count("limit", limit)
         asked = _methods(methods)
         samples = functools.partial(_samples, data, limit)
-        samples()
+        _check_readable(data, samples())
+        check_folder(out, ("results.jsonl", "summary.md", "report.html"))
         load = functools.partial(
             _load_corrupted,
             corrupt_entities,
@@ -146,9 +149,8 @@ def evaluate(
                 ask = functools.partial(ask_on_ray, load, methods=asked, address=ray, actors=actors)
             run(ask, samples(), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))
-        if not records:
-            raise ValueError(f"data: {data} holds no question")
         tables = [method_table(records, SCORERS[scorer]), group_table(records, SCORERS[scorer])]
+        tables += [bad] if (bad := bad_table(records)) else []
         title = f"{data}, {model or 'the embedded model'}, {scorer} scorer"
         page = save_gallery(out / "report.html", title, tables, records, samples(), SCORERS[scorer], settings)
         _finish(console, out, title, tables, [page, out / "results.jsonl"])
@@ -178,50 +180,75 @@ def calibrate(
     with errors(console), _bar(console) as bar:
         quiet()
         from hide.evaluation import calibrate as experiments
+        from hide.evaluation.data import Sample
         from hide.evaluation.runner import ResultFile, ask_here
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
-        from hide.evaluation.tables import method_table
+        from hide.evaluation.tables import ResultTable, bad_table, method_table
         from hide.evaluation.views import METHODS
         from hide.pipeline import HiDe
 
-        def samples(count: int) -> list[Sample]:
-            return [one for one in _samples(data, count, seed=_CALIBRATION_SEED) if one.boxes]
-
-        chosen = samples(limit)
+        _check_count("limit", limit)
+        _check_count("answers", answers, least=0)
+        read = functools.partial(_samples, data, seed=_CALIBRATION_SEED)
+        _check_readable(data, read(limit))
+        chosen = [one for one in read(limit) if isinstance(one, Sample) and one.boxes]
         if not chosen:
             raise ValueError(f"data: {data} has no boxes, and without them there is nothing to calibrate by")
+        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
+        failed: dict[str, str] = {}
+
+        def fail(sample: Sample, error: Exception) -> None:
+            failed[sample.id] = f"{type(error).__name__}: {error}"
+
         hide = load_model(model, preset, layer, None, None, device, dtype, weights)
         task = bar.add_task("layers", total=len(chosen))
-        layers = experiments.layer_sweep(hide, chosen, progress=functools.partial(bar.advance, task))
+        layers = experiments.layer_sweep(hide, chosen, progress=functools.partial(bar.advance, task), failed=fail)
         config = dataclasses.replace(hide.config, layers=tuple(layer or [experiments.best_layer(layers)]))
         task = bar.add_task("sigma and threshold", total=len(chosen))
         grid = experiments.settings_grid(
-            HiDe(hide.model, config), chosen, progress=functools.partial(bar.advance, task)
+            HiDe(hide.model, config), chosen, progress=functools.partial(bar.advance, task), failed=fail
         )
         sigma, threshold = experiments.best_setting(grid)
         config = dataclasses.replace(config, sigma=sigma, threshold=threshold)
         tables = [experiments.layer_table(layers), *experiments.grid_tables(grid)]
+        if failed:
+            title = f"Questions that could not be measured: {len(failed)} of {len(chosen)}"
+            tables.append(ResultTable(title, ("question", "error"), list(failed.items())))
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
             "data": data,
             **_model_settings(model, dtype, weights),
             "questions": len(chosen),
+            "failed": failed,
             **experiments.to_dict(layers, grid),
             "recommended": {"layers": config.layers, "sigma": sigma, "threshold": threshold},
         }
+        file = out / "calibration.json"
+
+        def save() -> None:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+        save()  # what was measured is not lost for an error in the answers
+        pictures = experiments.save_pictures(out, layers, grid)
         if answers:
             task = bar.add_task("answers", total=answers)
             settings = {"data": data, **_model_settings(model, dtype, weights), **dataclasses.asdict(config)}
+            records: list[dict[str, Any]] = []
+
+            def done(record: dict[str, Any]) -> None:
+                records.append(record)
+                bar.advance(task)
+
             with ResultFile(out / "answers.jsonl", settings) as results:
                 ask = functools.partial(ask_here, HiDe(hide.model, config), methods=list(METHODS))
-                run(ask, samples(answers), results, progress=lambda _: bar.advance(task))
-            records = list(results.records.values())
+                with_boxes = (one for one in read(answers) if not isinstance(one, Sample) or one.boxes)
+                run(ask, with_boxes, results, progress=done)
             tables.append(method_table(records, SCORERS["strict"]))
+            tables += [bad] if (bad := bad_table(records)) else []
             found["answers"] = records
-        (out / "calibration.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        pictures = experiments.save_pictures(out, layers, grid)
-    _finish(console, out, f"{data}, {model or 'the embedded model'}", tables, [out / "calibration.json", *pictures])
+            save()
+    _finish(console, out, f"{data}, {model or 'the embedded model'}", tables, [file, *pictures])
     changes = {
         name: value
         for name, value in dataclasses.asdict(config).items()
@@ -255,7 +282,7 @@ def entities(
         from hide.evaluation.entity_test import annotated_questions, score_entities
         from hide.evaluation.tables import ResultTable
 
-        questions = annotated_questions(data)
+        questions = annotated_questions(data, bad=functools.partial(_warn, console))
         extractors: dict[str, Any] = {"rules": entities_by_rules}
         if model is not None:
             hide = load_model(model, device=device, dtype=dtype, weights=weights)
@@ -281,14 +308,39 @@ def entities(
 _CALIBRATION_SEED = 500_000
 
 
-def _samples(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample]:
-    """Read as they are asked for: a benchmark's pictures are gigabytes."""
-    from hide.evaluation.data import READERS, scenes
+def _samples(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample | BadRecord]:
+    """Read as they are asked for: a benchmark's pictures are gigabytes. Bad records count for the limit."""
+    from hide.evaluation.data import READERS, distinct, scenes
 
     kind, _, path = data.partition(":")
     if data != "scenes" and (kind not in READERS or not path):
         raise ValueError(f"data: got {data!r}, want scenes or FORMAT:PATH with FORMAT one of {', '.join(READERS)}")
-    return islice(READERS[kind](path), limit) if path else scenes(limit, seed=seed)
+    return islice(distinct(READERS[kind](path)), limit) if path else scenes(limit, seed=seed)
+
+
+def _check_readable(data: str, records: Iterator[Sample | BadRecord]) -> None:
+    """Refuse a data set without any question, before anything is written: it may be of another format."""
+    from hide.evaluation.data import BadRecord
+
+    bad: list[BadRecord] = []
+    for record in records:
+        if not isinstance(record, BadRecord):
+            return
+        bad.append(record)
+    if bad:
+        raise ValueError(
+            f"data: none of the {len(bad)} records of {data} is a question; {bad[0].place}: {bad[0].reason}"
+        )
+    raise ValueError(f"data: {data} holds no question")
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if value < least:
+        raise ValueError(f"{name}: got {value}, want at least {least}")
+
+
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]left out[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _model_settings(model: str | None, dtype: str, weights: str | None) -> dict[str, str | None]:
@@ -331,12 +383,12 @@ def _bar(console: Console) -> Progress:
 
 
 def _finish(console: Console, out: Path, title: str, tables: Sequence[ResultTable], files: Sequence[Path]) -> None:
-    """Print the tables, and write them with the command that made them."""
+    """Write the tables with the command that made them, and print them."""
     from hide.evaluation.tables import markdown
 
+    command = shlex.join(["hide", *sys.argv[1:]])
+    (out / "summary.md").write_text(markdown(title, command, tables), encoding="utf-8", errors="replace")
     for table in tables:
         Console().print(table.rich())
-    command = shlex.join(["hide", *sys.argv[1:]])
-    (out / "summary.md").write_text(markdown(title, command, tables), encoding="utf-8")
     for file in (out / "summary.md", *files):
         console.print(escape(str(file)), highlight=False, soft_wrap=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from hide.images import load_image
+from hide.evaluation.files import Entry, json_records, table
+from hide.evaluation.scoring import right_answer
+from hide.images import base64_bytes, load_image
 from hide.questions import LETTERS, Question
 
 
@@ -21,18 +23,73 @@ from hide.questions import LETTERS, Question
 class Sample:
     """One question.
 
-    id: unique in its data set. image: reads the picture. question: with its options, if any. answer: the right letter,
-    or for free questions the text. split: what results are grouped by. boxes: where the things asked about are, pixels
-    x0, y0, x1, y1 half-open; empty where the data set does not say. entities: what to look for, where it is known.
+    id: unique in its data set. image: reads the picture, or a tuple of several. question: with its options, if any.
+    answer: the right letter, or for free questions the text. split: what results are grouped by. boxes: where the
+    things asked about are, pixels x0, y0, x1, y1 half-open, of the first picture; empty where the data set does not
+    say. entities: what to look for, where it is known. picture: what the data set calls the picture, or a digest of its
+    bytes. notes: what the reader did that is not in the file; they are repeated in the result.
     """
 
     id: str
-    image: Callable[[], Image.Image]
+    image: Callable[[], Image.Image | tuple[Image.Image, ...]]
     question: Question
     answer: str
     split: str
     boxes: tuple[tuple[int, int, int, int], ...] = ()
     entities: tuple[str, ...] = ()
+    picture: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class BadRecord(ValueError):
+    """A record of a data set that is no question: its id, or what stands for it; where it is; what is wrong with it."""
+
+    def __init__(self, id: str, place: str, reason: str) -> None:
+        super().__init__(f"data: {place}: {reason}")
+        self.id, self.place, self.reason = id, place, reason
+
+
+class Samples(Iterator[Sample]):
+    """What a reader yields. A record that is no question is raised as `BadRecord`, and the next call of `next` goes on
+    behind it; `distinct` hands it over instead."""
+
+    def __init__(self, found: Iterator[Sample | BadRecord]) -> None:
+        self._found = distinct(found)
+
+    def __next__(self) -> Sample:
+        one = next(self._found)
+        if isinstance(one, BadRecord):
+            raise one
+        return one
+
+
+def distinct(samples: Iterable[Sample | BadRecord]) -> Iterator[Sample | BadRecord]:
+    """All records, the bad ones too, each with an id of its own.
+
+    Ids are texts: 1 and "1" are the same. Of records with the same id "7" the second becomes "7#2", and says so.
+    """
+    times: dict[str, int] = {}
+    records = iter(samples)
+    while True:
+        one: Sample | BadRecord
+        try:
+            one = next(records)
+        except StopIteration:
+            return
+        except BadRecord as bad:
+            one = bad
+        own = given = str(one.id)
+        while own in times:
+            times[given] += 1
+            own = f"{given}#{times[given]}"
+        times[own] = 1
+        if isinstance(one, BadRecord):
+            yield BadRecord(own, one.place, one.reason)
+        elif own == given:
+            yield replace(one, id=own)
+        else:
+            note = f"id: {given!r} stands there more than once; this is {own!r}"
+            yield replace(one, id=own, notes=(*one.notes, note))
 
 
 def scenes(
@@ -69,83 +126,102 @@ def scenes(
         yield Sample(f"scene-{scene_seed}", _held(scene.image), question, answer, one.split, boxes, one.entities)
 
 
-def vstar(path: str | Path) -> Iterator[Sample]:
+def vstar(path: str | Path) -> Samples:
     """V*Bench: the folder with `test_questions.jsonl` and, beside each picture, a JSON file with the targets' boxes."""
     folder = Path(path)
-    for record in _json_lines(folder / "test_questions.jsonl"):
-        file = folder / _field(record, "image", folder)
-        beside = file.with_suffix(".json")
-        boxes: tuple[tuple[int, int, int, int], ...] = ()
-        entities: tuple[str, ...] = ()
-        if beside.is_file():
-            targets = json.loads(beside.read_text(encoding="utf-8"))
-            boxes = tuple((int(x), int(y), int(x + w), int(y + h)) for x, y, w, h in targets.get("bbox", ()))
-            entities = tuple(targets.get("target_object", ()))
-        yield Sample(
-            str(_field(record, "question_id", folder)),
-            _from_file(file),
-            Question.parse(_field(record, "text", folder)),
-            _field(record, "label", folder).strip().upper(),
-            _field(record, "category", folder),
-            boxes,
-            entities,
+
+    def read(record: Any, entry: Entry) -> Sample:
+        name = _text(_field(record, "image"), "image")
+        boxes, entities = _targets((folder / name).with_suffix(".json"))
+        question = Question.parse(_text(_field(record, "text"), "text"))
+        return Sample(
+            id=_id(record.get("question_id"), entry),
+            question=question,
+            answer=right_answer(question, _text(_field(record, "label"), "label")),
+            split=_split(_field(record, "category")),
+            **_pictures(folder, [name]),
+            boxes=boxes,
+            entities=entities,
         )
 
+    return _samples(json_records(folder / "test_questions.jsonl"), read, "question_id")
 
-def hr_bench(path: str | Path) -> Iterator[Sample]:
+
+def hr_bench(path: str | Path) -> Samples:
     """HR-Bench 4K or 8K: the TSV or parquet file with columns index, question, A to D, answer, category and a base64
-    image. Every question stands there several times with its options in another order; each is a sample."""
-    for row in _table(Path(path)):
-        options = [str(row[letter]) for letter in "ABCDEFGH" if row.get(letter) not in (None, "")]
-        answer = str(_field(row, "answer", path)).strip().upper()
-        question = Question.parse(str(_field(row, "question", path)), options)
-        yield Sample(
-            f"{_field(row, 'index', path)}",
-            _from_base64(_field(row, "image", path), f"{path}, index {row['index']}"),
-            question,
-            answer,
-            str(row.get("category") or "all"),
+    image. Every question stands there several times with its options in another order; each is a sample.
+
+    Empty cells behind the last option are no options; an empty one between others is a bad record, as the letters of
+    those behind it would be others.
+    """
+    file = Path(path)
+
+    def read(row: Any, entry: Entry) -> Sample:
+        options = [_text(row.get(letter), letter, "") for letter in "ABCDEFGH"]
+        while options and not options[-1].strip():
+            options.pop()
+        question = Question.parse(_text(_field(row, "question"), "question"), options)
+        return Sample(
+            id=_id(row.get("index"), entry),
+            question=question,
+            answer=right_answer(question, _text(_field(row, "answer"), "answer")),
+            split=_split(row.get("category")),
+            **_pictures(file.parent, [_embedded(_field(row, "image"))]),
         )
 
+    return _samples(table(file, ("question", "A", "B", "answer", "image")), read, "index")
 
-def mme_realworld(path: str | Path) -> Iterator[Sample]:
+
+def mme_realworld(path: str | Path) -> Samples:
     """MME-RealWorld: the JSON list with Text, Answer choices, Ground truth and Image, a path from the file's folder."""
     file = Path(path)
-    for number, record in enumerate(_json_list(file)):
-        options = [
-            choice.split(")", 1)[-1].strip() if ")" in choice[:4] else choice
-            for choice in _field(record, "Answer choices", file)
-        ]
-        yield Sample(
-            str(record.get("Question_id", number)),
-            _from_file(file.parent / _field(record, "Image", file)),
-            Question.parse(_field(record, "Text", file), options),
-            _field(record, "Ground truth", file).strip().upper(),
-            str(record.get("Category") or record.get("Subtask") or "all"),
+
+    def read(record: Any, entry: Entry) -> Sample:
+        options = _options(_field(record, "Answer choices"), "Answer choices")
+        question = Question.parse(_text(_field(record, "Text"), "Text"), options)
+        category = record.get("Category")
+        return Sample(
+            id=_id(record.get("Question_id"), entry),
+            question=question,
+            answer=right_answer(question, _text(_field(record, "Ground truth"), "Ground truth")),
+            split=_split(record.get("Subtask") if category in (None, "") else category),
+            **_pictures(file.parent, [_field(record, "Image")]),
         )
 
+    return _samples(json_records(file), read, "Question_id")
 
-def published_list(path: str | Path) -> Iterator[Sample]:
-    """The JSON list that HiDe (id, question, labels, image_path, category) and Zoom-Refine (messages, images) read."""
+
+def published_list(path: str | Path) -> Samples:
+    """The JSON list that HiDe (id, question, labels, image_path, category) and Zoom-Refine (messages, images) read.
+
+    Also with several pictures, with `options` beside the question, as chats in parts, and as `conversations` with
+    from and value. A chat is one question of the user and the assistant's answer; pictures are shown before the text,
+    whose `<image>` marks are left out.
+    """
     file = Path(path)
-    for number, record in enumerate(_json_list(file)):
-        if isinstance(record, dict) and "messages" in record:
-            texts = {message["role"]: message["content"] for message in reversed(_field(record, "messages", file))}
-            text, answer, image = texts["user"], texts["assistant"], _field(record, "images", file)[0]
+
+    def read(record: Any, entry: Entry) -> Sample:
+        chat = next((name for name in ("messages", "conversations") if name in _object(record)), None)
+        if chat is not None:
+            text, answer, shown = _chat(record[chat], chat)
+            listed = record.get("images", record.get("image"))
         else:
-            text, answer = _field(record, "question", file), _field(record, "labels", file)
-            image = _field(record, "image_path", file)
-        question = Question.parse(str(text).replace("<image>", "").strip())
-        yield Sample(
-            str(record.get("id", number)),
-            _from_file(file.parent / str(image)),
-            question,
-            str(answer).strip().strip("()."),
-            str(record.get("category") or "all"),
+            text, answer = _text(_field(record, "question"), "question"), _field(record, "labels")
+            listed, shown = _field(record, "image_path"), [_HERE] * text.count(_MARK)
+        options = _options(record["options"], "options") if record.get("options") else None
+        question = Question.parse(text.replace(_MARK, "").strip(), options)
+        return Sample(
+            id=_id(record.get("id"), entry),
+            question=question,
+            answer=right_answer(question, _text(answer[0] if _single(answer) else answer, "answer")),
+            split=_split(record.get("category")),
+            **_pictures(file.parent, _placed(shown, listed if isinstance(listed, list) else [listed])),
         )
 
+    return _samples(json_records(file), read, "id")
 
-READERS: dict[str, Callable[..., Iterator[Sample]]] = {
+
+READERS: dict[str, Callable[[str | Path], Samples]] = {
     "vstar": vstar,
     "hr-bench": hr_bench,
     "mme-realworld": mme_realworld,
@@ -153,64 +229,200 @@ READERS: dict[str, Callable[..., Iterator[Sample]]] = {
 }
 
 
-def _field(record: Any, name: str, where: object) -> Any:
-    if not isinstance(record, dict) or record.get(name) is None:
-        has = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"data: {where} has a record without {name!r}; it has {has}")
+def _samples(entries: Iterator[Entry], read: Callable[[Any, Entry], Sample], id_name: str) -> Samples:
+    """The records as samples, lazily; `id_name` is the field that names a bad one too, where that can be read."""
+
+    def found() -> Iterator[Sample | BadRecord]:
+        for entry in entries:
+            known = entry.value.get(id_name) if isinstance(entry.value, dict) else None
+            try:
+                if isinstance(entry.value, ValueError):
+                    raise entry.value
+                sample = read(_object(entry.value), entry)
+            except Exception as error:  # whatever is in one record, the others are read
+                meant = isinstance(error, (ValueError, TypeError))
+                reason = str(error) if meant else f"{type(error).__name__}: {error}"
+                yield BadRecord(_id(known, entry), entry.place, reason)
+            else:
+                yield sample
+
+    return Samples(found())
+
+
+def _object(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"want an object with fields, got {_short(record)}")
+    return record
+
+
+def _field(record: dict[str, Any], name: str) -> Any:
+    if record.get(name) is None:
+        raise ValueError(f"without {name!r}; it has {str(sorted(map(str, record)))[:400]}")
     return record[name]
 
 
-def _json_lines(file: Path) -> Iterator[Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"data: {file} is not a file")
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data: line {number} of {file} is not JSON: {error}") from None
+def _text(value: Any, name: str, default: str | None = None) -> str:
+    """A cell as text: numbers in digits, true and false as JSON writes them. `None` is `default`, or refused."""
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool):
+        value = json.dumps(value)
+    if value is None or isinstance(value, (list, dict, bytes)):
+        raise ValueError(f"{name}: got {_short(value)}, want a text")
+    text = str(value)
+    if not _is_unicode(text):
+        raise ValueError(f"{name}: got {text[:80]!r}, want Unicode; it has a surrogate")
+    return text
 
 
-def _json_list(file: Path) -> list[Any]:
+def _id(value: Any, entry: Entry) -> str:
+    """A text or a number as text; for anything else, and for nothing, the record's number in the file, from 0."""
+    usable = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    text = str(value) if usable and not (isinstance(value, float) and not math.isfinite(value)) else ""
+    return text if text.strip() and _is_unicode(text) else str(entry.number)
+
+
+def _split(value: Any) -> str:
+    return " ".join(_text(value, "category", "").split()) or "all"
+
+
+_LETTERED = re.compile(r"\s*\(?([A-Z])[).:]\s*(.*)", re.DOTALL)
+
+
+def _options(value: Any, name: str) -> list[str]:
+    """Options from a list, or from an object with letters as keys. Letters before them are taken off where each has its
+    own; where they are in another order, what the answer means is unknown."""
+    if isinstance(value, dict):
+        lettered = {str(letter).upper(): _text(option, name) for letter, option in value.items()}
+        if sorted(lettered) != list(LETTERS[: len(value)]):
+            raise ValueError(f"{name}: got the letters {sorted(lettered)}, want A, B and so on")
+        return [lettered[letter] for letter in sorted(lettered)]
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: got {_short(value)}, want a list of options")
+    texts = [_text(option, name) for option in value]
+    found = [_LETTERED.fullmatch(text) for text in texts]
+    letters = "".join(match[1] for match in found if match)
+    if len(letters) < len(texts) or sorted(letters) != sorted(LETTERS[: len(letters)]):
+        return texts
+    if letters != LETTERS[: len(letters)]:
+        raise ValueError(f"{name}: lettered in the order {letters}, want {LETTERS[: len(letters)]}")
+    return [match[2] for match in found if match]
+
+
+def _targets(file: Path) -> tuple[tuple[tuple[int, int, int, int], ...], tuple[str, ...]]:
+    """Boxes and things from the file beside a picture of V*Bench, where there is one."""
     if not file.is_file():
-        raise FileNotFoundError(f"data: {file} is not a file")
+        return (), ()
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data: {file} is not JSON: {error}") from None
-    if not isinstance(records, list):
-        raise ValueError(f"data: {file} holds a {type(records).__name__}, want a list of records")
-    return records
+        targets = _object(json.loads(file.read_bytes()))
+        boxes = tuple((int(x), int(y), int(x + w), int(y + h)) for x, y, w, h in targets.get("bbox", ()))
+        names = targets.get("target_object", ())
+        entities = (names,) if isinstance(names, str) else tuple(_text(name, "target_object") for name in names)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the boxes in {file} cannot be read: {error}") from None
+    return boxes, entities
 
 
-def _table(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a TSV or parquet file, read a part at a time: these files hold gigabytes of pictures."""
-    if not file.is_file():
-        raise FileNotFoundError(f"data: {file} is not a file")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError("data: HR-Bench files are read with the datasets library; pip install datasets") from None
-    kind = {".parquet": "parquet", ".tsv": "csv"}.get(file.suffix)
-    if kind is None:
-        raise ValueError(f"data: {file} is neither .tsv nor .parquet")
-    extra = {"sep": "\t"} if kind == "csv" else {}
-    yield from load_dataset(kind, data_files=str(file), split="train", streaming=True, **extra)
+_MARK, _HERE = "<image>", None
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _chat(turns: Any, name: str) -> tuple[str, Any, list[Any]]:
+    """(question, answer, its pictures in their order: what stands in the chat, or `_HERE` for one of a list)."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{name}: got {_short(turns)}, want a list of turns")
+    said = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from"))
+        text, shown = _content(turn.get("content", turn.get("value")))
+        if role != "system" or text.strip() or shown:
+            said.append((_ROLES.get(str(role), str(role)), text, shown))
+    roles = [role for role, _, _ in said]
+    if roles != ["user", "assistant"]:
+        raise ValueError(f"{name}: turns of {', '.join(roles) or 'nobody'}, want one of user, then one of assistant")
+    (_, question, shown), (_, answer, drawn) = said
+    if drawn:
+        raise ValueError(f"{name}: the answer holds a picture, want a text")
+    return question, answer, shown
+
+
+def _content(content: Any) -> tuple[str, list[Any]]:
+    """The text of a turn and its pictures; a turn is a text, or a list of parts that are texts and pictures."""
+    texts, shown = [], []
+    for part in content if isinstance(content, list) else [content]:
+        kind = part.get("type", next(iter(part), None)) if isinstance(part, dict) else "text"
+        value = part.get(kind) if isinstance(part, dict) else part
+        if kind == "text":
+            texts.append(_text(value, "content"))
+            shown += [_HERE] * texts[-1].count(_MARK)
+        elif kind in ("image", "image_url"):
+            value = value or part.get("url") or part.get("path")
+            shown.append(value.get("url", value) if isinstance(value, dict) else value)
+        else:
+            raise ValueError(f"content: got a part {_short(part)}, want text, image or image_url")
+    return "\n".join(texts), shown
+
+
+def _placed(shown: Sequence[Any], listed: Sequence[Any]) -> list[Any]:
+    """All pictures in their order: those in the text, with those of the list in the places that are kept for them."""
+    given = [picture for picture in listed if picture is not None]
+    places = sum(picture is _HERE for picture in shown)
+    if not shown and not given:
+        raise ValueError("images: got none, want at least one picture")
+    if shown and places != len(given):
+        raise ValueError(f"images: {len(given)} pictures for {places} places in the text")
+    if not shown:
+        return given
+    rest = iter(given)
+    return [next(rest) if picture is _HERE else picture for picture in shown]
+
+
+def _embedded(value: Any) -> Any:
+    """A cell with a picture: base64 or a data URI, or what `_pictures` takes."""
+    return base64_bytes(value) if isinstance(value, str) and value.strip() else value
+
+
+def _pictures(folder: Path, values: Sequence[Any]) -> dict[str, Any]:
+    """What `Sample` has of pictures, by name; relative paths begin at `folder`."""
+    sources: list[Path | str | bytes] = []
+    names = []
+    for value in values:
+        if isinstance(value, dict):  # as the datasets library stores pictures
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
+            value = base64_bytes(value)
+        if isinstance(value, bytes):
+            sources.append(value)
+            names.append(f"digest {hashlib.blake2b(value, digest_size=12).hexdigest()}")
+        elif isinstance(value, str) and value.strip():
+            sources.append(value if "://" in value else folder / _text(value, "image"))
+            names.append(value)
+        else:
+            raise ValueError(f"image: got {_short(value)}, want a path or the bytes of a picture")
+
+    def read() -> Image.Image | tuple[Image.Image, ...]:
+        pictures = tuple(map(load_image, sources))
+        return pictures if len(pictures) > 1 else pictures[0]
+
+    return {"image": read, "picture": " ".join(names)}
 
 
 def _held(image: Image.Image) -> Callable[[], Image.Image]:
     return lambda: image
 
 
-def _from_file(file: Path) -> Callable[[], Image.Image]:
-    return lambda: load_image(file)
+def _single(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1
 
 
-def _from_base64(text: str, where: str) -> Callable[[], Image.Image]:
-    def read() -> Image.Image:
-        try:
-            return load_image(Image.open(io.BytesIO(base64.b64decode(text, validate=True))))
-        except (binascii.Error, OSError) as error:
-            raise ValueError(f"data: the image of {where} cannot be read: {error}") from None
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
-    return read
+
+def _short(value: Any) -> str:
+    """A value in an error: what it is and how it begins."""
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:80]!r}"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hide.entities import Entities
+from hide.evaluation.files import json_records
 from hide.questions import Question
 
 CORRUPTIONS = ("drop", "wrong", "add")
@@ -54,24 +54,39 @@ class EntityScores(NamedTuple):
     wrong: tuple[tuple[Annotated, tuple[str, ...]], ...]
 
 
-def annotated_questions(path: str | Path | None = None) -> list[Annotated]:
+def annotated_questions(path: str | Path | None = None, *, bad: Callable[[str], None] | None = None) -> list[Annotated]:
     """The project's own questions, or those of a file of JSON lines with question, entities and, if any, options.
 
     Entities are noun phrases as the question writes them, without articles: things that can be seen, each with what
     describes it ("woman in yellow raincoat"), two things for "the cup next to the lamp".
+
+    bad: called with each line that is no such question, its place and reason; without it, the first one is a
+    `ValueError`, as is a file without any question.
     """
-    source = Path(path) if path else resources.files("hide.evaluation").joinpath("entity_questions.jsonl")
+    if path is None:
+        with resources.as_file(resources.files("hide.evaluation").joinpath("entity_questions.jsonl")) as own:
+            return annotated_questions(own)
     found = []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for _, place, record in json_records(Path(path), lines=True):
         try:
-            record = json.loads(line)
-            question = Question.parse(record["question"], record.get("options") or None)
-            found.append(Annotated(question, tuple(str(entity) for entity in record["entities"])))
+            found.append(_annotated(record))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"entities: line {number} of {source}: {error!r}") from None
+            reason = f"entities: {place}: {error if isinstance(error, ValueError) else repr(error)}"
+            if bad is None:
+                raise ValueError(reason) from None
+            bad(reason)
+    if not found:
+        raise ValueError(f"entities: {path} holds no question with entities")
     return found
+
+
+def _annotated(record: Any) -> Annotated:
+    if isinstance(record, ValueError):
+        raise record
+    question, entities = Question.parse(record["question"], record.get("options") or None), record["entities"]
+    if not isinstance(entities, list) or not all(isinstance(entity, str) for entity in entities):
+        raise ValueError(f"entities: got {entities!r}, want a list of texts")
+    return Annotated(question, tuple(entities))
 
 
 # Words that an extractor may write between a thing and what describes it; they are no things themselves.

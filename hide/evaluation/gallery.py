@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hide.evaluation.data import Sample
-from hide.evaluation.runner import verdict
+from hide.evaluation.data import BadRecord, Sample, distinct
+from hide.evaluation.runner import sound, verdict
 from hide.evaluation.scoring import Scorer
 from hide.evaluation.tables import ResultTable
 from hide.evaluation.views import METHODS, preserved
@@ -31,7 +31,7 @@ def failures(records: Sequence[dict[str, Any]], scorer: Scorer, most: int = MOST
             return 0
         return 1 if verdict(record, "hide", scorer) is None else 3
 
-    wrong = [record for record in records if record["error"] or verdict(record, "hide", scorer) is not True]
+    wrong = [record for record in sound(records) if record["error"] or verdict(record, "hide", scorer) is not True]
     return sorted(wrong, key=rank)[:most]
 
 
@@ -40,7 +40,7 @@ def save_gallery(
     title: str,
     tables: Sequence[ResultTable],
     records: Sequence[dict[str, Any]],
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | BadRecord],
     scorer: Scorer,
     settings: dict[str, Any],
 ) -> Path:
@@ -54,12 +54,12 @@ def save_gallery(
     """
     shown = failures(records, scorer)
     wanted = {record["id"]: "" for record in shown}
-    for sample in samples if wanted else ():
-        if wanted.get(sample.id) == "":
+    for sample in distinct(samples) if wanted else ():
+        if isinstance(sample, Sample) and wanted.get(sample.id) == "":
             wanted[sample.id] = _failure(next(r for r in shown if r["id"] == sample.id), sample, scorer)
             if all(wanted.values()):
                 break
-    wrong = sum(bool(record["error"]) or verdict(record, "hide", scorer) is not True for record in records)
+    wrong = sum(bool(record["error"]) or verdict(record, "hide", scorer) is not True for record in sound(records))
     methods = [method for method in METHODS if any(method in record["replies"] for record in records)]
     path = Path(path)
     page = fill_page(
@@ -98,19 +98,23 @@ def _failure(record: dict[str, Any], sample: Sample, scorer: Scorer) -> str:
     parts.append(f"<table><tbody>{replies}</tbody></table>")
     parts.append(f"<p>Looked for: {escape(', '.join(record['entities']))}.</p>")
     try:
-        picture = load_image(sample.image())
+        shown = sample.image()
+        loaded = [load_image(picture) for picture in (shown if isinstance(shown, tuple) else (shown,))]
     except (OSError, ValueError) as error:
         return "\n".join([*parts, f"<p>The picture can no longer be read: {escape(str(error))}</p>"])
-    small, boxes = small_picture(picture), torch.tensor(record["boxes"][0]).reshape(-1, 4)
-    pictures = [
-        figure_html(boxed_picture(small, picture.size, boxes), f"Picture with {len(boxes)} boxes", "HiDe's boxes")
-    ]
-    if len(boxes):
-        pictures.append(figure_html(small_picture(preserved(picture, boxes)), "Collage of the boxes", "The collage"))
-    if sample.boxes:
-        truth = torch.tensor(sample.boxes)
-        pictures.append(
-            figure_html(boxed_picture(small, picture.size, truth), "Picture with the true boxes", "True boxes")
-        )
+    pictures = []
+    for index, (picture, found) in enumerate(zip(loaded, record["boxes"], strict=False)):
+        small, boxes = small_picture(picture), torch.tensor(found).reshape(-1, 4)
+        about = f"Picture with {len(boxes)} boxes"
+        pictures.append(figure_html(boxed_picture(small, picture.size, boxes), about, "HiDe's boxes"))
+        if len(boxes):
+            pictures.append(
+                figure_html(small_picture(preserved(picture, boxes)), "Collage of the boxes", "The collage")
+            )
+        if sample.boxes and not index:
+            truth = torch.tensor(sample.boxes)
+            pictures.append(
+                figure_html(boxed_picture(small, picture.size, truth), "Picture with the true boxes", "True boxes")
+            )
     parts.append(f'<div class="pair">{"".join(pictures)}</div>')
     return "\n".join(parts)

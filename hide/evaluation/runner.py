@@ -7,15 +7,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from hide.evaluation.data import Sample
+from hide.evaluation.data import BadRecord, Sample, distinct
 from hide.evaluation.scoring import Scorer, Share, share
 from hide.evaluation.views import METHODS, VIEWS
+from hide.images import picture_notes
+from hide.output import make_folder, remove_folders
 from hide.pipeline import HiDe
 from hide.questions import Question
 
@@ -27,29 +31,37 @@ class ResultFile:
     off. One process at a time: a second one is refused.
 
     The first line says what the results were made with; opening the file with other settings is refused, so that no run
-    mixes two.
+    mixes two. A file without a record is as none: it gets the new settings, and is not left behind.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         """Open or make the file.
 
         Raises:
-            ValueError: results of other settings are in it, it is no result file, or another run writes to it.
+            ValueError: results of other settings are in it, it is no result file, it cannot be written, or another run
+                writes to it.
         """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.records: dict[str, dict[str, Any]] = {}
-        self._file: BinaryIO = self.path.open("a+b")
+        self._made = make_folder(self.path.parent)
+        try:
+            self._file: BinaryIO = self.path.open("a+b")
+        except OSError as error:
+            remove_folders(self._made)
+            raise ValueError(f"results: {self.path} cannot be written: {error.strerror}") from None
         try:
             self._lock()
             lines = self._whole_lines()
             if lines:
-                self._check_settings(lines[0], settings)
-            else:
-                self._write({"settings": settings})
-            for line in lines[1:]:
-                record = json.loads(line)
+                found = self._settings(lines[0])
+                if len(lines) > 1:
+                    self._check_settings(found, settings)
+            for number, line in enumerate(lines[1:], 2):
+                record = self._record(number, line)
                 self.records[record["id"]] = record
+            if not self.records:
+                self._file.truncate(0)
+                self._write({"settings": settings})
         except BaseException:
             self._file.close()
             raise
@@ -60,7 +72,11 @@ class ResultFile:
         self.records[record["id"]] = record
 
     def close(self) -> None:
-        """Let another run have the file."""
+        """Let another run have the file; one without a record is removed."""
+        if not self._file.closed and not self.records:
+            with suppress(OSError):  # Windows removes no open file; there it stays, and is as none.
+                self.path.unlink()
+            remove_folders(self._made)
         self._file.close()
 
     def __enter__(self) -> ResultFile:
@@ -87,11 +103,25 @@ class ResultFile:
             self._file.truncate(whole)
         return content[:whole].splitlines()
 
-    def _check_settings(self, line: bytes, settings: dict[str, Any]) -> None:
+    def _settings(self, line: bytes) -> dict[str, Any]:
         try:
             found = json.loads(line)["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"results: {self.path} is not a result file") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"results: {self.path} is not a result file")
+        return found
+
+    def _record(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+            if record.keys() >= blank_record(_NOTHING, "").keys() - _LATER:
+                return record
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise ValueError(f"results: line {number} of {self.path} is no record; mend it, or use another folder")
+
+    def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps(settings))
         different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if different:
@@ -99,14 +129,15 @@ class ResultFile:
             raise ValueError(f"results: {self.path} was made with other settings ({changes}); use another folder")
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        # A surrogate, as in a broken file's name, becomes its JSON escape.
+        self._file.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
 
 def evaluate(
     ask: Callable[[Iterable[Sample]], Iterable[dict[str, Any]]],
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | BadRecord],
     results: ResultFile,
     *,
     retry_failed: bool = False,
@@ -114,25 +145,42 @@ def evaluate(
 ) -> None:
     """Ask every sample that `results` has no record of, and record each as soon as it is answered.
 
+    A bad record is recorded and not asked. Ids are made unique (`hide.evaluation.data.distinct`). Where the data set
+    has another question, options or picture under an id than the result, it is asked again; where only the right answer
+    or the split is another, the result gets the new one.
+
     Args:
         ask: samples -> their records, in any order, each as soon as it is known: `partial(ask_here, hide)`, or
             `hide.evaluation.on_ray`. It may be handed no sample.
+        samples: as the readers of `hide.evaluation.data` yield or raise them.
         retry_failed: ask those again whose record is an error.
         progress: called with each record, also with those that were there before.
     """
 
+    def keep(record: dict[str, Any]) -> None:
+        if record != results.records.get(record["id"]):
+            results.append(record)
+        if progress is not None:
+            progress(record)
+
     def open_questions() -> Iterator[Sample]:
-        for sample in samples:
+        for sample in distinct(samples):
+            if isinstance(sample, BadRecord):
+                keep(bad_record(sample))
+                continue
             record = results.records.get(sample.id)
             if record is None or (retry_failed and record["error"]):
                 yield sample
-            elif progress is not None:
-                progress(record)
+                continue
+            now = blank_record(sample, "")
+            if any(record.get(name, now[name]) != now[name] for name in ("question", "options", "picture")):
+                note = "asked again: under this id the data set had another question before"
+                yield replace(sample, notes=(*sample.notes, note))
+            else:
+                keep({**record, "answer": sample.answer, "split": sample.split})
 
     for record in ask(open_questions()):
-        results.append(record)
-        if progress is not None:
-            progress(record)
+        keep(record)
 
 
 def ask_here(
@@ -151,11 +199,28 @@ def blank_record(sample: Sample, error: str) -> dict[str, Any]:
         "question": sample.question.stem,
         "options": list(sample.question.options),
         "answer": sample.answer,
+        "picture": sample.picture,
+        "notes": list(sample.notes),
         "error": error,
         "replies": {},
         "tokens": {},
         "seconds": {},
     }
+
+
+def bad_record(bad: BadRecord) -> dict[str, Any]:
+    """What is recorded of a record that is no question: `place` says where it is, and `error` what is wrong."""
+    return {**blank_record(replace(_NOTHING, id=bad.id), bad.reason), "place": bad.place}
+
+
+def sound(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of questions; those that are none are not scored."""
+    return [record for record in records if "place" not in record]
+
+
+_NOTHING = Sample("", lambda: (), Question(""), "", "all")
+# Fields that older result files do not have.
+_LATER = {"picture", "notes"}
 
 
 def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide")) -> dict[str, Any]:
@@ -167,7 +232,8 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
     """
     record = blank_record(sample, "")
     try:
-        image = sample.image()
+        with picture_notes() as seen:
+            image = sample.image()
         start = time.perf_counter()
         with hide.open(image) as session:
             opened = time.perf_counter() - start
@@ -186,12 +252,16 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
                 if method not in VIEWS:
                     continue
                 own = method == "true-boxes"
-                boxes = torch.tensor(sample.boxes).reshape(-1, 4) if own else result.boxes[0]
-                if own and not len(boxes):
+                if own and not sample.boxes:
                     continue
+                boxes = [torch.tensor(sample.boxes)] if own else result.boxes
                 start = time.perf_counter()
-                view = VIEWS[method](result.images[0], boxes, hide.config.fill) if len(boxes) else None
-                reply = hide.answer(session, sample.question, [view])
+                # The data set's boxes are those of the first picture.
+                views = [
+                    VIEWS[method](picture, of_picture, hide.config.fill) if len(of_picture) else None
+                    for picture, of_picture in zip(result.images, boxes, strict=False)
+                ]
+                reply = hide.answer(session, sample.question, views)
                 spent = time.perf_counter() - start
                 record["replies"][method] = reply.text
                 record["seconds"][method] = (opened if own else before) + spent
@@ -200,6 +270,7 @@ def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide"
         return blank_record(sample, f"{type(error).__name__}: {error}")
     facts = result.to_dict()
     kept = {name: facts[name] for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes")}
+    kept["notes"] = [*sample.notes, *seen, *kept["notes"]]
     asked = {name: {m: of[m] for m in methods if m in of} for name, of in record.items() if isinstance(of, dict)}
     return {**record, **asked, **kept, "error": None}
 
@@ -219,7 +290,7 @@ class MethodScore(NamedTuple):
 
 def score_methods(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, MethodScore]:
     """Each method's score over all questions that it was asked; a failed question counts as wrong for all."""
-    found = {}
+    found, records = {}, sound(records)
     for method in _methods(records):
         asked = [record for record in records if record["error"] or method in record["replies"]]
         answered = [record for record in asked if not record["error"]]
@@ -242,6 +313,7 @@ def score_methods(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str
 
 def score_groups(records: Sequence[dict[str, Any]], scorer: Scorer) -> Iterator[tuple[str, dict[str, Share], int]]:
     """Per split, then per size, then for all: (name, share of right replies by method, failed questions)."""
+    records = sound(records)
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["split"]):
         groups.setdefault(record["split"], []).append(record)
@@ -264,7 +336,8 @@ _SIZES = (100, 1_000, 4_000, 12_000)
 
 
 def _image_tokens(record: dict[str, Any]) -> float:
-    return record["image_tokens"][0] if not record["error"] else math.inf
+    """Of the pictures, without the collages."""
+    return sum(record["image_tokens"][: len(record["boxes"])]) if not record["error"] else math.inf
 
 
 def _size(tokens: float) -> str:

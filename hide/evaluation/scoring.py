@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from hide.questions import Question
+from hide.questions import LETTERS, Question
 from hide.tags import tagged
 
 Scorer = Callable[[Question, str, str], "bool | None"]
@@ -32,6 +32,39 @@ def compat(question: Question, answer: str, reply: str) -> bool | None:
         return strict(question, answer, reply)
     between = tagged(reply)
     return (reply if between is None else between.strip())[-1:].upper() == answer
+
+
+_KEY = re.compile(r"(?:(?:option|answer|choice)\b[ :]*(?:is\b[ :]*)?)?[(\[]?([a-z])(?:[)\].:]+|(?=\s)|$)\s*(.*)", re.I)
+
+
+def right_answer(question: Question, key: str) -> str:
+    """What a data set gives as right, as the letter of an option; for free questions the text itself.
+
+    Read in this order, without regard to blanks: a capital letter, bare or with brackets or a stop (`B`, `(B)`, `B.`);
+    an option's text, by its case or, if only one fits, in any; a letter of any case, also after "option" or "answer"
+    and before its own option's text (`b`, `(B) blue`, `option B`). The place of an option in the list is no key.
+
+    Raises:
+        ValueError: it is none of the question's options, or several; or for free questions has no word. Such a
+            question nobody can answer rightly.
+    """
+    text = " ".join(key.split())
+    if not question.options:
+        if not _words(text):
+            raise ValueError(f"answer: got {key[:80]!r}, want a word at least")
+        return text
+    letters = LETTERS[: len(question.options)]
+    if bare := re.fullmatch(rf"[(\[]?([{letters}])[)\].:]*", text):
+        return bare[1]
+    for form in (str, _plain):
+        same = [letter for letter, own in zip(letters, question.options, strict=True) if form(own) == form(text)]
+        if len(same) == 1:
+            return same[0]
+    named = _KEY.fullmatch(text)
+    letter = named[1].upper() if named else ""
+    if named and letter in letters and _plain(named[2]) in ("", _plain(question.options[letters.index(letter)])):
+        return letter
+    raise ValueError(f"answer: got {key[:80]!r}, want one of the options {letters[0]} to {letters[-1]} or its text")
 
 
 SCORERS: dict[str, Scorer] = {"strict": strict, "compat": compat}
@@ -63,4 +96,10 @@ def share(results: Sequence[bool | None]) -> Share:
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the")]
+    """Without articles, unless there is nothing else: the letter "A" may be what is asked for."""
+    words = re.findall(r"\w+", text.lower())
+    return [word for word in words if word not in ("a", "an", "the")] or words
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")

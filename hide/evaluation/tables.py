@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from hide.evaluation.runner import score_groups, score_methods
+from hide.evaluation.runner import score_groups, score_methods, sound
 from hide.evaluation.scoring import Scorer
 
 
@@ -66,8 +66,9 @@ def method_table(records: Sequence[dict[str, Any]], scorer: Scorer) -> ResultTab
         )
         for method, score in score_methods(records, scorer).items()
     ]
-    failed = sum(bool(record["error"]) for record in records)
-    title = f"{len(records)} questions, {failed} failed; right answers with 95 % intervals, means per question"
+    asked = sound(records)
+    failed = sum(bool(record["error"]) for record in asked)
+    title = f"{len(asked)} questions, {failed} failed; right answers with 95 % intervals, means per question"
     return ResultTable(title, ("method", "right", "against plain", "unread", "tokens", "seconds"), rows)
 
 
@@ -87,6 +88,17 @@ def group_table(records: Sequence[dict[str, Any]], scorer: Scorer) -> ResultTabl
     return ResultTable(
         "Right answers by split and by the picture's size", ("group", "questions", *methods, "failed"), rows
     )
+
+
+MOST = 24
+
+
+def bad_table(records: Sequence[dict[str, Any]]) -> ResultTable | None:
+    """The first bad records, with their places and what is wrong with them; `None` where there are none."""
+    bad = [record for record in records if "place" in record]
+    rows = [(record["place"], " ".join(record["error"].split())) for record in bad[:MOST]]
+    title = f"Bad records: {len(bad)}, not asked and not counted{'; the first' if len(bad) > MOST else ''}"
+    return ResultTable(title, ("place", "what is wrong"), rows) if bad else None
 
 
 def _number(value: float, form: str) -> str:

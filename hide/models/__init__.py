@@ -46,11 +46,12 @@ def load(
             (extra `quant`); `None`: as the checkpoint has them. Then "auto" is bfloat16 on a GPU.
 
     Raises:
-        FileNotFoundError, OSError: there is no such checkpoint.
-        ValueError: a family that HiDe does not know, a device or dtype that does not exist here, or weights that are
-            not served there or quantised already.
+        FileNotFoundError, OSError: there is no such checkpoint, or a file of it is missing.
+        ValueError: a family that HiDe does not know, a device or dtype that does not exist here, weights that are
+            not served there or quantised already, a file that is damaged, and weights that the checkpoint lacks or has
+            in other shapes. What it has too much is in the adapter's `notes`.
     """
-    from transformers import AutoConfig
+    from hide.models.checkpoint import read_config
 
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
@@ -60,7 +61,7 @@ def load(
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: {path} has no config.json; want a Hugging Face checkpoint folder")
     # Asked of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
-    model_type = type(AutoConfig.from_pretrained(path, trust_remote_code=False)).model_type
+    model_type = type(read_config(path)).model_type
     if model_type not in FAMILIES:
         raise ValueError(
             f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)} (see hide models). "

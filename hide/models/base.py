@@ -8,28 +8,40 @@ one: `AutoProcessor` would need torchvision, which has no CPU build.
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
+from hide.kv_cache import cache_keyword
+from hide.models.checkpoint import PROCESSOR, TEMPLATE, TOKENIZER, one_line, read_config, read_weights, reading
 from hide.models.quantised import Weights, check, loading
 from hide_kernels import ImageTokens, rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows, continuing, decoder_attention, slides
+from hide_kernels.integrations.transformers import capture_attention_rows, capturing, continuing, slides
 
 # Stands for a turn's text where only what the chat template puts around it matters.
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+# Of each decoder, shared by all adapters around it.
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+_new_lock = threading.Lock()
 
 
 class Picture(NamedTuple):
@@ -132,8 +144,19 @@ class _Places(NamedTuple):
     offsets: list[tuple[int, int]]
 
 
+def run_alone(method: Method) -> Method:
+    """A method of an adapter that runs inside `Adapter.alone`."""
+
+    @wraps(method)
+    def locked(self: Adapter, *args: Any, **kwargs: Any) -> Any:
+        with self.alone():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, locked)
+
+
 class Adapter(ABC):
-    """A model with its tokenizer and image processor.
+    """A model with its tokenizer and image processor, for any number of threads: all methods may be called at once.
 
     What a family gives: the class attributes, `preprocess`, `encode` and `image_tokens`; `positions`, `image_inputs`
     and `placeholders` where they differ.
@@ -169,6 +192,8 @@ class Adapter(ABC):
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.image_processor = image_processor
+        self.notes: tuple[str, ...] = ()
+        """Doubts about the checkpoint; they are among the notes of every result."""
         self._takes_token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -187,10 +212,17 @@ class Adapter(ABC):
             raise ValueError(f"dtype: got {dtype!r}, want auto, float32, bfloat16 or float16")
         if dtype == "auto" and (weights is not None or target.type == "cpu"):
             dtype = "float32" if target.type == "cpu" else "bfloat16"
+        config = read_config(path)
+        # What is small is read first: it may be damaged, and weights take their time.
+        with reading(path, "tokenizer", TOKENIZER):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = _legacy_chat_template(path)
+        with reading(path, "image processor", PROCESSOR):
+            image_processor = cls.processor_class().from_pretrained(path)
         quantised = {}
         if weights is not None:
             check(weights, getattr(torch, dtype), target)
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             # Each layer goes to its device by itself and is quantised there: the full weights are never in one place.
             quantised = {
                 "quantization_config": loading(getattr(transformers, cls.model_class), config, weights, target),
@@ -199,18 +231,42 @@ class Adapter(ABC):
         if attn_implementation is None:
             flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
             attn_implementation = "flash_attention_2" if flash else "sdpa"
-        model: Any = getattr(transformers, cls.model_class).from_pretrained(
+        model, notes = read_weights(
+            getattr(transformers, cls.model_class),
             path,
             dtype="auto" if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
             **quantised,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = _legacy_chat_template(path)
-        return cls(model.to(target), tokenizer, cls.processor_class().from_pretrained(path))
+        with reading(path, "chat template", TEMPLATE):
+            adapter = cls(model.to(target), tokenizer, image_processor)
+            adapter.check_template()
+        with reading(path, "tokenizer", TOKENIZER):
+            adapter.check_tokenizer()
+        with reading(path, "image processor", PROCESSOR):
+            adapter.check_image_processor()
+        adapter.notes = notes
+        return adapter
+
+    def check_template(self) -> None:
+        """`ValueError` for a chat template that does not show one picture's place and a turn's text once each."""
+        picture = Picture(torch.empty(0), (), (1, 1), 1)
+        if self._render(PLACEHOLDER, Pictures((picture,))).count(PLACEHOLDER) != 1:
+            raise ValueError("tokenizer: its chat template does not show the text of a user's turn once")
+
+    def check_tokenizer(self) -> None:
+        """`ValueError` for the tokenizer of another model."""
+        own, wanted = self._id(self.image_text), self.image_token
+        if own != wanted:
+            raise ValueError(f"tokenizer: {self.image_text} has id {own}, and the model's image_token_id is {wanted}")
+
+    def check_image_processor(self) -> None:
+        """`ValueError` where it cuts other patches than the vision encoder takes."""
+        vision = self.model.config.vision_config
+        for name, of_model in (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
+            own, wanted = getattr(self.image_processor, name, None), getattr(vision, of_model, None)
+            if None not in (own, wanted) and own != wanted:
+                raise ValueError(f"image processor: got {name} {own!r}, and the model's {of_model} is {wanted}")
 
     @classmethod
     def processor_class(cls) -> Any:
@@ -243,6 +299,22 @@ class Adapter(ABC):
         return device_of(self.language_model.get_input_embeddings())
 
     @property
+    def lock(self) -> threading.RLock:
+        """Held while the model runs, by the thread that runs it; one for all adapters of a model."""
+        with _new_lock:
+            return _locks.setdefault(self.language_model, threading.RLock())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the model is this thread's, without gradients and autocast: what its forwards change is theirs.
+
+        Those of this package are all inside; calls of `model` by yourself, beside other threads, want to be as well.
+        Others wait: call the model in there, but neither a session nor anything that waits for another thread.
+        """
+        with self.lock, torch.no_grad(), torch.autocast(self.input_device.type, enabled=False):
+            yield
+
+    @property
     def image_token(self) -> int:
         """The id that stands for each image token in a prompt."""
         return self.model.config.image_token_id
@@ -255,16 +327,16 @@ class Adapter(ABC):
 
     @property
     def captured(self) -> bool:
-        """Whether a capture of attention rows is open on one of the layers."""
-        layers = decoder_attention(self.model).values()
-        return any(getattr(layer.config, "hide_capture", None) is not None for layer in layers)
+        """Whether a capture of attention rows, opened by this thread, is open on one of the layers."""
+        return capturing(self.model)
 
     @property
     def greedy_by_steps(self) -> bool:
         """Whether `hide.decoding` gives what `generate` gives: SDPA over all keys, no special settings."""
         config = self.language_model.config
-        if config._attn_implementation != "sdpa" or slides(config):
-            return False
+        with self.lock:
+            if config._attn_implementation != "sdpa" or slides(config):
+                return False
         try:
             greedy_settings(self.model.generation_config)
         except ValueError:
@@ -347,7 +419,9 @@ class Adapter(ABC):
 
     def _tokenise(self, rendered: str) -> tuple[Tensor, list[tuple[int, int]]]:
         """(1, L) ids of a rendered prompt, and which of its characters each token stands for."""
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        with self.lock:
+            # It may drop settings of its own first, which it refuses while another thread is in there.
+            encoded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         most = self.max_positions
         if len(encoded["input_ids"]) > most:
             raise ValueError(
@@ -359,9 +433,12 @@ class Adapter(ABC):
     def _render(self, text: str, pictures: Pictures | None) -> str:
         places = pictures.places if pictures else ()
         content = [*({"type": "image"} for _ in places), {"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"tokenizer: its chat template cannot be rendered: {one_line(error)}") from None
         pieces = rendered.split(self.image_text)
         if len(pieces) != len(places) + 1:
             raise ValueError(
@@ -412,7 +489,7 @@ class Adapter(ABC):
 
     # -- pieces of a forward, for `hide.session` ------------------------------------------------------------------
 
-    @torch.no_grad()
+    @run_alone
     def extend(
         self,
         cache: Any,
@@ -445,31 +522,32 @@ class Adapter(ABC):
             if features.deepstack:
                 layers = [layer.to(device, embeddings.dtype) for layer in features.deepstack]
                 arguments = {"visual_pos_masks": image, "deepstack_visual_embeds": layers}
-        with first_layers(decoder, self.num_layers if depth is None else depth), continuing(decoder):
+        arguments[cache_keyword(type(decoder).forward)] = cache
+        with first_layers(decoder, depth), continuing(decoder):
             return decoder(
                 inputs_embeds=embeddings,
                 position_ids=positions.to(device),
                 attention_mask=None if attention_mask is None else attention_mask.to(device),
-                past_key_values=cache,
                 use_cache=True,
                 **arguments,
             ).last_hidden_state
 
-    @torch.no_grad()
+    @run_alone
     def continue_ids(self, ids: Tensor, cache: Any, delta: Tensor | None, *, max_new_tokens: int) -> list[int]:
         """The greedy reply to (1, L) ids whose cache holds all but the last, by the model's own `generate`.
 
         delta: as `positions` gives it.
         """
         inputs = {"input_ids": ids.to(self.input_device)}
+        held = {cache_keyword(type(self.language_model).forward): cache}
         if delta is None:
-            return self._greedy(inputs, max_new_tokens, past_key_values=cache)
+            return self._greedy(inputs, max_new_tokens, **held)
         base = self.model.model
         before = base.rope_deltas
         # A value of another prompt would be taken for this one's.
         base.rope_deltas = delta.to(inputs["input_ids"].device)
         try:
-            return self._greedy(inputs, max_new_tokens, past_key_values=cache)
+            return self._greedy(inputs, max_new_tokens, **held)
         finally:
             base.rope_deltas = before
 
@@ -484,7 +562,7 @@ class Adapter(ABC):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.image_token).int()
         return inputs
 
-    @torch.no_grad()
+    @run_alone
     def search_rows(
         self,
         prompt: SearchPrompt,
@@ -511,7 +589,7 @@ class Adapter(ABC):
             causal=causal,
         ) as captured:
             depth = max(layer % self.num_layers for layer in layers) + 1
-            with first_layers(self.model.model.language_model, depth):
+            with first_layers(self.language_model, depth):
                 self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
         rows = torch.stack([result.rows[0] for result in captured.values()])
         return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
@@ -522,7 +600,7 @@ class Adapter(ABC):
         new = self.generate_ids(ids, pictures, max_new_tokens=max_new_tokens)
         return Reply(self.decode(new), ids.shape[1] + len(new))
 
-    @torch.no_grad()
+    @run_alone
     def generate_ids(self, input_ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int) -> list[int]:
         """The tokens of the greedy reply to (1, L) ids."""
         return self._greedy(self._inputs(input_ids, pictures), max_new_tokens)
@@ -552,16 +630,23 @@ class Adapter(ABC):
 
 
 def named_device(name: str | None) -> torch.device:
-    """The device of a name, `None`: CUDA where there is one, else the CPU; `ValueError` for one that is not here."""
+    """The device of a name, `None`: CUDA where there is one, else the CPU; `ValueError` for one that computes nothing
+    here."""
     seen = torch.cuda.is_available()
+    if name is None:
+        name = "cuda" if seen else "cpu"
     try:
-        device = torch.device(name or ("cuda" if seen else "cpu"))
-        if device.type != "cuda" or seen:
-            torch.empty(0, device=device)
+        device = torch.device(name)
+        if device.type == "cpu" and device.index:
+            reason = "there is one CPU"
+        elif device.type == "cuda" and not seen:
+            reason = f"this PyTorch ({torch.__version__}) sees no CUDA device"
+        elif torch.ones(1, device=device).add(1).item() == 2:
             return device
-        reason = f"this PyTorch ({torch.__version__}) sees no CUDA device"
-    except (RuntimeError, AssertionError) as error:  # the latter from builds that lack it
-        reason = str(error).partition("\n")[0]
+        else:
+            reason = "it computes wrong"
+    except Exception as error:  # a kind of its own from each device that a build lacks; meta has no values
+        reason = one_line(str(error).partition(". ")[0], 160)
     raise ValueError(f"device: got {name!r}, but {reason}; want cuda, cuda:1, cpu, ... that is here")
 
 
@@ -575,14 +660,15 @@ def device_of(module: Any) -> torch.device:
 
 
 @contextmanager
-def first_layers(language_model: Any, depth: int) -> Iterator[None]:
-    """Inside, the decoder ends after `depth` layers."""
-    layers = language_model.layers
-    language_model.layers = layers[:depth]
+def first_layers(language_model: Any, depth: int | None) -> Iterator[None]:
+    """Inside, the decoder ends after `depth` layers; `None`: after all."""
+    if depth is not None:
+        # In front of the module's own, which stay where they are: other threads may be looking through the modules.
+        vars(language_model)["layers"] = language_model.layers[:depth]
     try:
         yield
     finally:
-        language_model.layers = layers
+        vars(language_model).pop("layers", None)
 
 
 def _legacy_chat_template(path: str | Path) -> str | None:

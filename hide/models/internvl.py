@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import to_image
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
 
@@ -61,7 +61,7 @@ class InternVL(Adapter):
         """See `Adapter`."""
         return f"{self.image_start}{self.image_text * count}{self.image_end}"
 
-    @torch.no_grad()
+    @run_alone
     def encode(self, pictures: Pictures) -> Features:
         """See `Adapter`; tiles know nothing of one another, so that a few at a time give the same."""
         tower = self.model.model

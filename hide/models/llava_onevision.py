@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import on_colour, to_image
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans, onevision_grid
 
@@ -48,7 +48,7 @@ class LlavaOnevision(Adapter):
             items.append(Picture(batch["pixel_values"][0], (fitted.height, fitted.width), grid, tokens))
         return Pictures(tuple(items))
 
-    @torch.no_grad()
+    @run_alone
     def encode(self, pictures: Pictures) -> Features:
         """See `Adapter`."""
         tower = self.model.model

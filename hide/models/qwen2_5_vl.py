@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import to_tensor
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of
+from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
 from hide.models.vision_slices import in_slices
 from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
@@ -70,7 +70,7 @@ class Qwen25VL(Adapter):
             found.append(Picture(values, (1, rows * merge, columns * merge), (rows, columns), rows * columns))
         return Pictures(tuple(found))
 
-    @torch.no_grad()
+    @run_alone
     def encode(self, pictures: Pictures) -> Features:
         """See `Adapter`."""
         device = device_of(self.model.model.visual)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hide.console import errors, quiet
+from hide.output import check_folder
 
 if TYPE_CHECKING:
     from hide.profiling.output import Profile
@@ -54,6 +55,8 @@ def profile(
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
         quiet()
+        if out is not None:
+            check_folder(out, ("profile.json", "profile.csv", "profile.html"))
         found = _profile(
             status,
             model,
@@ -121,6 +124,8 @@ def _profile(
     settings = Settings(dtype, weights or "bf16", attention)
     settings.check()
     quantised = settings.weights != "bf16"
+    if device is not None and not measure:
+        raise ValueError(f"device: got {device!r} without --measure, and predictions need none")
     target = named_device(device) if measure else None
     if target is not None and quantised:
         check(settings.weights, DTYPES[dtype], target)

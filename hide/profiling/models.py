@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide.models import FAMILIES, adapter_class
 from hide.models.base import Adapter
+from hide.models.checkpoint import one_line
 from hide.models.quantised import INT4_GROUP, quantised_layers
 from hide.models.quantised import WEIGHTS as QUANTISED
 
@@ -50,8 +51,8 @@ def read_config(model: str | Path) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"model: {path} is no configuration that transformers reads: {error}") from None
+    except Exception as error:  # transformers checks the fields by a library with errors of its own
+        raise ValueError(f"model: {path} is no configuration that transformers reads: {one_line(error)}") from None
     # Asked of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
     family = type(config).model_type
     if family not in FAMILIES:

@@ -188,7 +188,7 @@ def main() -> None:
             for key, value in report[part].items():
                 print(f"  {key}: {_readable(value)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _readable(value: Any) -> str:

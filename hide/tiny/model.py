@@ -222,18 +222,19 @@ def save(
     (directory / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     tokenizer.save_pretrained(directory)
     processor.save_pretrained(directory)
-    (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     # Transformers 4 reads some settings under other names than 5 writes, and leaves defaults out; 5 reads both.
     _update_json(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     _update_json(directory / "preprocessor_config.json", min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
     _update_json(directory / "generation_config.json", repetition_penalty=1.0)
-    text = json.loads((directory / "config.json").read_text())["text_config"]
-    _update_json(directory / "config.json", text_config={**text, "rope_theta": _ROPE_THETA, "rope_scaling": _ROPE})
+    text = json.loads((directory / "config.json").read_text(encoding="utf-8"))["text_config"]
+    text |= {"rope_theta": _ROPE_THETA, "rope_scaling": _ROPE}
+    _update_json(directory / "config.json", text_config=text, hide_preset="tiny")
 
 
 def _update_json(path: Path, **entries: Any) -> None:
-    data = {**json.loads(path.read_text()), **entries}
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+    data = {**json.loads(path.read_text(encoding="utf-8")), **entries}
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load(

@@ -283,14 +283,16 @@ class _Run:
                 tensors[f"optimizer.{self.names[parameter]}.{key}"] = value
         file = f"state-{self.stage}-{self.step}.safetensors"
         save_file(tensors, self.directory / file)
-        (self.directory / "state.json").write_text(json.dumps({"stage": self.stage, "step": self.step, "file": file}))
+        (self.directory / "state.json").write_text(
+            json.dumps({"stage": self.stage, "step": self.step, "file": file}), encoding="utf-8"
+        )
         for old in self.directory.glob("state-*.safetensors"):
             if old.name != file:
                 old.unlink()
         tiny.save(self.directory / "checkpoint", self.model, self.tokenizer, self.processor)
 
     def _load(self) -> None:
-        state = json.loads((self.directory / "state.json").read_text())
+        state = json.loads((self.directory / "state.json").read_text(encoding="utf-8"))
         self.stage, self.step = state["stage"], state["step"]
         tensors = load_file(self.directory / state["file"])
         with torch.no_grad():
@@ -312,7 +314,7 @@ def train(directory: str | Path, *, seed: int = 0, threads: int = 2, stages: tup
     torch.set_num_threads(threads)
     run = _Run(directory, seed)
     all_layers = tuple(range(run.model.config.text_config.num_hidden_layers))
-    with (directory / "log.jsonl").open("a") as log:
+    with (directory / "log.jsonl").open("a", encoding="utf-8") as log:
         while run.stage < len(stages):
             stage = stages[run.stage]
             for batch in run.batches(stage, seed):
@@ -351,7 +353,7 @@ def plot(directory: Path) -> None:
     """Draw the log's losses and accuracies over the steps into `curves.png`."""
     from matplotlib.figure import Figure
 
-    entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (directory / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(10, 7))
     for axes, names in zip(
         figure.subplots(2, 1),

@@ -115,6 +115,8 @@ def attention_rows(
         `AttentionRows(rows, lse)`. rows: float32 (float64 for float64 inputs), of shape (B, R, C) for "mean" and
         weights, (B, Hq, R, C) for "none", (B, Hkv, R, C) for "kv_group"; without R where `row_reduction` is given.
         Packed rows lie as the query does: (total_q, C), (total_q, Hq, C), (total_q, Hkv, C); reduced, as dense ones.
+        B, R, N and C may be 0: the other sizes are as ever (C from spans that all samples share, also where there is no
+        sample), what sees no key is zeros, and so is a mean or sum of no rows.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was wanted.

@@ -67,11 +67,12 @@ class RowRequest:
         query: Tensor,
         key: Tensor,
         *,
+        columns: int | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
         **fields: Any,
     ) -> RowRequest:
-        """A request for these tensors, with sizes and shapes filled in."""
+        """A request for these tensors, with sizes and shapes filled in; `columns`: `None` for the most of a sample."""
         packed, table = fields.get("cu_seqlens_q") is not None, fields.get("block_table")
         batch, heads = len(fields["spans"]), query.shape[1]
         kv_heads = key.shape[1] if table is None else key.shape[2]
@@ -81,7 +82,8 @@ class RowRequest:
             length = key.shape[2] if table is None else table.shape[1] * key.shape[1]
         reduction = fields["head_reduction"]
         kept = {"none": (heads,), "kv_group": (kv_heads,)}.get(reduction, ()) if isinstance(reduction, str) else ()
-        columns = max([0, *(sum(stop - start for start, stop in spans) for spans in fields["spans"])])
+        if columns is None:
+            columns = max([0, *(sum(stop - start for start, stop in spans) for spans in fields["spans"])])
         if fields["row_reduction"]:
             shape = (batch, *kept, columns)
         else:
@@ -131,6 +133,7 @@ class RowRequest:
             "block_table": self.block_table,
             "spans": [bound for sample in self.spans for span in sample for bound in span],
             "spans_per_sample": [len(sample) for sample in self.spans],
+            "columns": self.shape[-1],
             "max_seqlen_q": None if self.cu_seqlens_q is None else self.rows,
             "max_seqlen_k": self.length if paged_or_packed else None,
             "head_reduction": self.reduces,

@@ -145,9 +145,7 @@ def _add_sample_by_sample(
             cu_seqlens_k=None,
             block_table=None,
         )
-        of_sample = [
-            None if x is None else (x[one] if q_bounds is None else x[:, one][None]) for x in (lse, computed)
-        ]
+        of_sample = [None if x is None else (x[one] if q_bounds is None else x[:, one][None]) for x in (lse, computed)]
         width = sum(stop - start for start, stop in spans)
         _add_rows(rows[..., :width], some, keys, alone, *of_sample)
 

@@ -56,12 +56,14 @@ def validated_request(
         raise ValueError(f"softcap: got {softcap}, want None or a finite positive number")
     if row_reduction not in (None, "mean", "sum"):
         raise ValueError(f"row_reduction: got {row_reduction!r}, want None, 'mean' or 'sum'")
+    spans, columns = _check_spans(key_spans, batch, length)
     return RowRequest.of(
         query,
         key,
+        columns=columns,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        spans=_check_spans(key_spans, batch, length),
+        spans=spans,
         q_positions=_check_positions(q_positions, query, batch),
         causal=causal,
         window=window,
@@ -218,17 +220,20 @@ def _check_integers(name: str, given: Tensor | None, shape: tuple[int, ...], dev
     return given
 
 
-def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> Spans:
-    """One list of spans per sample."""
+def _check_spans(key_spans: KeySpans | None, batch: int, length: int) -> tuple[Spans, int]:
+    """One list of spans per sample, and how many columns they make: those that all share also where there is none."""
     if key_spans is None:
-        return [[(0, length)]] * batch
+        return [[(0, length)]] * batch, length
     if not isinstance(key_spans, (list, tuple)) or not all(isinstance(span, (list, tuple)) for span in key_spans):
         raise TypeError(f"key_spans: got {key_spans!r}, want a list of (start, stop), or one such list per sample")
     spans: list[Any] = list(key_spans)
     nested = any(len(span) == 0 or isinstance(span[0], (list, tuple)) for span in spans)
     if nested and len(spans) != batch:
         raise ValueError(f"key_spans: got {len(spans)} lists of spans, want one per sample ({batch}) or a single list")
-    return [[_check_span(s, length) for s in sample] for sample in (spans if nested else [spans] * batch)]
+    checked = [[_check_span(s, length) for s in sample] for sample in (spans if nested else [spans])]
+    # Without a sample the spans that all share still make columns.
+    columns = max([0, *(sum(stop - start for start, stop in sample) for sample in checked)])
+    return (checked if nested else checked * batch), columns
 
 
 def _check_span(span: object, length: int) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def write_layout(build_toml: Path, folder: Path, repo_id: str) -> list[Path]:
         if found and not {"CARD.md"} <= found <= {"build.toml", "CARD.md", "torch-ext", "build"}:
             raise ValueError(f"folder: got {folder}, which holds something else, want a new one or a former layout")
         shutil.rmtree(folder)
-    general = tomllib.loads(build_toml.read_text())["general"]
+    general = tomllib.loads(build_toml.read_text(encoding="utf-8"))["general"]
     module = general["name"].replace("-", "_")
     sources = _sources()
     content = hashlib.sha256(b"".join(path.encode() + text for path, text in sources.items())).hexdigest()[:8]
@@ -110,7 +110,7 @@ def _sources() -> dict[str, bytes]:
 def _init() -> str:
     """The package's own `__init__.py` without the operators that stay."""
     modules = {name.removesuffix(".py") for name in TRAVELS}
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     kept = [node for node in imports if (node.module or node.names[0].name) in modules]
     public = sorted(alias.name for node in kept if node.module for alias in node.names)

@@ -4,6 +4,9 @@ While a capture is open, the chosen layers' attention modules see a copy of thei
 transformers' `AttentionInterface`. The function computes the rows from the post-RoPE query and key that it is given
 and then calls the implementation that the model was set to. Nothing is patched in place, other layers and the vision
 tower are not touched, masks are built as before, and the hidden states are the same bits.
+
+All captures of a layer share one such copy, and each records what the thread that opened it runs: captures and forwards
+of several threads may overlap in any order.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ from __future__ import annotations
 import copy
 import operator
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
 # Neither "flash" nor "sdpa" may stand in the names: transformers reads meaning into both.
 IMPLEMENTATION = "hide_rows"
 CONTINUING = "hide_continuing"
+# Held while a layer's captures change, and never while a model runs.
+_routes = threading.Lock()
 
 
 @contextmanager
@@ -51,7 +58,8 @@ def capture_attention_rows(
 
     Works with eager, SDPA and FlashAttention, with any cache, in one forward or in several that continue a sequence
     (a chunked prefill): rows are addressed by their position in the sequence, and those of later forwards are
-    appended. A forward that starts a sequence anew replaces what was captured before::
+    appended. A forward that starts a sequence anew replaces what was captured before. Only forwards of the thread that
+    opened the block are recorded; those of other threads run as if there were no block::
 
         with capture_attention_rows(model, layers=[14], rows=range(900, 920), key_spans=[(15, 889)]) as captured:
             model(**inputs)
@@ -65,9 +73,10 @@ def capture_attention_rows(
         model: a Hugging Face model whose decoder layers use transformers' attention interface.
         layers: zero-based decoder layers; negative ones count from the last.
         rows: strictly increasing positions in the (padded) sequence; `None`: every query of every forward;
-            "generated": the last query of the prompt and then each new token's, inside `generate`, greedy or sampled
-            (not with beams, an assistant or a compiled decode). Batches must be padded on the left, as `generate`
-            wants. With `prefill_chunk_size`, transformers 4.57 decodes the last prompt token: one more row at first.
+            "generated": the last query of the prompt and then each new token's, inside the model's `generate`: as many
+            rows as it returns new tokens, those behind a sample's end included, greedy or sampled, with any cache or
+            none; decoding is not compiled meanwhile. Batches must be padded on the left, as `generate` wants. With
+            `num_return_sequences` the spans of a prompt are those of all its sequences.
         key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
         process_group: the ranks of a model under tensor parallelism (`tp_plan="auto"`), each of which runs the same
             block; sums over heads are then over the heads of all of them.
@@ -79,10 +88,13 @@ def capture_attention_rows(
         "generated" and no `key_spans`, earlier rows are padded with zeros for the keys that came later.
 
     Raises:
-        ValueError: for layers that the model does not have, a mask that is not causal, sliding or padding, attention
-            sinks, and, on leaving the block, for rows that no forward computed.
+        ValueError: for layers that the model does not have or that have no softmax rows (the others of a hybrid decoder
+            can be captured), a mask that is not causal, sliding or padding, attention sinks, from `generate` for a way
+            of generating whose rows belong to no sequence (beams, an assistant, guidance, ...), and, on leaving the
+            block, for rows that no forward of this thread computed.
     """
     modules = decoder_attention(model)
+    depth = _depth(model, modules)
     if rows is not None and not (isinstance(rows, str) and rows == "generated"):
         try:
             rows = [operator.index(row) for row in rows]
@@ -91,17 +103,23 @@ def capture_attention_rows(
         if not rows or rows[0] < 0 or any(a >= b for a, b in pairwise(rows)):
             raise ValueError(f'rows: got {rows}, want None, "generated" or strictly increasing positions >= 0')
     for layer in layers:
-        if not -len(modules) <= layer < len(modules):
-            raise ValueError(f"layers: got {layer}, want 0 to {len(modules) - 1} ({type(model).__name__})")
+        if not -depth <= layer < depth:
+            raise ValueError(f"layers: got {layer}, want 0 to {depth - 1} ({type(model).__name__})")
+        if layer % depth not in modules:
+            able = ", ".join(map(str, modules))
+            raise ValueError(f"layers: {_why_not(model, layer % depth)}; layers that can be captured: {able}")
+    if rows == "generated" and not hasattr(model, "generate"):
+        raise ValueError(f'rows: got "generated", want the model whose generate runs; {type(model).__name__} has none')
     captures = [
         _Capture(layer, rows, key_spans, causal, head_reduction, return_lse, process_group)
-        for layer in dict.fromkeys(layer % len(modules) for layer in layers)
+        for layer in dict.fromkeys(layer % depth for layer in layers)
     ]
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
     with ExitStack() as routes:
         for capture in captures:
             routes.enter_context(_routed(modules[capture.layer], capture))
+        routes.enter_context(_generating(model, captures))
         yield CapturedRows(captures)
     for capture in captures:
         capture.check_complete()
@@ -131,23 +149,173 @@ def capture_module_rows(
 
 @contextmanager
 def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
-    """Inside, the module sees a config that sends its attention through the capture."""
-    config: Any = module.config
-    capture.base_config = config
-    routed = copy.copy(config)
-    routed._attn_implementation_internal = IMPLEMENTATION
-    routed.hide_capture = capture
-    try:
+    """Inside, the module sees a config that sends its attention through the capture, beside those that are open."""
+
+    def ran(*_: Any) -> None:
+        if capture.here and not capture.called:
+            raise ValueError(
+                f"layer {capture.layer}: its {type(module).__name__} computes attention by itself, not through "
+                "transformers' attention interface; its rows cannot be captured"
+            )
+        if capture.here:
+            capture.called = False
+
+    with _routes:
+        seen: Any = module.config
+        routed = seen if _captures(seen) else copy.copy(seen)
+        if routed is not seen:
+            routed._attn_implementation_internal = IMPLEMENTATION
+            routed.hide_base = seen
+        # A new tuple each time: who reads it in another thread has the old one or the new one.
+        routed.hide_captures = (*_captures(seen), capture)
+        capture.base_config = routed.hide_base
         module.config = routed
+        hook = module.register_forward_hook(ran)
+    try:
         yield
     finally:
-        module.config = config
+        with _routes:
+            hook.remove()
+            routed.hide_captures = tuple(one for one in routed.hide_captures if one is not capture)
+            if not routed.hide_captures:
+                module.config = routed.hide_base
+
+
+def _captures(config: Any) -> tuple[_Capture, ...]:
+    """Those that are open on the module that has this config, in the order in which they were opened."""
+    return getattr(config, "hide_captures", ())
+
+
+def capturing(model: PreTrainedModel) -> bool:
+    """Whether a capture that this thread has opened is open on one of the model's layers."""
+    return any(capture.here for module in decoder_attention(model).values() for capture in _captures(module.config))
+
+
+# Settings of `generate` with the values that leave its rows to its sequences, and why others do not.
+_BEAMS = "what lies in the cache is exchanged between beams"
+_DRAFTS = "several drafted tokens go through the model at once, and some are taken back"
+_OTHER = "it sends other sequences through the model too"
+_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), _BEAMS),
+    "num_beam_groups": ((None, 1), _BEAMS),
+    "constraints": ((None,), _BEAMS),
+    "force_words_ids": ((None,), _BEAMS),
+    "assistant_model": ((None,), _DRAFTS),
+    "prompt_lookup_num_tokens": ((None,), _DRAFTS),
+    "assistant_early_exit": ((None,), _DRAFTS),
+    "use_mtp": ((None, False), _DRAFTS),
+    "penalty_alpha": ((None, 0, 0.0), _OTHER),
+    "guidance_scale": ((None, 1, 1.0), _OTHER),
+    "token_healing": ((None, False), _OTHER),
+    "dola_layers": ((None,), "its tokens come from several layers"),
+    "custom_generate": ((None,), "what it sends through the model is not known"),
+}
+_UNSERVED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_INSTEAD = "generate first, then capture the rows of the whole sequence in one forward"
+
+
+class _WatchedGenerate:
+    """A model's `generate` while captures are open on it: it tells those of its thread where it begins and ends.
+
+    They are held to as many rows as new tokens. A thread without a capture generates as if there were none.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Take the place of `generate`, and of what cannot be captured, until `close`."""
+        self.captures: tuple[_Capture, ...] = ()
+        self._model = model
+        self._own = {name: getattr(model, name) for name in ("generate", *_UNSERVED_METHODS) if hasattr(model, name)}
+        self._before = {name: vars(model)[name] for name in self._own if name in vars(model)}
+        vars(model)["generate"] = self
+        vars(model).update({name: partial(self._unserved, name) for name in self._own if name != "generate"})
+
+    def close(self) -> None:
+        """Put everything back."""
+        for name in self._own:
+            del vars(self._model)[name]
+        vars(self._model).update(self._before)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        captures = [capture for capture in self.captures if capture.here]
+        if not captures:
+            return self._own["generate"](*args, **kwargs)
+        model = self._model
+        arguments = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        prompt = _prompt_length(model, arguments)
+        for capture in captures:
+            _check_served(model, arguments, None if capture.in_prompt(prompt) else capture.layer)
+            chunked = _setting(model, arguments, "prefill_chunk_size") is not None
+            capture.begin(_setting(model, arguments, "num_return_sequences") or 1, chunked)
+        # A compiled step would not be seen.
+        found = self._own["generate"](*args, **{**kwargs, "disable_compile": True})
+        sequences = found if isinstance(found, Tensor) else found.sequences
+        for capture in captures:
+            capture.end(sequences.shape[0], sequences.shape[1] - prompt)
+        return found
+
+    def _unserved(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if any(capture.here for capture in self.captures):
+            raise ValueError(f"generate: continuous batching packs sequences, so that rows have no place; {_INSTEAD}")
+        return self._own[name](*args, **kwargs)
+
+
+@contextmanager
+def _generating(model: Any, captures: Sequence[_Capture]) -> Iterator[None]:
+    """Inside, the captures are told of what the model's `generate` does in this thread."""
+    if not hasattr(model, "generate"):
+        yield
+        return
+    with _routes:
+        watch = vars(model).get("generate")
+        if not isinstance(watch, _WatchedGenerate):
+            watch = _WatchedGenerate(model)
+        watch.captures = (*watch.captures, *captures)
+    try:
+        yield
+    finally:
+        with _routes:
+            watch.captures = tuple(one for one in watch.captures if all(one is not ours for ours in captures))
+            if not watch.captures:
+                watch.close()
+
+
+def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """What `generate` takes: its argument, else the given generation_config's value, else the model's own."""
+    if name in arguments:
+        return arguments[name]
+    found = getattr(arguments.get("generation_config"), name, None)
+    return found if found is not None else getattr(getattr(model, "generation_config", None), name, None)
+
+
+def _prompt_length(model: Any, arguments: Mapping[str, Any]) -> int:
+    """How many tokens at the beginning of its sequences `generate` was given."""
+    given = arguments.get("inputs") if arguments.get("input_ids") is None else arguments["input_ids"]
+    if getattr(model.config, "is_encoder_decoder", False):
+        given = arguments.get("decoder_input_ids")
+    elif given is None and arguments.get("inputs_embeds") is not None:
+        return 0
+    return 1 if given is None else int(given.shape[-1])
+
+
+def _check_served(model: Any, arguments: Mapping[str, Any], layer: int | None) -> None:
+    """`ValueError` for a way of generating without rows of its sequences; `None`: only rows of the prompt matter."""
+    for name, (off, reason) in _UNSERVED.items():
+        value = _setting(model, arguments, name)
+        harmless = layer is None and reason in (_BEAMS, _DRAFTS)
+        if name == "penalty_alpha" and (_setting(model, arguments, "top_k") or 0) <= 1:
+            continue
+        if not any(value is one or (type(value) in (int, float) and value == one) for one in off) and not harmless:
+            shown = type(value).__name__ if name in ("assistant_model", "custom_generate", "constraints") else value
+            raise ValueError(f"generate: rows cannot be captured with {name}={shown}: {reason}; {_INSTEAD}")
+    if _setting(model, arguments, "cache_implementation") == "paged":
+        raise ValueError(f"generate: rows cannot be captured with cache_implementation='paged'; {_INSTEAD}")
 
 
 def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
     """`{layer: attention module}` of the language model's decoder layers, vision towers left out.
 
-    Raises `ValueError` for models without such modules or with gaps in their numbering.
+    Layers without a causal attention that uses transformers' attention interface are left out. Raises `ValueError`,
+    with the reason, for models that have no other.
     """
     found: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
@@ -156,12 +324,31 @@ def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
             if layer in found:
                 raise ValueError(f"model: {type(model).__name__} has two causal attentions of layer {layer} ({name})")
             found[layer] = module
-    if sorted(found) != list(range(len(found))) or not found:
-        raise ValueError(
-            f"model: {type(model).__name__} has causal attention modules for layers {sorted(found)}, want 0, 1, ...: "
-            "its decoder does not use transformers' attention interface"
-        )
-    return found
+    if not found:
+        raise ValueError(f"model: no layer of {type(model).__name__} can be captured; {_why_not(model, 0)}")
+    return dict(sorted(found.items()))
+
+
+def _depth(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> int:
+    """The decoder's number of layers, of all kinds."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return max(getattr(config, "num_hidden_layers", None) or 0, max(modules) + 1)
+
+
+def _why_not(model: PreTrainedModel, layer: int) -> str:
+    """Why a layer that `decoder_attention` leaves out cannot be captured."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    kind = kinds[layer] if layer < len(kinds) else None
+    # "linear_attention", "mamba", "conv", "moe", ...; a "hybrid" layer has attention beside something else.
+    if kind not in (None, "hybrid") and ("attention" not in kind or "linear" in kind):
+        return f"layer {layer} is {kind}: it has no softmax rows"
+    names = {type(part).__name__ for part in model.modules() if getattr(part, "layer_idx", None) == layer}
+    attentions = sorted(name for name in names if "Attention" in name)
+    if attentions or not names:
+        which = f" ({', '.join(attentions)})" if attentions else ""
+        return f"layer {layer} has no causal attention{which} that uses transformers' attention interface"
+    return f"layer {layer} is {', '.join(sorted(names))}: it has no softmax rows"
 
 
 class CapturedRows(Mapping[int, AttentionRows]):
@@ -207,25 +394,50 @@ class _Capture:
     process_group: ProcessGroup | None
     pieces: list[AttentionRows] = field(default_factory=list)
     base_config: Any = None
+    thread: int = field(default_factory=threading.get_ident)
+    elsewhere: bool = False
     positions: list[int] = field(default_factory=list)
     tokens: int = 0
     keys: int = 0
+    generating: bool = False
+    chunked: bool = False
+    sequences: int = 1
+    called: bool = False
 
     @property
-    def implementation(self) -> str:
-        """What the layer runs without this capture: "sdpa", "eager", "flash_attention_2", or an outer capture."""
-        return self.base_config._attn_implementation or "eager"
+    def here(self) -> bool:
+        """Whether this is the thread that opened it, whose forwards it records."""
+        return self.thread == threading.get_ident()
 
-    @property
-    def innermost(self) -> str:
-        """What the layer runs under all captures."""
-        outer: _Capture | None = getattr(self.base_config, "hide_capture", None)
-        return outer.innermost if outer is not None else self.implementation
+    def begin(self, sequences: int, chunked: bool) -> None:
+        """`generate` begins, with so many sequences of each prompt; `chunked`: prompts come in several forwards."""
+        self._forget()
+        self.generating, self.chunked, self.sequences = True, chunked, sequences
+
+    def end(self, sequences: int, new: int) -> None:
+        """`generate` has returned so many sequences with so many new tokens each."""
+        self.generating, self.sequences = False, 1
+        if self.rows != "generated":
+            return
+        if self.chunked and len(self.positions) == new + 1:
+            # transformers 4.57 decodes the last token of a prompt that came in chunks once more.
+            self._keep(range(1, new + 1))
+        got = (self.pieces[0].rows.shape[0] if self.pieces else 0, len(self.positions))
+        if got != (sequences, new):
+            self._forget()
+            raise ValueError(
+                f"layer {self.layer}: got rows for {got} (sequences, new tokens), want {(sequences, new)}: this way of "
+                f"generating cannot be captured; {_INSTEAD}"
+            )
+
+    def in_prompt(self, length: int) -> bool:
+        """Whether only positions of a prompt of this length are asked for."""
+        return isinstance(self.rows, list) and self.rows[-1] < length
 
     @property
     def flash(self) -> bool:
-        """Whether that is a FlashAttention."""
-        return "flash" in self.innermost
+        """Whether the layer runs a FlashAttention."""
+        return "flash" in _implementation(self.base_config)
 
     def record(self, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         for name in ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
@@ -235,11 +447,17 @@ class _Capture:
         if restarts is not None and restarts.dim() == 2 and bool((restarts.diff(dim=-1) < 1).any()):
             raise ValueError(f"layer {self.layer}: positions restart: several sequences in one row; unpack them")
         visible = None if mask is None else _visible(mask, key.shape[2])
-        if visible is None and 1 < query.shape[2] < key.shape[2] and not (self.flash or self.innermost == CONTINUING):
+        if (
+            visible is None
+            and 1 < query.shape[2] < key.shape[2]
+            and not (self.flash or _implementation(self.base_config) == CONTINUING)
+        ):
             # A prefill into an empty preallocated cache: the keys beyond the queries are not there yet.
             key = key[:, :, : query.shape[2]]
         first = _first_position(visible, query.shape[2], key.shape[2])
-        if first < self.tokens:
+        # Without a cache each step of `generate` sends the whole sequence again.
+        again = self.generating and self.rows == "generated" and first == 0
+        if first < self.tokens and not again:
             self._go_back(first)
         sliding = kwargs.get("sliding_window")
         if sliding is not None and (first != self.tokens if self.tokens else first >= max(1, sliding - 1)):
@@ -250,7 +468,8 @@ class _Capture:
         self.tokens = first + query.shape[2]
         wanted: Sequence[int] = range(first, first + query.shape[2])
         if self.rows == "generated":
-            self._drop_prompt(query.shape[2])
+            if not again:
+                self._drop_prompt(query.shape[2])
             wanted = wanted[-1:]
         elif self.rows is not None:
             wanted = self.rows
@@ -262,7 +481,11 @@ class _Capture:
             visible, here, first, window, self.causal, query.shape[0], key.shape[2], query.device, self.layer
         )
         self.keys = max(self.keys, key.shape[2])
-        to_come = _last_key(self.key_spans) - key.shape[2]
+        spans: Any = self.key_spans
+        if spans and self.sequences > 1 and (not spans[0] or isinstance(spans[0][0], (list, tuple))):
+            # A list for each prompt, whose sequences lie one after another.
+            spans = [own for own in spans for _ in range(self.sequences)]
+        to_come = _last_key(spans) - key.shape[2]
         if to_come > 0:
             # A span that lies in a later part of the prompt: keys that nobody sees yet.
             limits.setdefault("kv_lens", torch.full((query.shape[0],), key.shape[2], device=query.device))
@@ -270,7 +493,7 @@ class _Capture:
         new = attention_rows(
             query[:, :, here[0] : here[-1] + 1] if len(here) == here[-1] - here[0] + 1 else query[:, :, here],
             key,
-            key_spans=self.key_spans,
+            key_spans=spans,
             causal=self.causal,
             window=window,
             scale=kwargs.get("scaling"),
@@ -285,15 +508,23 @@ class _Capture:
 
     def _go_back(self, first: int) -> None:
         """A forward begins before the end of what was seen: the rows from there on are of another continuation."""
-        kept = [place for place, position in enumerate(self.positions) if position < first]
-        if len(kept) < len(self.positions):
+        self._keep([place for place, position in enumerate(self.positions) if position < first])
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Of the rows, those at these places."""
+        if not places:
+            self._forget()
+        elif len(places) < len(self.positions):
             whole = _joined(self.pieces)
             lse = whole.lse
+            kept = list(places)
             self.pieces = [AttentionRows(whole.rows[..., kept, :], None if lse is None else lse[..., kept])]
             self.positions = [self.positions[place] for place in kept]
-        if not kept:
-            self.pieces.clear()
-            self.keys = 0
+
+    def _forget(self) -> None:
+        self.pieces.clear()
+        self.positions.clear()
+        self.keys = self.tokens = 0
 
     def _drop_prompt(self, queries: int) -> None:
         """Of a prompt that comes in several forwards, only the last one's last query predicts a token."""
@@ -307,7 +538,10 @@ class _Capture:
         missing = sorted(set(self.rows if isinstance(self.rows, list) else ()) - set(self.positions))
         if missing or not self.positions:
             what = f"rows {missing[:8]}{'...' if len(missing) > 8 else ''}" if missing else "any row"
-            raise ValueError(f"layer {self.layer}: no forward inside the block computed {what}")
+            hint = "; a forward of another thread is not recorded: open the block in the thread that runs the model"
+            raise ValueError(
+                f"layer {self.layer}: no forward inside the block computed {what}{hint if self.elsewhere else ''}"
+            )
         if _last_key(self.key_spans) > self.keys:
             raise ValueError(f"key_spans: got {self.key_spans}, but the sequence had {self.keys} keys")
 
@@ -457,21 +691,30 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The function registered as `hide_rows`: record, then run the model's own implementation."""
-    capture: _Capture | None = getattr(module.config, "hide_capture", None)
-    if capture is None:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-    capture.record(query, key, attention_mask, kwargs)
-    if capture.implementation == "eager":
-        base = getattr(sys.modules[_model_class(module).__module__], "eager_attention_forward", None)
+    # Read once: another thread may close the last capture meanwhile, and the module then has its own config again.
+    config = module.config
+    for capture in _captures(config):
+        if capture.here:
+            capture.called = True
+            capture.record(query, key, attention_mask, kwargs)
+        else:
+            capture.elsewhere = True
+    base_config = getattr(config, "hide_base", config)
+    implementation = _implementation(base_config)
+    if implementation == "eager":
+        base = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if base is None:
-            raise ValueError(f"layer {capture.layer}: no eager attention function found; load the model with sdpa")
+            raise ValueError(f"layer {module.layer_idx}: no eager attention function found; load the model with sdpa")
     else:
-        base = ALL_ATTENTION_FUNCTIONS[capture.implementation]
-    return base(_ModuleView(module, capture.base_config), query, key, value, attention_mask, **kwargs)
+        base = ALL_ATTENTION_FUNCTIONS[implementation]
+    return base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
 
 
-def _model_class(module: Any) -> type:
-    return _model_class(module._module) if isinstance(module, _ModuleView) else type(module)
+def _implementation(config: Any) -> str:
+    """What a layer runs by its own config: "sdpa", "eager", "flash_attention_2", `CONTINUING`, ..."""
+    name: str = config._attn_implementation or "eager"
+    # Some set our name by themselves, for a whole model.
+    return "sdpa" if name == IMPLEMENTATION else name
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +31,7 @@ def interpreted() -> Iterator[None]:
     """
     import triton.language as tl
     from triton.language import standard
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     with ExitStack() as stack:
@@ -46,7 +47,12 @@ def interpreted() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(tl, name, getattr(functions, name)))
         for launcher, kernels in ((row_launch, row_kernels), (map_launch, map_kernels)):
             stack.enter_context(mock.patch.object(launcher, "kernels", _copy(kernels)))
+        # It would patch the language in every call of every function, a third of its time; here it does so once.
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": core}))
+        patched = SimpleNamespace(restore=lambda: None)
+        stack.enter_context(mock.patch.object(interpreter, "_patch_lang", lambda function: patched))
         _check_addresses(stack)
+        _round_products_once(stack)
         yield
 
 
@@ -105,6 +111,17 @@ def _check_addresses(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(Launch, "run", run_checked))
     for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
         stack.enter_context(mock.patch.object(InterpreterBuilder, name, checked(name, mask_at)))
+
+
+def _round_products_once(stack: ExitStack) -> None:
+    """An element of a product has the same bits in a tile of any shape, as on a card, whatever BLAS numpy calls."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(builder: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
+        exact = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + total.data
+        return TensorHandle(exact.astype(total.data.dtype), total.dtype.scalar)
+
+    stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

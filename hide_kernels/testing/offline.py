@@ -6,6 +6,7 @@ one: what is compiled, and how often, is what a machine with that card would com
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -172,14 +173,14 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Usage:
     return read_cubin(launch.kernel.fn.__name__, compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def compilations(launches: Sequence[Launch], capability: tuple[int, int]) -> int:
-    """How many variants of kernels Triton would compile for these launches in a fresh process. Builds none."""
+def variants(launches: Sequence[Launch], capability: tuple[int, int]) -> list[tuple[str, str]]:
+    """Kernel and specialization (types, constants, options) that Triton would compile for each launch. Builds none."""
     from triton import knobs
 
-    variants = set()
+    found = []
 
-    def note(*, key: str, fn: Any, **_: Any) -> bool:
-        variants.add((fn.name, key))
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.append((fn.name, compile["specialization_data"]))
         return True  # "compiled elsewhere": nothing is built
 
     previous = knobs.runtime.jit_cache_hook
@@ -190,7 +191,21 @@ def compilations(launches: Sequence[Launch], capability: tuple[int, int]) -> int
                 launch.kernel.warmup(grid=launch.grid, **launch.arguments)
     finally:
         knobs.runtime.jit_cache_hook = previous
-    return len(variants)
+    return found
+
+
+def compilations(launches: Sequence[Launch], capability: tuple[int, int]) -> int:
+    """How many variants of kernels Triton would compile for these launches in a fresh process. Builds none."""
+    return len(set(variants(launches, capability)))
+
+
+def fingerprint(launch: Launch, capability: tuple[int, int]) -> str:
+    """Hash of all that decides the machine code: Triton's version, the kernel and what it calls, its specialization."""
+    import triton
+
+    ((_, specialization),) = variants([launch], capability)
+    text = "\n".join((triton.__version__, launch.kernel.cache_key, specialization))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_cubin(name: str, cubin: bytes, shared: int) -> Usage:
