@@ -32,7 +32,8 @@ _ASKS = re.compile(
 _SENTENCE = re.compile(r"(?:[^\n.?!。！？]|\.(?=[a-z0-9,;:)]))*[\n.?!。！？]?")
 # The end of the question's own line, before the options.
 _ANNOUNCED = re.compile(
-    r"[ \t]*(?:\bthe (?:choices|options) are (?:listed|shown|given|as) (?:below|follows)|选项列?表?如下(?:所示)?)"
+    r"(?<![ \t])[ \t]*"
+    r"(?:\bthe (?:choices|options) are (?:listed|shown|given|as) (?:below|follows)|选项列?表?如下(?:所示)?)"
     r"[ \t]*[:：][ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )

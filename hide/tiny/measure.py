@@ -2,7 +2,8 @@
 
 Prints plain accuracy on small pictures, how much of an entity word's attention lies inside the entity's box, layer
 by layer, and plain against HiDe on large cluttered pictures, with collages from the true boxes as the upper bound.
-Everything goes through `hide.HiDe`.
+Everything goes through `hide.HiDe`. `--answers` keeps every reply and box, and `--against` says which of them have
+changed since: `python -m hide.tiny.measure --against benchmarks/results/embedded-model.jsonl`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -81,19 +83,25 @@ def attention_shares(hide: HiDe, scene: Scene, session: ImageSession, layer: int
     return found
 
 
+def _asked_of(scene: Scene, question: Question) -> dict[str, Any]:
+    return {"picture": list(scene.image.size), "question": question.text, "answer": question.answer}
+
+
 def _says(reply: str, question: Question) -> bool:
     return reply.strip().lower().rstrip(".") == question.answer
 
 
-def measure_small(hide: HiDe, count: int) -> dict[str, Any]:
-    """Plain accuracy by split and attention shares by layer on small pictures."""
+def measure_small(hide: HiDe, count: int, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Plain accuracy by split and attention shares by layer on small pictures; each question is added to `answers`."""
     right: dict[str, list[bool]] = defaultdict(list)
     shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
     scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
     for scene, asked in _asked(scenes, count):
         with hide.open(scene.image) as session:
             for question in asked:
-                right[question.split].append(_says(hide.answer(session, question.text).text, question))
+                reply = hide.answer(session, question.text).text
+                right[question.split].append(_says(reply, question))
+                answers.append({"part": "small", **_asked_of(scene, question), "replies": {"plain": reply}})
             for layer in range(hide.model.num_layers):
                 shares[layer] += attention_shares(hide, scene, session, layer)
     everything = [one for split in right.values() for one in split]
@@ -109,8 +117,8 @@ def measure_small(hide: HiDe, count: int) -> dict[str, Any]:
     }
 
 
-def measure_large(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, Any]:
-    """Plain, HiDe, and collages from the true boxes on large cluttered pictures."""
+def measure_large(hide: HiDe, count: int, tokens: tuple[int, int], answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Plain, HiDe, and collages from the true boxes on large pictures; each question is added to `answers`."""
     right: dict[str, list[bool]] = defaultdict(list)
     splits: dict[str, list[bool]] = defaultdict(list)
     shares, found, kept = [], [], []
@@ -130,6 +138,8 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, 
                     right[name].append(_says(reply, question))
                     splits[f"{name} {question.split}"].append(right[name][-1])
                 boxes = result.boxes[0]
+                seen = {"replies": replies, "entities": list(result.entities.items), "boxes": boxes.tolist()}
+                answers.append({"part": "large", **_asked_of(scene, question), **seen})
                 for target in targets:
                     middle = (target[:2] + target[2:]) / 2
                     found.append(bool(((boxes[:, :2] <= middle) & (middle < boxes[:, 2:])).all(1).any()))
@@ -152,8 +162,8 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, 
     }
 
 
-def main() -> None:
-    """The command line."""
+def main() -> int:
+    """The command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--questions", type=int, default=500, help="on small and on large pictures each")
@@ -165,6 +175,8 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, help="instead of the preset's")
     parser.add_argument("--end-token", action=argparse.BooleanOptionalAction, help="instead of the preset's")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--answers", type=Path, help="also write every question here, with replies and boxes")
+    parser.add_argument("--against", type=Path, help="a file of --answers; exit code 1 where a reply or box differs")
     arguments = parser.parse_args()
     changes: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("threshold", "sigma") if getattr(arguments, name) is not None
@@ -175,9 +187,10 @@ def main() -> None:
         changes["include_end_token"] = arguments.end_token
     hide = HiDe.from_pretrained(arguments.checkpoint, preset=arguments.preset, **changes)
     report = {}
+    answers: list[dict[str, Any]] = []
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "small": lambda: measure_small(hide, arguments.questions),
-        "large": lambda: measure_large(hide, arguments.questions, tuple(arguments.tokens)),
+        "small": lambda: measure_small(hide, arguments.questions, answers),
+        "large": lambda: measure_large(hide, arguments.questions, tuple(arguments.tokens), answers),
     }
     for part, measure in parts.items():
         if arguments.parts in (part, "both"):
@@ -189,6 +202,17 @@ def main() -> None:
                 print(f"  {key}: {_readable(value)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    lines = [json.dumps(one) for one in answers]
+    if arguments.answers:
+        arguments.answers.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if arguments.against:
+        before = arguments.against.read_text(encoding="utf-8").splitlines()
+        changed = [pair for pair in zip(before, lines, strict=False) if pair[0] != pair[1]]
+        print(f"{len(changed)} of {len(lines)} answers differ from the {len(before)} of {arguments.against}")
+        for old, new in changed[:5]:
+            print(f"  was {old}\n  is  {new}")
+        return 1 if changed or len(lines) != len(before) else 0
+    return 0
 
 
 def _readable(value: Any) -> str:
@@ -198,4 +222,4 @@ def _readable(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,7 @@ one: what is compiled, and how often, is what a machine with that card would com
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -204,7 +205,10 @@ def fingerprint(launch: Launch, capability: tuple[int, int]) -> str:
     import triton
 
     ((_, specialization),) = variants([launch], capability)
-    text = "\n".join((triton.__version__, launch.kernel.cache_key, specialization))
+    described = json.loads(specialization)
+    # A path of this machine.
+    described["options"].pop("extern_libs", None)
+    text = "\n".join((triton.__version__, launch.kernel.cache_key, json.dumps(described, sort_keys=True)))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
