@@ -18,8 +18,8 @@ Attention = Sequence[Any] | Rows | Mapping[int, Rows]
 
 A list over layers, `None` for layers without rows: `attention[layer][0][0][position]` is a NumPy row over all keys, or
 `None` where it was not computed. This is what published code returns, and `patch_attention`.
-An `AttentionRows` or `CapturedAttention`: rows (1, T, C), row r being that of position `start_k + r`; C are all keys, or
-the pictures' keys one after another.
+An `AttentionRows` or `CapturedAttention`: rows (1, T, C), row r being that of position `start_k + r`; C are all keys,
+or the pictures' keys one after another.
 What `capture_attention` yields: such rows for several layers.
 """
 
