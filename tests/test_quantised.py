@@ -200,8 +200,9 @@ def test_while_loading_the_full_weights_are_never_there(tmp_path):
     config = qwen2_5_vl().config
     config.text_config.num_hidden_layers, config.text_config.intermediate_size = 24, 512
     config.text_config.layer_types = ["full_attention"] * 24
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     adapter = FAMILIES["qwen2_5_vl"]()
+    config.image_token_id = adapter.image_token
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     for part in (model, adapter.tokenizer, adapter.image_processor):
         part.save_pretrained(tmp_path)
     full = bytes_of(model)

@@ -192,10 +192,10 @@ def calibrate(
         _check_count("answers", answers, least=0)
         read = functools.partial(_samples, data, seed=_CALIBRATION_SEED)
         _check_readable(data, read(limit))
+        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
         chosen = [one for one in read(limit) if isinstance(one, Sample) and one.boxes]
         if not chosen:
             raise ValueError(f"data: {data} has no boxes, and without them there is nothing to calibrate by")
-        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
         failed: dict[str, str] = {}
 
         def fail(sample: Sample, error: Exception) -> None:

@@ -185,6 +185,8 @@ class Adapter(ABC):
     """The id of `image_end` in the family's own tokenizer, and how many prior rows the published code has there."""
     joins_pictures: ClassVar[bool] = False
     """Whether several pictures may stand as one image (`Pictures.joined`)."""
+    notes: tuple[str, ...] = ()
+    """Doubts about the checkpoint; they are among the notes of every result."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         """Wrap parts that are loaded already; raises `ValueError` for a tokenizer without a chat template."""
@@ -193,8 +195,6 @@ class Adapter(ABC):
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.image_processor = image_processor
-        self.notes: tuple[str, ...] = ()
-        """Doubts about the checkpoint; they are among the notes of every result."""
         self._takes_token_types = "mm_token_type_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -214,13 +214,6 @@ class Adapter(ABC):
         if dtype == "auto" and (weights is not None or target.type == "cpu"):
             dtype = "float32" if target.type == "cpu" else "bfloat16"
         config = read_config(path)
-        # What is small is read first: it may be damaged, and weights take their time.
-        with reading(path, "tokenizer", TOKENIZER):
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            if tokenizer.chat_template is None:
-                tokenizer.chat_template = _legacy_chat_template(path)
-        with reading(path, "image processor", PROCESSOR):
-            image_processor = cls.processor_class().from_pretrained(path)
         quantised = {}
         if weights is not None:
             check(weights, getattr(torch, dtype), target)
@@ -229,6 +222,13 @@ class Adapter(ABC):
                 "quantization_config": loading(getattr(transformers, cls.model_class), config, weights, target),
                 "device_map": {"": target},
             }
+        # What is small is read first: it may be damaged, and weights take their time.
+        with reading(path, "tokenizer", TOKENIZER):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            if tokenizer.chat_template is None:
+                tokenizer.chat_template = _legacy_chat_template(path)
+        with reading(path, "image processor", PROCESSOR):
+            image_processor = cls.processor_class().from_pretrained(path)
         if attn_implementation is None:
             flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
             attn_implementation = "flash_attention_2" if flash else "sdpa"
