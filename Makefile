@@ -93,7 +93,7 @@ test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models
 # Whatever is the newest today, with what it needs; none of these needs torch, and torch stays the locked one.
 NEWEST := transformers triton numpy pillow datasets ray
 NEWEST_TESTS := $(MODEL_TESTS) attention_rows_triton attention_rows_serving_triton token_maps_triton \
-	images patches collage report golden evaluation evaluation_methods on_ray
+	images pixel_values collage report golden evaluation evaluation_methods on_ray
 
 test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pillow, datasets or ray, on today's newest
 	rm -rf build/newest && $(BIN)/python -m pip install --quiet --no-compile --target build/newest $(NEWEST)

@@ -26,7 +26,7 @@ from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import ImageSession, Prefix
 from hide.tiny.model import build
 from hide_kernels import rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 
 QUESTION = "Is the star on the left or right side of the ring?"
 ENTITY_PROMPT = "List the things that this question speaks of. " * 12
@@ -128,16 +128,16 @@ def search_with_logits(adapter: Qwen25VL, prompt: SearchPrompt, shown: Pictures,
     """The published search pass: a layer's rows over each picture, and logits of all tokens for nobody."""
     with (
         torch.no_grad(),
-        capture_attention_rows(
+        capture_attention(
             adapter.model,
             layers=[layer],
-            rows=prompt.rows,
+            queries=prompt.rows,
             key_spans=[image.span for image in prompt.images],
             causal=False,
         ) as captured,
     ):
         adapter.model(**adapter._inputs(prompt.input_ids, shown), use_cache=True)
-    return rows_to_maps(captured[layer].rows[0], prompt.images)
+    return rows_to_maps(captured[layer].weights[0], prompt.images)
 
 
 @contextmanager

@@ -15,7 +15,7 @@
 
 #include "collage.h"
 #include "layout.h"
-#include "patches.h"
+#include "pixel_values.h"
 #include "regions.h"
 
 #ifdef HIDE_CUDA

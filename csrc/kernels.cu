@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "collage.cuh"
-#include "patches.cuh"
+#include "pixel_values.cuh"
 #include "regions.cuh"
 
 namespace {

@@ -15,7 +15,7 @@ from torch import Tensor
 from hide.images import ImageLike, load_image, on_colour
 from hide.models.base import Adapter
 from hide_kernels import maps_to_pixels, rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 
 PANEL_SIDE = 480
 PANELS_IN_A_ROW = 5
@@ -117,11 +117,11 @@ def attend(
     turn = model.turn(text, pictures)
     spans = [found.span for found in turn.images]
     with (
-        capture_attention_rows(model.model, layers=layers, rows=turn.rows, key_spans=spans) as asked,
-        capture_attention_rows(model.model, layers=layers, rows="generated", key_spans=spans) as replied,
+        capture_attention(model.model, layers=layers, queries=turn.rows, key_spans=spans) as asked,
+        capture_attention(model.model, layers=layers, queries="generated", key_spans=spans) as replied,
     ):
         reply = model.generate_ids(turn.input_ids, pictures, max_new_tokens=new_tokens)
-    rows = torch.stack([torch.cat([asked[layer].rows[0], replied[layer].rows[0]]) for layer in asked]).mean(0)
+    rows = torch.stack([torch.cat([asked[layer].weights[0], replied[layer].weights[0]]) for layer in asked]).mean(0)
     ids = [*turn.input_ids[0, turn.rows.start : turn.rows.stop].tolist(), *reply]
     return TokenAttention(
         image=picture,

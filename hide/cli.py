@@ -227,7 +227,7 @@ def models() -> None:
     console.print(
         "Loaded by the model_type of config.json, with transformers' own classes and no remote code. Each is held to "
         "transformers' own forward and generate, in small models with random weights: tests/test_families.py. "
-        "Attention rows of any other decoder: hide_kernels.integrations.transformers.capture_attention_rows.",
+        "Attention rows of any other decoder: hide_kernels.integrations.transformers.capture_attention.",
         highlight=False,
     )
 

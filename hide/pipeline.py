@@ -28,7 +28,7 @@ from hide.tags import CLOSE_TAG, OPEN_TAG
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps
 from hide_kernels.host_read import host_read
-from hide_kernels.patches import decode
+from hide_kernels.pixel_values import decode
 from hide_kernels.token_maps import TokenMaps
 
 # Positions that are left for a question and its reply where pictures and collages would fill them all.

@@ -23,7 +23,7 @@ from hide.decoding import GreedyDecoder
 from hide.kv_cache import OffloadedCache, PreallocatedCache
 from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
 from hide_kernels import rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.memory import stage
 
 # Prompts that are answered side by side; more of them are taken in turn.
@@ -322,16 +322,16 @@ class Branch:
         """As `search_rows` of the adapter, of the same prompt: attention rows over each image of the prefix."""
         layers = range(self._model.num_layers) if layers is None else layers
         depth = max(layer % self._model.num_layers for layer in layers) + 1
-        with capture_attention_rows(
+        with capture_attention(
             self._model.model,
             layers=layers,
-            rows=prompt.rows,
+            queries=prompt.rows,
             key_spans=[image.span for image in prompt.images],
             causal=causal,
         ) as captured:
             # A row that is not causal sees the tokens of its own piece: all of them must be in it.
             self.run(depth=depth, whole=True)
-        rows = torch.stack([result.rows[0] for result in captured.values()])
+        rows = torch.stack([result.weights[0] for result in captured.values()])
         return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
 
     def reply(self, max_new_tokens: int, *, static: bool | None = None) -> list[int]:

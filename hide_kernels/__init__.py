@@ -5,7 +5,7 @@ from .attention_rows import AttentionRows, attention_rows, attention_rows_worksp
 from .backends import explain
 from .collage import Collage, Layout, collage, collage_of_maps
 from .image_tokens import ImageTokens, maps_to_pixels, rows_to_maps
-from .patches import pixel_values, resize
+from .pixel_values import pixel_values, resize
 from .regions import Regions, regions
 from .token_maps import TokenMaps, token_maps
 

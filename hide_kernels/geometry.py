@@ -20,7 +20,7 @@ REGION_BYTES, SPAN_BYTES, LAYOUT_BYTES = 32, 16, 37 * 1024
 # csrc/layout.h: boxes that one block lays out, and the integers of its plan.
 CAPACITY = 1024
 PLAN_HEADER, PLAN_INTEGERS = 8, 8 + 12 * CAPACITY
-# csrc/patches.h: rows that are resized at once on the host.
+# csrc/pixel_values.h: rows that are resized at once on the host.
 STRIP_ROWS = 16
 
 

@@ -112,4 +112,4 @@ def device_source() -> str:
             lines.append(inline(include) if include != line else "" if line == "#pragma once" else line)
         return "\n".join(lines)
 
-    return "\n".join(inline(f"{operator}.cuh") for operator in ("regions", "collage", "patches"))
+    return "\n".join(inline(f"{operator}.cuh") for operator in ("regions", "collage", "pixel_values"))

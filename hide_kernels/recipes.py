@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hide_kernels.attention_rows import attention_rows
-from hide_kernels.attention_rows.api import KeySpans
+from hide_kernels.attention_rows.request import KeySpans
 from hide_kernels.image_tokens import ImageTokens, rows_to_maps
 
 

@@ -6,124 +6,95 @@ time. `torch.compile`, autograd and tensor subclasses do.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
 from ._ops import add_op_namespace_prefix
-from .attention_rows.api import run
 from .attention_rows.backward import attention_rows_backward
-from .attention_rows.reference import without_autocast
-from .attention_rows.request import RowRequest
+from .attention_rows.dispatch import resolve, run
+from .attention_rows.request import RowOutput, RowRequest
+from .attention_rows.torch_blocked import without_autocast
 
-# Spans are flat, start and stop in turn, with the number of spans of each sample. `weights` replaces the word
-# `head_reduction`. The second result is the lse that was computed: empty for raw scores and where one was given.
+# What lies between lse and backend is `RowRequest.flat`, in its order. The second result is the lse that was computed:
+# empty for raw scores and where one was given.
 SCHEMA = (
-    "(Tensor query, Tensor key, Tensor? q_positions, Tensor? kv_starts, Tensor? kv_lens, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? lse, Tensor? weights, SymInt[] spans, "
-    "SymInt[] spans_per_sample, SymInt columns, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, "
-    "str? row_reduction, bool causal, SymInt? window, float scale, float? softcap, bool softmax, str? backend) "
-    "-> (Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor? lse, Tensor? weights, Tensor? q_positions, Tensor? kv_starts, Tensor? kv_lens, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, SymInt[] spans, SymInt[] spans_per_sample, "
+    "SymInt columns, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str head_reduction, str? row_reduction, bool causal, "
+    "SymInt? window, float scale, float? softcap, bool softmax, str? backend) -> (Tensor, Tensor)"
 )
+ARGUMENTS = tuple(argument.split()[-1] for argument in SCHEMA[1 : SCHEMA.index(")")].split(", "))
 
 
-def _request(
-    query: Tensor,
-    key: Tensor,
-    q_positions: Tensor | None,
-    kv_starts: Tensor | None,
-    kv_lens: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    weights: Tensor | None,
-    spans: list[int],
-    spans_per_sample: list[int],
-    columns: int,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    head_reduction: str,
-    row_reduction: Any,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    softmax: bool,
-) -> RowRequest:
-    pairs = iter(zip(spans[::2], spans[1::2], strict=True))
-    reduction: Any = head_reduction if weights is None else weights
-    return RowRequest.of(
-        query,
-        key,
-        columns=columns,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        spans=[[next(pairs) for _ in range(count)] for count in spans_per_sample],
-        q_positions=q_positions,
-        causal=causal,
-        window=window,
-        kv_starts=kv_starts,
-        kv_lens=kv_lens,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        block_table=block_table,
-        scale=scale,
-        softcap=softcap,
-        softmax=softmax,
-        head_reduction=reduction,
-        row_reduction=row_reduction,
-    )
+class _Call(NamedTuple):
+    """One call of the operator, taken apart."""
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor | None
+    request: RowRequest
+    backend: str | None
+
+    @classmethod
+    def of(cls, *arguments: Any) -> _Call:
+        """From the arguments of `SCHEMA`."""
+        query, key, lse, *flat, backend = arguments
+        request = RowRequest.of_flat(query, key, dict(zip(ARGUMENTS[3:-1], flat, strict=True)))
+        return cls(query, key, lse, request, backend)
+
+    @property
+    def computes_lse(self) -> bool:
+        """Whether there is a second result."""
+        return self.request.softmax and self.lse is None
 
 
 @torch.library.custom_op(add_op_namespace_prefix("attention_rows"), mutates_args=(), schema=SCHEMA)
-def attention_rows(query, key, *arguments):  # type: ignore[no-untyped-def]
+def attention_rows(*arguments):  # type: ignore[no-untyped-def]
     """The operator: arguments of `SCHEMA` -> (rows, lse); lse is empty where none is computed."""
-    *masks, lse, weights = arguments[:8]
-    *described, backend = arguments[8:]
-    request = _request(query, key, *masks, weights, *described)
-    name = backends.resolve("attention_rows", backend, query=query, key=key, **request.layout)
-    rows, computed = run(name, query, key, request, lse, request.softmax and lse is None, None, False)
-    return rows, rows.new_empty(0) if computed is None else computed
+    call = _Call.of(*arguments)
+    name = resolve(call.backend, call.query, call.key, call.request)
+    rows, lse = run(name, call.query, call.key, call.request, RowOutput(call.lse, return_lse=call.computes_lse))
+    return rows, lse if call.computes_lse else rows.new_empty(0)
 
 
 @attention_rows.register_fake
-def _(query, key, *arguments):  # type: ignore[no-untyped-def]
-    *masks, lse, weights = arguments[:8]
-    request = _request(query, key, *masks, weights, *arguments[8:-1])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    computed = request.lse_shape if request.softmax and lse is None else (0,)
-    return query.new_empty(request.shape, dtype=dtype), query.new_empty(computed, dtype=dtype)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    call = _Call.of(*arguments)
+    dtype = call.request.out_dtype(call.query)
+    lse_shape = call.request.lse_shape if call.computes_lse else (0,)
+    return call.query.new_empty(call.request.shape, dtype=dtype), call.query.new_empty(lse_shape, dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, *masks, lse, weights = inputs[:10]
-    ctx.described = inputs[10:]
-    ctx.lse_given = lse is not None
-    ctx.save_for_backward(query, key, *masks, weights, lse if ctx.lse_given else output[1])
+    tensors = {name: x for name, x in zip(ARGUMENTS, inputs, strict=True) if isinstance(x, Tensor)}
+    ctx.others = {name: x for name, x in zip(ARGUMENTS, inputs, strict=True) if name not in tensors}
+    ctx.names = tuple(tensors)
+    ctx.save_for_backward(*tensors.values(), output[1])
 
 
 def _backward(ctx: Any, grad_rows: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         # The gradients would pass for constants, and second derivatives lack what goes through them.
         raise RuntimeError("attention_rows differentiates once: got create_graph=True, want detached tensors")
-    query, key, *masks, weights, lse = ctx.saved_tensors
-    described: list[Any] = [*masks, weights, *ctx.described[:-1]]
-    request = _request(query, key, *described)
-    if not request.dense:
+    *tensors, computed = ctx.saved_tensors
+    given = ctx.others | dict(zip(ctx.names, tensors, strict=True))
+    call = _Call.of(*(given[name] for name in ARGUMENTS))
+    if not call.request.dense:
         raise ValueError("query: packed and paged calls record no gradients")
-    with without_autocast(query.device):
+    with without_autocast(call.query.device):
         gradients = attention_rows_backward(
             grad_rows,
-            grad_lse if request.softmax and not ctx.lse_given else None,
-            query,
-            key,
-            lse if request.softmax else None,
-            ctx.lse_given,
-            request,
+            grad_lse if call.computes_lse else None,
+            call.query,
+            call.key,
+            (computed if call.lse is None else call.lse) if call.request.softmax else None,
+            call.lse is not None,
+            call.request,
         )
-    return (gradients.query, gradients.key, *[None] * 6, gradients.lse, gradients.weights, *[None] * 13)
+    by_name = gradients._asdict()
+    return tuple(by_name.get(name) for name in ARGUMENTS)
 
 
 attention_rows.register_autograd(_backward, setup_context=_save)

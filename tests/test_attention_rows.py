@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hide_kernels import attention_rows
-from hide_kernels.attention_rows import reference
+from hide_kernels.attention_rows import torch_blocked
 from hide_kernels.testing import eager_attention_rows, error_budget, poisoned_empty
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -27,8 +27,8 @@ def oracle(query, key, visible=None, **kwargs):
 @pytest.fixture(autouse=True, params=[128, 2_500, 1 << 22])
 def small_blocks(monkeypatch, request):
     """Several blocks of keys, heads and rows even on small inputs, and all at once."""
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", request.param)
-    monkeypatch.setattr(reference, "BLOCK_KEYS", 50)
+    monkeypatch.setattr(torch_blocked, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(torch_blocked, "BLOCK_KEYS", 50)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -240,7 +240,7 @@ def test_memory_is_the_output_and_a_block_not_the_score_matrix(monkeypatch):
     with Sizes():
         attention_rows(query, key, key_spans=[(100, 60_000)])
     score_matrix, output = 4 * 8 * 16 * 65_536, 4 * 16 * (60_000 - 100)
-    assert output <= max(sizes) <= max(4 * reference.BLOCK_ELEMENTS, output) < score_matrix
+    assert output <= max(sizes) <= max(4 * torch_blocked.BLOCK_ELEMENTS, output) < score_matrix
 
 
 def test_a_large_hidden_score_leaves_gradients_finite():

@@ -194,8 +194,8 @@ def test_schema_fake_and_dynamic_shapes_pass_opcheck(case):
     query, key, given = case.inputs(torch.float32)
     spans = [given["max_seqlen_k"]] * len(case.keys_of)
     operands = (
-        query, key, given.get("q_positions"), None, given.get("kv_lens"), given["cu_seqlens_q"],
-        given.get("cu_seqlens_k"), given.get("block_table"), None, None, [x for n in spans for x in (0, n)],
+        query, key, None, None, given.get("q_positions"), None, given.get("kv_lens"), given["cu_seqlens_q"],
+        given.get("cu_seqlens_k"), given.get("block_table"), [x for n in spans for x in (0, n)],
         [1] * len(spans), max(spans), given["max_seqlen_q"], given["max_seqlen_k"],
         given.get("head_reduction", "mean"), given.get("row_reduction"), given.get("causal", False), None, 0.125, None,
         True, None,

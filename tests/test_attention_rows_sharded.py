@@ -83,15 +83,15 @@ def tensor_parallel_model(rank, group, folder):
     """A Hugging Face model whose heads are spread over the ranks, beside the whole one."""
     from transformers import AutoModelForCausalLM
 
-    from hide_kernels.integrations.transformers import capture_attention_rows
+    from hide_kernels.integrations.transformers import capture_attention
 
     tokens, found = torch.arange(30)[None], []
     for plan in ({"tp_plan": "auto"}, {}):
         model = AutoModelForCausalLM.from_pretrained(folder, **plan)
         ranks = group if plan else None
-        with torch.no_grad(), capture_attention_rows(model, layers=[1], rows=[3, 29], process_group=ranks) as captured:
+        with torch.no_grad(), capture_attention(model, layers=[1], queries=[3, 29], process_group=ranks) as captured:
             model(tokens)
-        found.append(captured[1].rows)
+        found.append(captured[1].weights)
     assert model.config.num_attention_heads == 8
     assert_close(*found, rtol=1e-5, atol=1e-7)
 

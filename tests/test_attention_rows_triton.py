@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from hide_kernels import attention_rows, explain
 from hide_kernels.attention_rows import triton_configs, triton_launch
-from hide_kernels.attention_rows.api import run
+from hide_kernels.attention_rows.dispatch import run
 from hide_kernels.attention_rows.request import RowRequest
 from hide_kernels.testing.cases import CASES, Case, error_of
 from hide_kernels.testing.interpreter import interpreted
@@ -301,4 +301,4 @@ def test_both_backends_are_reached_by_name(launched):
     attention_rows(query, key, backend="torch")
     assert launched == []
     attention_rows(query, key, backend="triton")
-    assert launched != [] and run.__module__ == "hide_kernels.attention_rows.api"
+    assert launched != [] and run.__module__ == "hide_kernels.attention_rows.dispatch"

@@ -30,7 +30,7 @@ from benchmarks import (
 )
 from hide import kv_cache, pipeline
 from hide.session import ImageSession
-from hide_kernels.attention_rows import reference
+from hide_kernels.attention_rows import torch_blocked
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
 ENVIRONMENT = {"gpu": {"name": "Test Card"}, "cpu": "", "threads": 1, "dirty": False, "torch": "2", "triton": "3",
@@ -62,8 +62,8 @@ def test_without_a_gpu_there_is_one_line_and_an_exit_code(module):
 
 def test_the_gate_names_the_calls_that_a_broken_implementation_gets_wrong(monkeypatch):
     assert operator.failures("cpu") == []
-    real = reference.visible_keys
-    monkeypatch.setattr(reference, "visible_keys", lambda *a: None if a[0].causal else real(*a))
+    real = torch_blocked.visible_keys
+    monkeypatch.setattr(torch_blocked, "visible_keys", lambda *a: None if a[0].causal else real(*a))
     broken = operator.failures("cpu")
     assert any(text.startswith("causal, torch.float32") for text in broken)
     assert all("causal" in text or "mask" in text for text in broken)

@@ -1,4 +1,4 @@
-"""capture_attention_rows against output_attentions=True with eager attention, on models of four families."""
+"""capture_attention against output_attentions=True with eager attention, on models of four families."""
 
 import copy
 
@@ -10,14 +10,9 @@ from random_models import FAMILIES, IMAGE, VOCABULARY, prompt, qwen2_5_vl, rando
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hide.engine.chunked_sdpa import CONTINUING, continuing
 from hide.kv_cache import cache_keyword
-from hide_kernels.integrations.transformers import (
-    CONTINUING,
-    IMPLEMENTATION,
-    capture_attention_rows,
-    continuing,
-    decoder_attention,
-)
+from hide_kernels.integrations.transformers import IMPLEMENTATION, capture_attention, decoder_attention
 
 TOLERANCE = 1e-5
 
@@ -51,22 +46,22 @@ def test_rows_equal_output_attentions_and_logits_keep_their_bits(model, family, 
     rows = range(span[1] + 1, len(ids))
     with torch.no_grad():
         plain = model(**inputs).logits
-        with capture_attention_rows(model, layers=[2, 0], rows=rows, key_spans=[span]) as captured:
+        with capture_attention(model, layers=[2, 0], queries=rows, key_spans=[span]) as captured:
             logits = model(**inputs).logits
     assert torch.equal(logits, plain)
     assert set(captured) == {0, 2}
     for layer, result in captured.items():
         want = eager_rows(model, inputs, layer)[:, :, rows, span[0] : span[1]].mean(1)
         assert want.std() > 1e-3, "uniform attention would hide errors"
-        assert (result.rows - want).abs().max() < TOLERANCE
+        assert (result.weights - want).abs().max() < TOLERANCE
 
 
 def test_heads_and_all_rows_equal_eager(model, family):
     inputs = prompt(family)
-    with torch.no_grad(), capture_attention_rows(model, layers=[-1], head_reduction="none") as captured:
+    with torch.no_grad(), capture_attention(model, layers=[-1], head_reduction="none") as captured:
         model(**inputs)
     want = eager_rows(model, inputs, 3)
-    assert (captured[3].rows - want).abs().max() < TOLERANCE
+    assert (captured[3].weights - want).abs().max() < TOLERANCE
 
 
 def test_non_causal_rows_also_see_later_keys(model, family):
@@ -74,11 +69,11 @@ def test_non_causal_rows_also_see_later_keys(model, family):
     inputs = prompt(family)
     rows = [20, 22]
     with torch.no_grad():
-        with capture_attention_rows(model, layers=[1], rows=rows, causal=False, head_reduction="none") as free:
+        with capture_attention(model, layers=[1], queries=rows, causal=False, head_reduction="none") as free:
             model(**inputs)
-        with capture_attention_rows(model, layers=[1], rows=rows, head_reduction="none") as causal:
+        with capture_attention(model, layers=[1], queries=rows, head_reduction="none") as causal:
             model(**inputs)
-    free, causal = free[1].rows[0], causal[1].rows[0]
+    free, causal = free[1].weights[0], causal[1].weights[0]
     assert (free.sum(-1) - 1).abs().max() < 1e-5
     for index, row in enumerate(rows):
         assert (causal[:, index, row + 1 :] == 0).all() and (free[:, index, row + 1 :] > 0).all()
@@ -102,13 +97,13 @@ def test_padded_batches_equal_eager(implementation, side, padding):
     mask[0, slice(0, 9) if side == "left" else slice(-9, None)] = 0
     mask[1, slice(0, padding) if side == "left" else slice(30 - padding, None)] = 0
     rows = range(10, 21)
-    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows) as captured:
+    with torch.no_grad(), capture_attention(model, layers=[2], queries=rows) as captured:
         model(input_ids=ids, attention_mask=mask)
     want = eager_rows(model, {"input_ids": ids, "attention_mask": mask}, 2)[:, :, rows].mean(1)
-    assert (captured[2].rows - want).abs().max() < TOLERANCE
-    with torch.no_grad(), capture_attention_rows(model, layers=[2], rows=rows, causal=False) as captured:
+    assert (captured[2].weights - want).abs().max() < TOLERANCE
+    with torch.no_grad(), capture_attention(model, layers=[2], queries=rows, causal=False) as captured:
         model(input_ids=ids, attention_mask=mask)
-    free = captured[2].rows
+    free = captured[2].weights
     assert (free[mask[:, None].expand(2, 11, 30) == 0] == 0).all()
     assert (free.sum(-1) - 1).abs().max() < 1e-5
     # Which rows they are: up to its own position each is the causal row, but for the normaliser of every head.
@@ -116,10 +111,10 @@ def test_padded_batches_equal_eager(implementation, side, padding):
     for causal in (True, False):
         with (
             torch.no_grad(),
-            capture_attention_rows(model, layers=[2], rows=rows, causal=causal, head_reduction="none") as captured,
+            capture_attention(model, layers=[2], queries=rows, causal=causal, head_reduction="none") as captured,
         ):
             model(input_ids=ids, attention_mask=mask)
-        each[causal] = captured[2].rows
+        each[causal] = captured[2].weights
     for index, row in enumerate(rows):
         head = each[False][:, :, index, : row + 1]
         assert (head / head.sum(-1, keepdim=True) - each[True][:, :, index, : row + 1]).abs().max() < TOLERANCE
@@ -127,11 +122,11 @@ def test_padded_batches_equal_eager(implementation, side, padding):
 
 def test_sliding_window_layers_equal_eager():
     model, ids = sliding_window_llm(), text_inputs()
-    with torch.no_grad(), capture_attention_rows(model, layers=[1], head_reduction="none") as captured:
+    with torch.no_grad(), capture_attention(model, layers=[1], head_reduction="none") as captured:
         model(input_ids=ids)
     want = eager_rows(model, {"input_ids": ids}, 1)
     assert (want[:, :, 20, :13] == 0).all()
-    assert (captured[1].rows - want).abs().max() < TOLERANCE
+    assert (captured[1].weights - want).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -145,14 +140,14 @@ def test_a_chunked_prefill_gives_the_rows_of_one_forward(cache):
     positions = torch.arange(30)[None].expand(3, 2, 30)
     with (
         torch.no_grad(),
-        capture_attention_rows(model, layers=[2], rows=rows, key_spans=[(0, 9), (20, 30)]) as captured,
+        capture_attention(model, layers=[2], queries=rows, key_spans=[(0, 9), (20, 30)]) as captured,
     ):
         for start, stop in [(0, 10), (10, 12), (12, 30)]:
             model(
                 input_ids=ids[:, start:stop], position_ids=positions[..., start:stop], use_cache=True,
                 cache_position=torch.arange(start, stop), **{cache_keyword(type(model).forward): past},
             )  # fmt: skip
-    assert (captured[2].rows - want[..., [*range(9), *range(20, 30)]]).abs().max() < TOLERANCE
+    assert (captured[2].weights - want[..., [*range(9), *range(20, 30)]]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -162,7 +157,7 @@ def test_chunks_on_a_sliding_window_cache_that_dropped_keys_are_refused(inside):
     with torch.no_grad(), pytest.raises(ValueError, match="dropped keys"):
         if not inside:
             model(input_ids=ids[:, :10], use_cache=True, **{cache_keyword(type(model).forward): past})
-        with capture_attention_rows(model, layers=[1], rows=[12]):
+        with capture_attention(model, layers=[1], queries=[12]):
             for start in (0, 10) if inside else (10,):
                 model(
                     input_ids=ids[:, start : start + 10], use_cache=True, **{cache_keyword(type(model).forward): past}
@@ -171,11 +166,11 @@ def test_chunks_on_a_sliding_window_cache_that_dropped_keys_are_refused(inside):
 
 def test_a_new_sequence_replaces_the_rows_of_the_last():
     model = qwen2_5_vl()
-    with torch.no_grad(), capture_attention_rows(model, layers=[0], rows=[4, 7]) as captured:
+    with torch.no_grad(), capture_attention(model, layers=[0], queries=[4, 7]) as captured:
         model(input_ids=text_inputs(seed=1))
         model(input_ids=text_inputs(seed=2))
     want = eager_rows(model, {"input_ids": text_inputs(seed=2)}, 0)[:, :, [4, 7]].mean(1)
-    assert (captured[0].rows - want).abs().max() < TOLERANCE
+    assert (captured[0].weights - want).abs().max() < TOLERANCE
 
 
 def test_flash_attention_runs_through_a_view_with_its_own_config(monkeypatch):
@@ -191,10 +186,10 @@ def test_flash_attention_runs_through_a_view_with_its_own_config(monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
     want = eager_rows(model, {"input_ids": ids}, 1).mean(1)
     model.config.text_config._attn_implementation_internal = "flash_attention_2"
-    with torch.no_grad(), capture_attention_rows(model, layers=[1]) as captured:
+    with torch.no_grad(), capture_attention(model, layers=[1]) as captured:
         model(input_ids=ids)
     assert seen == [("flash_attention_2", layer, None) for layer in range(4)]
-    assert (captured[1].rows - want).abs().max() < TOLERANCE
+    assert (captured[1].weights - want).abs().max() < TOLERANCE
 
 
 def test_a_chunked_prefill_on_flash_attention_keeps_all_keys_for_nested_captures(monkeypatch):
@@ -212,8 +207,8 @@ def test_a_chunked_prefill_on_flash_attention_keeps_all_keys_for_nested_captures
     positions = torch.arange(30)[None].expand(3, 2, 30)
     with (
         torch.no_grad(),
-        capture_attention_rows(model, layers=[1], rows=[3, 25], key_spans=[(0, 30)]) as outer,
-        capture_attention_rows(model, layers=[1], key_spans=[(0, 30)]) as inner,
+        capture_attention(model, layers=[1], queries=[3, 25], key_spans=[(0, 30)]) as outer,
+        capture_attention(model, layers=[1], key_spans=[(0, 30)]) as inner,
     ):
         for start, stop in [(0, 18), (18, 30)]:
             model(
@@ -222,8 +217,8 @@ def test_a_chunked_prefill_on_flash_attention_keeps_all_keys_for_nested_captures
                 use_cache=True,
                 **{cache_keyword(type(model).forward): past},
             )
-    assert (inner[1].rows - want).abs().max() < TOLERANCE
-    assert (outer[1].rows - want[:, [3, 25]]).abs().max() < TOLERANCE
+    assert (inner[1].weights - want).abs().max() < TOLERANCE
+    assert (outer[1].weights - want[:, [3, 25]]).abs().max() < TOLERANCE
 
 
 def test_sequences_packed_into_one_are_refused_on_flash_attention(monkeypatch):
@@ -234,7 +229,7 @@ def test_sequences_packed_into_one_are_refused_on_flash_attention(monkeypatch):
     with (
         pytest.raises(ValueError, match="positions restart"),
         torch.no_grad(),
-        capture_attention_rows(model, layers=[1]),
+        capture_attention(model, layers=[1]),
     ):
         model(input_ids=ids, position_ids=packed)
 
@@ -244,12 +239,12 @@ def test_captures_nest_and_everything_is_restored_also_after_an_exception():
     modules = decoder_attention(model)
     before = {layer: module.config for layer, module in modules.items()}
     functions = dict(ALL_ATTENTION_FUNCTIONS.items())
-    with torch.no_grad(), capture_attention_rows(model, layers=[1, 2]) as outer:
-        with capture_attention_rows(model, layers=[2], rows=[5], causal=False) as inner:
+    with torch.no_grad(), capture_attention(model, layers=[1, 2]) as outer:
+        with capture_attention(model, layers=[2], queries=[5], causal=False) as inner:
             model(input_ids=ids)
-        assert torch.equal(inner[2].rows.sum(-1).round(), torch.ones(2, 1))
-        assert outer[2].rows.shape == (2, 30, 30)
-    with pytest.raises(ZeroDivisionError), capture_attention_rows(model, layers=[0]):
+        assert torch.equal(inner[2].weights.sum(-1).round(), torch.ones(2, 1))
+        assert outer[2].weights.shape == (2, 30, 30)
+    with pytest.raises(ZeroDivisionError), capture_attention(model, layers=[0]):
         raise ZeroDivisionError
     assert {layer: module.config for layer, module in modules.items()} == before
     assert all(modules[layer].config is config for layer, config in before.items())
@@ -280,32 +275,32 @@ def test_a_model_set_to_our_implementation_as_a_whole_keeps_its_padding_mask():
     [
         ({"layers": [4]}, "layers: got 4, want 0 to 3"),
         ({"layers": []}, "layers: got none"),
-        ({"layers": [0], "rows": [3, 3]}, "strictly increasing"),
-        ({"layers": [0], "rows": []}, "strictly increasing"),
-        ({"layers": [0], "rows": [-1]}, "strictly increasing"),
-        ({"layers": [0], "rows": [5, 31, 40]}, r"rows \[31, 40\]"),
+        ({"layers": [0], "queries": [3, 3]}, "strictly increasing"),
+        ({"layers": [0], "queries": []}, "strictly increasing"),
+        ({"layers": [0], "queries": [-1]}, "strictly increasing"),
+        ({"layers": [0], "queries": [5, 31, 40]}, r"queries \[31, 40\]"),
         ({"layers": [0], "key_spans": [(0, 31)]}, "key_spans"),
     ],
 )
 def test_wrong_requests_are_named(arguments, text):
     model = qwen2_5_vl()
-    with pytest.raises(ValueError, match=text), torch.no_grad(), capture_attention_rows(model, **arguments):
+    with pytest.raises(ValueError, match=text), torch.no_grad(), capture_attention(model, **arguments):
         model(input_ids=text_inputs())
 
 
 def test_layers_named_twice_are_captured_once_and_gradients_may_be_recorded():
     model, ids = qwen2_5_vl(), text_inputs()
-    with capture_attention_rows(model, layers=[2, -2], rows=np.array([4, 7])) as captured:
+    with capture_attention(model, layers=[2, -2], queries=np.array([4, 7])) as captured:
         model(input_ids=ids)
-    assert list(captured) == [2] and captured[2].rows.requires_grad
+    assert list(captured) == [2] and captured[2].weights.requires_grad
     want = eager_rows(model, {"input_ids": ids}, 2)[:, :, [4, 7]].mean(1)
-    assert (captured[2].rows - want).abs().max() < TOLERANCE
+    assert (captured[2].weights - want).abs().max() < TOLERANCE
 
 
 def test_leaving_without_a_forward_is_an_error():
     with (
         pytest.raises(ValueError, match="no forward inside the block"),
-        capture_attention_rows(qwen2_5_vl(), layers=[1]),
+        capture_attention(qwen2_5_vl(), layers=[1]),
     ):
         pass
 
@@ -317,7 +312,7 @@ def test_masks_that_cannot_be_reproduced_are_refused():
     with (
         pytest.raises(ValueError, match="not causal, sliding or padding"),
         torch.no_grad(),
-        capture_attention_rows(model, layers=[0]),
+        capture_attention(model, layers=[0]),
     ):
         model(input_ids=ids, attention_mask=block)
 
@@ -357,31 +352,31 @@ def test_softcaps_windows_and_value_heads_of_another_size_equal_eager(model_type
     model, ids = small(model_type, **sizes), torch.arange(3, 15)[None]
     with torch.no_grad():
         want = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
-        with capture_attention_rows(model, layers=range(4), head_reduction="none") as captured:
+        with capture_attention(model, layers=range(4), head_reduction="none") as captured:
             model(input_ids=ids, use_cache=False)
     for layer in range(4):
-        assert (captured[layer].rows - want[layer]).abs().max() < TOLERANCE
+        assert (captured[layer].weights - want[layer]).abs().max() < TOLERANCE
 
 
 def test_softmax_layers_of_a_hybrid_decoder_equal_eager_and_the_others_are_refused_for_what_they_are():
     model, ids = small("qwen3_next", **SIZES, **EXPERTS, head_dim=16), torch.arange(3, 15)[None]
     with torch.no_grad():
         want = model(input_ids=ids, output_attentions=True, use_cache=False).attentions[-1]
-        with capture_attention_rows(model, layers=[-1], head_reduction="none") as captured:
+        with capture_attention(model, layers=[-1], head_reduction="none") as captured:
             model(input_ids=ids, use_cache=False)
-    assert list(captured) == [3] and (captured[3].rows - want).abs().max() < TOLERANCE
+    assert list(captured) == [3] and (captured[3].weights - want).abs().max() < TOLERANCE
     with (
         pytest.raises(ValueError, match="layer 1 is linear_attention: it has no softmax rows; layers .* captured: 3"),
-        capture_attention_rows(model, layers=[3, 1]),
+        capture_attention(model, layers=[3, 1]),
     ):
         pass
-    with pytest.raises(ValueError, match="got 4, want 0 to 3"), capture_attention_rows(model, layers=[4]):
+    with pytest.raises(ValueError, match="got 4, want 0 to 3"), capture_attention(model, layers=[4]):
         pass
 
 
 def test_attention_sinks_are_refused_by_layer():
     model = small("gpt_oss", **SIZES, head_dim=16, num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(ValueError, match="layer 2: s_aux"), torch.no_grad(), capture_attention_rows(model, layers=[2]):
+    with pytest.raises(ValueError, match="layer 2: s_aux"), torch.no_grad(), capture_attention(model, layers=[2]):
         model(input_ids=torch.arange(3, 15)[None])
 
 
@@ -406,7 +401,7 @@ def test_a_module_that_computes_attention_by_itself_is_named_when_it_has_run(mon
     with (
         pytest.raises(ValueError, match="layer 1: its MistralAttention computes attention by itself"),
         torch.no_grad(),
-        capture_attention_rows(model, layers=[1]),
+        capture_attention(model, layers=[1]),
     ):
         model(input_ids=text_inputs())
     assert not attention._forward_hooks

@@ -19,7 +19,7 @@ from benchmarks import drop_in as benchmark
 from benchmarks import published_steps
 from hide import drop_in
 from hide_kernels import AttentionRows
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 
 ROOT = Path(__file__).parents[1]
 CASES = sorted((ROOT / "tests" / "data" / "golden").glob("case_*.npz"))
@@ -416,7 +416,7 @@ def test_patched_rows_go_into_process_as_captured_ones_do():
     with torch.no_grad():
         with drop_in.patch_attention(type(model.model.language_model.layers[0].self_attn), layers=[2]):
             nested = model(**inputs, target_indices=text, output_attentions=True).attentions
-        with capture_attention_rows(model, layers=[2], rows=text, key_spans=[(start, end)], causal=False) as captured:
+        with capture_attention(model, layers=[2], queries=text, key_spans=[(start, end)], causal=False) as captured:
             model(**inputs)
     shared = {
         "dicts": {},

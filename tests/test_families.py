@@ -16,7 +16,7 @@ from hide.config import SEARCH_PROMPT
 from hide.pipeline import preset_for
 from hide.session import ImageSession
 from hide_kernels.image_tokens import rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 
 QUESTION = "What is the color of the star?"
 # (width, height) of each picture: odd, thin, smaller than a token, several.
@@ -266,15 +266,15 @@ def test_a_family_that_is_not_supported_is_named_with_those_that_are_and_its_row
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="of type 'llama'; HiDe knows " + ", ".join(FAMILIES)) as error:
         hide.models.load(tmp_path)
-    assert "capture_attention_rows" in str(error.value)
+    assert "capture_attention" in str(error.value)
     ids = torch.arange(20, 51)[None]
-    with torch.no_grad(), capture_attention_rows(model, layers=[1], rows=[28, 30], key_spans=[(3, 17)]) as captured:
+    with torch.no_grad(), capture_attention(model, layers=[1], queries=[28, 30], key_spans=[(3, 17)]) as captured:
         model(ids)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         want = model(ids, output_attentions=True).attentions[1][0, :, [28, 30], 3:17].mean(0)
     assert want.max() > 0.01
-    torch.testing.assert_close(captured[1].rows[0], want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(captured[1].weights[0], want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu

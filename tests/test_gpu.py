@@ -5,7 +5,7 @@ import pytest
 import torch
 from random_models import FAMILIES, prompt
 from test_collage import assert_same_collage, noise, scattered
-from test_patches import NORMALISE, SIZES, photo, stored
+from test_pixel_values import NORMALISE, SIZES, photo, stored
 from test_regions import PATTERNS, spiral
 
 from hide_kernels import (
@@ -22,9 +22,9 @@ from hide_kernels import (
     token_maps,
 )
 from hide_kernels.collage import compiled
-from hide_kernels.integrations.transformers import capture_attention_rows
-from hide_kernels.patches import compiled as patches
-from hide_kernels.patches import decode
+from hide_kernels.integrations.transformers import capture_attention
+from hide_kernels.pixel_values import compiled as patches
+from hide_kernels.pixel_values import decode
 from hide_kernels.testing.cases import CASES, SERVING_CASES, Case, ServingCase, error_of
 from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, map_error
 
@@ -229,9 +229,9 @@ def test_captured_rows_equal_eager(family, implementation):
         model.set_attn_implementation("eager")
         want = model(**inputs, output_attentions=True).attentions[2].mean(1)
         model.set_attn_implementation(implementation)
-        with capture_attention_rows(model, layers=[2]) as captured:
+        with capture_attention(model, layers=[2]) as captured:
             model(**inputs)
-    assert (captured[2].rows - want).abs().max() <= tolerance
+    assert (captured[2].weights - want).abs().max() <= tolerance
 
 
 def test_image_operators_give_on_the_device_what_they_give_on_the_host():

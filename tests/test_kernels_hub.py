@@ -198,7 +198,7 @@ def test_every_import_is_relative_or_of_what_the_hub_promises(layout, variant):
             if (path, name) != ("backends.py", "native"):
                 assert target.with_suffix(".py").exists() or (target / "__init__.py").exists(), f"{path} imports {name}"
             seen.add(name)
-    assert {"_ops", "attention_rows.api", "triton_kernels"} <= seen
+    assert {"_ops", "attention_rows.dispatch", "triton_kernels"} <= seen
 
 
 def test_the_sources_are_the_packages_own_and_their_content_is_their_name(layout, tmp_path):

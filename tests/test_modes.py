@@ -22,7 +22,7 @@ from hide_kernels import (
     regions,
     token_maps,
 )
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 
 QUESTION = "What is the color of the star?"
 MODES = {
@@ -142,12 +142,12 @@ def test_rows_that_were_captured_in_one_mode_are_read_in_another():
     model, ids = qwen2_5_vl(), torch.arange(8, 28)[None]
     want = None
     for mode in (MODES["gradients"], MODES["no_grad"], MODES["inference_mode"]):
-        with capture_attention_rows(model, layers=[1], rows=[3, 11, 19], key_spans=[(0, 8)]) as captured:
+        with capture_attention(model, layers=[1], queries=[3, 11, 19], key_spans=[(0, 8)]) as captured:
             with mode():
                 model(input_ids=torch.cat([ids, ids.flip(1)]))
             with torch.no_grad():
                 # Again from the start: the rows of before are cut and joined.
                 model(input_ids=torch.cat([ids, ids.flip(1)]))
-        rows = captured[1].rows.detach()
+        rows = captured[1].weights.detach()
         want = rows if want is None else want
         assert torch.equal(rows, want)

@@ -24,7 +24,7 @@ from hide.models.qwen2_5_vl import Qwen25VL
 from hide.questions import LETTER_REQUEST, LETTERS, Question
 from hide.tiny.model import build
 from hide_kernels import attention_rows, pixel_values, resize, token_maps
-from hide_kernels.attention_rows import reference
+from hide_kernels.attention_rows import torch_blocked
 from hide_kernels.collage import boxes as boxes_module
 from hide_kernels.collage import collage, merge_boxes, plan_layout
 from hide_kernels.testing import eager_attention_rows
@@ -475,7 +475,7 @@ def test_attention_rows_of_any_call_equal_the_textbook_expression(call, block):
     # Keys that no row sees may hold anything.
     key = key.masked_fill(~visible.any(1)[:, None, :, None] if query.shape[2] else torch.tensor(False), torch.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "BLOCK_ELEMENTS", block)
+        patch.setattr(torch_blocked, "BLOCK_ELEMENTS", block)
         rows, lse = attention_rows(query, key, return_lse=True, **arguments)
     groups = query.shape[1] // key.shape[1]
     want = {"none": want, "mean": want.mean(1), "kv_group": want.unflatten(1, (-1, groups)).mean(2)}[

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hide_kernels import recipes
-from hide_kernels.attention_rows import reference
+from hide_kernels.attention_rows import torch_blocked
 from hide_kernels.image_tokens import ImageTokens
 
 # A picture of 4 x 5 tokens behind 3 tokens of text, and one of 2 x 3 with a token that shows no cell.
@@ -79,7 +79,7 @@ def test_window_scores_are_snapkv_s_per_key_value_head(pooling, kernel_size):
 
 
 def test_observed_scores_are_h2o_s_column_sums_without_the_matrix(monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(torch_blocked, "BLOCK_ELEMENTS", 500)
     query, key = tensors(61)
     want = attention(query, key, causal=True).sum(2).view(2, 2, 3, 61).mean(2)
     assert_same(recipes.observed_scores(query, key), want)

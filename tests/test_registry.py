@@ -29,7 +29,7 @@ def operands(query, key, *, lse=None, weights=None, positions=None, lens=None, s
     masks = (positions, None, lens, None, None, None)
     per_sample = [len(spans)] * len(query)
     columns = sum(stop - start for start, stop in spans)
-    return (query, key, *masks, lse, weights, flat, per_sample, columns, None, None, *described.values())
+    return (query, key, lse, weights, *masks, flat, per_sample, columns, None, None, *described.values())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hide.session import ImageSession, Prefix, SessionPool, encode, out_of_memor
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
 from hide_kernels import rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 
 QUESTION = "What is the color of the star?"
 # (width, height) of each picture.
@@ -589,10 +589,10 @@ def test_a_capture_around_several_branches_holds_the_last_ones_rows(adapter, pic
     span = [image.span for image in prompt.images]
     with ImageSession(adapter, pictures) as session:
         want = session.search_rows(prompt, layers=(2,), causal=True)
-        with capture_attention_rows(adapter.model, layers=[2], rows=prompt.rows, key_spans=span) as captured:
+        with capture_attention(adapter.model, layers=[2], queries=prompt.rows, key_spans=span) as captured:
             for _ in range(2):
                 with session.branch(prompt.input_ids) as branch:
                     branch.run()
-    got = rows_to_maps(captured[2].rows[0], prompt.images)
+    got = rows_to_maps(captured[2].weights[0], prompt.images)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)

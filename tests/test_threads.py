@@ -18,7 +18,7 @@ from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import SessionPool
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
-from hide_kernels.integrations.transformers import capture_attention_rows, decoder_attention
+from hide_kernels.integrations.transformers import capture_attention, decoder_attention
 
 QUESTIONS = ["What is the color of the star?", "Is the ring on the left?", "What color is the moon?"]
 # Long enough for the slowest machine; reached only where a thread waits for ever.
@@ -181,22 +181,22 @@ def test_captures_of_two_threads_overlap_and_each_records_its_own():
     ids = [torch.randint(8, 500, (1, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
     def alone(tokens):
-        with torch.no_grad(), capture_attention_rows(model, layers=[1]) as captured:
+        with torch.no_grad(), capture_attention(model, layers=[1]) as captured:
             model(input_ids=tokens)
-        return captured[1].rows
+        return captured[1].weights
 
     want = [alone(tokens) for tokens in ids]
     opened, closed = threading.Event(), threading.Event()
 
     def beside():
-        with torch.no_grad(), capture_attention_rows(model, layers=[1, 2]) as captured:
+        with torch.no_grad(), capture_attention(model, layers=[1, 2]) as captured:
             opened.set()
             assert closed.wait(PATIENCE)
             model(input_ids=ids[1])
-        return captured[1].rows
+        return captured[1].weights
 
     with ThreadPoolExecutor(1) as pool:
-        with torch.no_grad(), capture_attention_rows(model, layers=[1]) as mine:
+        with torch.no_grad(), capture_attention(model, layers=[1]) as mine:
             model(input_ids=ids[0])
             future = pool.submit(beside)
             assert opened.wait(PATIENCE)
@@ -205,7 +205,7 @@ def test_captures_of_two_threads_overlap_and_each_records_its_own():
         # The first to be opened is the first to be left.
         closed.set()
         assert torch.equal(future.result(PATIENCE), want[1])
-    assert torch.equal(mine[1].rows, want[0])
+    assert torch.equal(mine[1].weights, want[0])
     assert all(module.config is configs[layer] for layer, module in decoder_attention(model).items())
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids[2]).logits, logits)
@@ -215,19 +215,19 @@ def test_a_capture_that_is_held_open_changes_nothing_for_others_and_keeps_nobody
     want = said(hide_of(adapter).ask(images[0], QUESTIONS[0]))
     pictures = adapter.preprocess([images[1]], min_tokens=4, max_tokens=60)
     ids = adapter.input_ids(QUESTIONS[1], pictures)
-    with capture_attention_rows(adapter.model, layers=[0, 3]) as captured:
+    with capture_attention(adapter.model, layers=[0, 3]) as captured:
         assert adapter.captured and not elsewhere(lambda: adapter.captured)
         assert elsewhere(lambda: said(hide_of(adapter).ask(images[0], QUESTIONS[0]))) == want
         assert not captured
         adapter.generate_ids(ids, pictures, max_new_tokens=1)
-    assert captured[3].rows.shape[-1] == ids.shape[1]
+    assert captured[3].weights.shape[-1] == ids.shape[1]
 
 
 def test_rows_of_a_model_that_another_thread_runs_are_refused_with_the_reason():
     model = qwen2_5_vl()
     with (
         pytest.raises(ValueError, match="open the block in the thread that runs the model"),
-        capture_attention_rows(model, layers=[1]),
+        capture_attention(model, layers=[1]),
     ):
         elsewhere(lambda: torch.no_grad()(model)(input_ids=torch.arange(8, 20)[None]))
 

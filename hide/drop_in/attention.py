@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hide.drop_in.install import Replaced
-from hide_kernels.integrations.transformers import CapturedRows, capture_module_rows
+from hide_kernels.integrations.recorder import CapturedLayers
+from hide_kernels.integrations.transformers import capture_module
 
 NestedRows = list[list[list[NDArray[np.float32] | None]]]
 
@@ -45,7 +46,7 @@ def patch_attention(
 
     Raises:
         TypeError: for something that is not a module class.
-        ValueError: in the forward, for positions that it has no query for, and as `capture_attention_rows`.
+        ValueError: in the forward, for positions that it has no query for, and as `capture_attention`.
     """
     if not (isinstance(attention_class, type) and issubclass(attention_class, nn.Module)):
         raise TypeError(f"attention_class: got {attention_class!r}, want a class of attention modules")
@@ -63,7 +64,7 @@ def patch_attention(
             # It is ours to give; the model's own would be the whole matrix, or a complaint.
             kwargs["output_attentions"] = False
         positions = sorted({int(position) for position in target_indices})
-        with capture_module_rows(self, rows=positions, causal=False) as captured:
+        with capture_module(self, queries=positions, causal=False) as captured:
             output = base(self, *args, **kwargs)
         return output[0], _nested(captured, positions), *output[2:]
 
@@ -72,10 +73,10 @@ def patch_attention(
     return done
 
 
-def _nested(captured: CapturedRows, positions: Sequence[int]) -> NestedRows:
+def _nested(captured: CapturedLayers, positions: Sequence[int]) -> NestedRows:
     (found,) = captured.values()
     batch = []
-    for rows in found.rows.float().cpu().numpy():
+    for rows in found.weights.float().cpu().numpy():
         places: list[NDArray[np.float32] | None] = [None] * rows.shape[1]
         for position, row in zip(positions, rows, strict=True):
             places[position] = row

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from hide_kernels import AttentionRows
+from hide_kernels.integrations.recorder import CapturedAttention
 
-Attention = Sequence[Any] | AttentionRows | Mapping[int, AttentionRows]
+Rows = AttentionRows | CapturedAttention
+Attention = Sequence[Any] | Rows | Mapping[int, Rows]
 """Rows of the text behind the pictures, heads averaged, in one of three forms.
 
 A list over layers, `None` for layers without rows: `attention[layer][0][0][position]` is a NumPy row over all keys, or
 `None` where it was not computed. This is what published code returns, and `patch_attention`.
-An `AttentionRows`: rows (1, T, C), row r being that of position `start_k + r`; C are all keys, or the pictures' keys
-one after another.
-What `capture_attention_rows` yields: such rows for several layers.
+An `AttentionRows` or `CapturedAttention`: rows (1, T, C), row r being that of position `start_k + r`; C are all keys,
+or the pictures' keys one after another.
+What `capture_attention` yields: such rows for several layers.
 """
 
 
@@ -26,10 +28,10 @@ def rows_over(
     attention: Attention, positions: Sequence[int], start_k: int, spans: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
     """Per half-open span of keys (len(positions), length) float32, the mean over the layers that have rows."""
-    if isinstance(attention, AttentionRows):
-        per_layer = [_columns(attention, positions, start_k, spans)]
+    if isinstance(attention, Rows):
+        per_layer = [_columns(attention[0], positions, start_k, spans)]
     elif isinstance(attention, Mapping):
-        per_layer = [_columns(rows, positions, start_k, spans) for rows in attention.values()]
+        per_layer = [_columns(of_layer[0], positions, start_k, spans) for of_layer in attention.values()]
     elif isinstance(attention, Sequence) and not isinstance(attention, str):
         computed = [(layer, rows) for layer, rows in enumerate(attention) if rows is not None]
         per_layer = [_stacked(rows, positions, layer, spans) for layer, rows in computed]
@@ -40,10 +42,7 @@ def rows_over(
     return [torch.stack(layers).mean(dim=0) for layers in zip(*per_layer, strict=True)]
 
 
-def _columns(
-    attention: AttentionRows, positions: Sequence[int], start_k: int, spans: Sequence[tuple[int, int]]
-) -> list[Tensor]:
-    rows = attention.rows
+def _columns(rows: Tensor, positions: Sequence[int], start_k: int, spans: Sequence[tuple[int, int]]) -> list[Tensor]:
     if rows.dim() != 3 or rows.shape[0] != 1:
         raise ValueError(f"attention: got rows of shape {tuple(rows.shape)}, want (1, T, C), heads averaged")
     wanted = [position - start_k for position in positions]

@@ -71,7 +71,7 @@ def load(
     if model_type not in FAMILIES:
         raise ValueError(
             f"model: {path} is of type {model_type!r}; HiDe knows {', '.join(FAMILIES)} (see hide models). "
-            "Attention rows of any model: hide_kernels.integrations.transformers.capture_attention_rows"
+            "Attention rows of any model: hide_kernels.integrations.transformers.capture_attention"
         )
     adapter = adapter_class(model_type)
     return adapter.from_pretrained(

@@ -28,11 +28,12 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from hide.config import SEARCH_PROMPT
 from hide.decoding import greedy_settings
+from hide.engine.chunked_sdpa import continuing, slides
 from hide.kv_cache import cache_keyword
 from hide.models.checkpoint import PROCESSOR, TEMPLATE, TOKENIZER, one_line, read_config, read_weights, reading
 from hide.models.quantised import Weights, check, loading
 from hide_kernels import ImageTokens, rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention_rows, capturing, continuing, slides
+from hide_kernels.integrations.transformers import capture_attention, capturing
 
 # Stands for a turn's text where only what the chat template puts around it matters.
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -583,17 +584,17 @@ class Adapter(ABC):
             (layers, T, rows, columns), not averaged over the layers.
         """
         layers = range(self.num_layers) if layers is None else layers
-        with capture_attention_rows(
+        with capture_attention(
             self.model,
             layers=layers,
-            rows=prompt.rows,
+            queries=prompt.rows,
             key_spans=[image.span for image in prompt.images],
             causal=causal,
         ) as captured:
             depth = max(layer % self.num_layers for layer in layers) + 1
             with first_layers(self.language_model, depth):
                 self.model.model(**self._inputs(prompt.input_ids, pictures), use_cache=False)
-        rows = torch.stack([result.rows[0] for result in captured.values()])
+        rows = torch.stack([result.weights[0] for result in captured.values()])
         return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
 
     def generate(self, text: str, pictures: Pictures | None = None, *, max_new_tokens: int) -> Reply:

@@ -17,7 +17,7 @@ from hide.models.base import Adapter
 from hide.profiling.models import eager_decoder
 from hide.profiling.workload import CELL, Scene, Workload, scene
 from hide.session import Prefix, encode
-from hide_kernels.integrations.transformers import capture_attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.memory import Owner, stage
 
 # Modules of a vision encoder and what follows it, by their path or by their class where they are called alone.
@@ -58,10 +58,10 @@ def published(adapter: Adapter, work: Workload, *, last_logits: bool) -> None:
         del given
     with (
         stage("search"),
-        capture_attention_rows(
+        capture_attention(
             adapter.model,
             layers=[_layer(adapter, work)],
-            rows=prompt.rows,
+            queries=prompt.rows,
             key_spans=[image.span for image in prompt.images],
             causal=False,
         ),

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import BLOCK_ELEMENTS, blocks, visible_keys
 from .request import RowRequest
+from .torch_blocked import BLOCK_ELEMENTS, blocks, visible_keys
 
 # Fewest keys per block, however many rows there are.
 KEYS_AT_LEAST = 128

@@ -1,296 +1,123 @@
-"""`attention_rows` in plain PyTorch: the definition, and the path that runs on any device.
-
-One matrix product per key/value head: the scores of a few rows over all keys fit a buffer of fixed size, are normalised
-there and added to the result before the next rows take their place. Arithmetic is float32 for 16- and 32-bit inputs
-and float64 for float64. One sample at a time, and tiles that do not depend on the batch: a sample's rows are the same
-bits in any batch.
-"""
+"""`attention_rows` as it is defined, in plain PyTorch: the whole score matrix, in the dtype of its inputs."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .request import RowRequest
-
-# Scores held at once, in elements: 16 MB in float32.
-BLOCK_ELEMENTS = 1 << 22
-# Keys per matrix product, and per conversion to the arithmetic's type.
-BLOCK_KEYS = 1024
+from .request import KeySpans
 
 
-@torch.no_grad()
 def attention_rows_reference(
     query: Tensor,
     key: Tensor,
-    request: RowRequest,
-    lse: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    accumulate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Rows and lse (or `None`) of a validated request."""
-    with without_autocast(query.device):
-        if request.dense:
-            return _rows(query, key, request, lse, return_lse, out, accumulate)
-        return _sample_by_sample(query, key, request, lse, return_lse, out, accumulate)
+    *,
+    key_spans: KeySpans | None = None,
+    q_positions: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    kv_starts: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    softmax: bool = True,
+    head_reduction: Literal["mean", "none", "kv_group"] | Tensor | Sequence[float] = "mean",
+    row_reduction: Literal["mean", "sum"] | None = None,
+    grouped: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rows and lse (empty for raw scores) of dense inputs, as `attention_rows` documents its arguments.
 
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, products are not rounded to 16 bits."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _rows(
-    query: Tensor,
-    key: Tensor,
-    request: RowRequest,
-    lse: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    accumulate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    batch, heads, rows, _ = query.shape
-    kv_heads, length = key.shape[1:3]
-    group = heads // kv_heads
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if out is None:
-        out = torch.zeros(request.shape, dtype=dtype, device=query.device)
-    elif not accumulate:
-        out.zero_()
-    result = lse
-    normalise = request.softmax and lse is None
-    if lse is None and return_lse:
-        result = torch.empty((batch, heads, rows), dtype=dtype, device=query.device)
-    if length == 0:
-        if result is not None and lse is None:
-            result.fill_(-torch.inf)
-        return out, result if return_lse else None
-    masked = any(mask is not None for mask in (request.kv_starts, request.kv_lens, request.q_positions))
-    weights = request.head_weights(heads, dtype, query.device)
-
-    for sample, spans in enumerate(request.spans):
-        # Where the normaliser is known, only the spans are computed, and they lie in the buffer as in the result.
-        wanted = [(0, length)] if normalise else spans
-        width = sum(stop - start for start, stop in wanted)
-        heads_at_once = min(group, max(1, BLOCK_ELEMENTS // max(1, width)))
-        rows_at_once = min(rows, max(1, BLOCK_ELEMENTS // max(1, heads_at_once * width)))
-        # Memory is taken once: fresh pages for every block would cost more than the arithmetic on it.
-        buffer = torch.empty(rows_at_once * heads_at_once * width, dtype=dtype, device=query.device)
-        keys = torch.empty((BLOCK_KEYS, key.shape[3]), dtype=dtype, device=query.device)
-        for first_head in (h for g in range(kv_heads) for h in range(g * group, (g + 1) * group, heads_at_once)):
-            g = first_head // group
-            some_heads = slice(first_head, min(first_head + heads_at_once, (g + 1) * group))
-            for first in range(0, rows, max(1, rows_at_once)):
-                some_rows = slice(first, min(first + rows_at_once, rows))
-                # (rows, heads): the heads of a row lie side by side, to be summed by one small product.
-                some = query[sample, some_heads, some_rows].transpose(0, 1).to(dtype)
-                scores = buffer[: some.shape[0] * some.shape[1] * width].view(*some.shape[:2], width)
-                _scores(scores, keys, some, key[sample, g], wanted, request, sample, some_rows)
-                coefficient = weights[some_heads].expand(some.shape[:2])
-                if normalise:
-                    if masked or result is not None:
-                        top = scores.amax(-1)
-                        blind = top == -torch.inf  # rows that see nothing
-                        scores.masked_fill_(blind[..., None], 0.0)
-                        coefficient = coefficient.masked_fill(blind, 0.0)
-                    torch.softmax(scores, -1, out=scores)  # row by row, so in place
-                    if result is not None:
-                        # The largest probability is exp(top - lse).
-                        found = (top - scores.amax(-1).log()).masked_fill(blind, -torch.inf)
-                        result[sample, some_heads, some_rows] = found.T
-                elif lse is not None:
-                    known = lse[sample, some_heads, some_rows].T
-                    scores.sub_(known.masked_fill(known == -torch.inf, torch.inf)[..., None]).exp_()
-                _add(
-                    out[sample],
-                    scores,
-                    coefficient,
-                    request,
-                    spans if normalise else [(0, width)],
-                    some_heads,
-                    some_rows,
-                    g,
-                )
-    return out, result if return_lse else None
-
-
-def _sample_by_sample(
-    query: Tensor,
-    key: Tensor,
-    request: RowRequest,
-    lse: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    accumulate: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Packed and paged inputs: what each sample gives as a dense batch of one. The host reads their lengths."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if out is None:
-        out = torch.zeros(request.shape, dtype=dtype, device=query.device)
-    elif not accumulate:
-        out.zero_()
-    found = lse
-    if lse is None and return_lse:
-        found = torch.full(request.lse_shape, -torch.inf, dtype=dtype, device=query.device)
-    q_bounds = None if request.cu_seqlens_q is None else request.cu_seqlens_q.tolist()
-    k_bounds = None if request.cu_seqlens_k is None else request.cu_seqlens_k.tolist()
-    for sample, spans in enumerate(request.spans):
-        # `one` picks the sample out of what is laid like the query.
-        one = slice(sample, sample + 1)
-        rows = out[one]
-        if q_bounds is not None:
-            one = slice(q_bounds[sample], min(q_bounds[sample + 1], q_bounds[sample] + request.rows))
-            if request.row_reduction is None:
-                rows = out[one].movedim(0, -2)[None]
-        some = query[one] if q_bounds is None else query[one].transpose(0, 1)[None]
-        positions = request.q_positions
-        if positions is not None:
-            positions = positions[one] if q_bounds is None else positions[one][None]
-        keys = _keys_of(key, request, sample, k_bounds)
-        length = keys.shape[2]
-        columns = max([0, *(stop for _, stop in spans)])
-        if columns > length:  # columns of keys that this sample has not
-            keys = torch.nn.functional.pad(keys, (0, 0, 0, columns - length))
-        lens = torch.tensor([length], device=query.device)
-        if request.kv_lens is not None:
-            lens = torch.minimum(lens, request.kv_lens[sample : sample + 1])
-        alone = dataclasses.replace(
-            request,
-            rows=some.shape[2],
-            length=keys.shape[2],
-            spans=[spans],
-            q_positions=positions,
-            kv_starts=None if request.kv_starts is None else request.kv_starts[sample : sample + 1],
-            kv_lens=lens,
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-            block_table=None,
-        )
-        known = None
-        if lse is not None:
-            known = lse[one] if q_bounds is None else lse[:, one][None]
-        width = sum(stop - start for start, stop in spans)
-        _, computed = _rows(some, keys, alone, known, return_lse, rows[..., :width], True)
-        if found is not None and lse is None:
-            assert computed is not None
-            (found[one] if q_bounds is None else found[:, one][None]).copy_(computed)
-    return out, found if return_lse else None
-
-
-def _keys_of(key: Tensor, request: RowRequest, sample: int, bounds: list[int] | None) -> Tensor:
-    """The keys (1, Hkv, n, D) of one sample: a view, or a copy of its pages."""
-    if bounds is not None:
-        first, last = bounds[sample], min(bounds[sample + 1], bounds[sample] + request.length)
-        return key[first:last].transpose(0, 1)[None]
-    if request.block_table is None:
-        return key[sample : sample + 1]
-    length = request.length
-    if request.kv_lens is not None:
-        length = max(0, min(length, int(request.kv_lens[sample])))
-    pages = request.block_table[sample, : -(-length // key.shape[1])].long()
-    # Entries for keys that nobody sees may be anything.
-    pages = pages.clamp(0, max(0, key.shape[0] - 1))
-    return key[pages].flatten(0, 1)[:length].transpose(0, 1)[None]
-
-
-def _scores(
-    scores: Tensor,
-    keys: Tensor,
-    query: Tensor,
-    key: Tensor,
-    ranges: list[tuple[int, int]],
-    request: RowRequest,
-    sample: int,
-    some_rows: slice,
-) -> None:
-    """Writes the scores of query (rows, heads, D) over the ranges of key (N, D); hidden ones are -inf, or 0 if raw.
-
-    `keys` is memory for a block of keys in the arithmetic's type.
+    float64 inputs give an oracle, those of the dtype under test the error that a plain expression makes in it. Nothing
+    is checked. grouped: as in `scaled_scores`.
     """
-    rows, heads, _ = query.shape
-    flat = query.reshape(rows * heads, -1)
-    column = 0
-    for start, stop in ranges:
-        for first, last in blocks(start, stop, BLOCK_KEYS):
-            block = scores[..., column : column + last - first]
-            column += last - first
-            some_keys = key[first:last]
-            if key.dtype != query.dtype:
-                some_keys = keys[: last - first].copy_(some_keys)
-            block.view(rows * heads, -1).addmm_(flat, some_keys.T, beta=0, alpha=request.scale)
-            if request.softcap is not None:
-                block.div_(request.softcap).tanh_().mul_(request.softcap)
-            visible = visible_keys(request, sample, some_rows, first, last, key.device)
-            if visible is not None:
-                block.masked_fill_(~visible[:, None], -torch.inf if request.softmax else 0.0)
+    visible = visible_keys(query, key, q_positions, causal, window, kv_starts, kv_lens)
+    # Keys that no row of a sample sees may hold NaN.
+    key = key.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
+    scores = scaled_scores(query, key, scale=scale, softcap=softcap, grouped=grouped)
+    if softmax:
+        rows, lse = softmax_rows(scores, visible[:, None])
+    else:
+        rows, lse = scores.masked_fill(~visible[:, None], 0.0), scores.new_empty(0)
+    if head_reduction == "mean":
+        rows = rows.mean(1)
+    elif head_reduction == "kv_group":
+        rows = rows.unflatten(1, (key.shape[1], -1)).mean(2)
+    elif not isinstance(head_reduction, str):
+        rows = (rows * torch.as_tensor(head_reduction).to(rows)[:, None, None]).sum(1)
+    rows = columns_of_spans(rows, key_spans)
+    if row_reduction is not None:
+        rows = rows.mean(-2) if row_reduction == "mean" else rows.sum(-2)
+    return rows, lse
 
 
-def blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) in pieces of at most `size`."""
-    for first in range(start, stop, size):
-        yield first, min(first + size, stop)
+def scaled_scores(
+    query: Tensor, key: Tensor, *, scale: float | None = None, softcap: float | None = None, grouped: bool = False
+) -> Tensor:
+    """(B, Hq, R, N) scores of query (B, Hq, R, D) over key (B, Hkv, N, D), before any mask.
+
+    grouped: multiply the heads of a group with their key at once instead of repeating it. The same sums, but a library
+    of matrix products may add them up in another order, and err by several times more or less.
+    """
+    group = query.shape[1] // key.shape[1]
+    if grouped:
+        together = query.unflatten(1, (-1, group)).flatten(2, 3) @ key.transpose(2, 3)
+        scores = together.view(*query.shape[:3], key.shape[2])
+    else:
+        scores = query @ key.repeat_interleave(group, dim=1).transpose(2, 3)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def softmax_rows(scores: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Probabilities (B, Hq, R, N) and lse (B, Hq, R) of scores; rows that see nothing are zeros with lse -inf.
+
+    visible: bool, broadcastable to the scores; `None`: every key.
+    """
+    if visible is not None:
+        scores = torch.where(visible, scores, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    seen = (lse > -torch.inf)[..., None]
+    return torch.where(seen, torch.exp(scores - torch.where(seen, lse[..., None], 0.0)), 0.0), lse
 
 
 def visible_keys(
-    request: RowRequest, sample: int, rows: slice, start: int, stop: int, device: torch.device
-) -> Tensor | None:
-    """Which of the keys [start, stop) each of the rows sees: bool (rows or 1, stop - start); `None`: all of them."""
-    keys = torch.arange(start, stop, device=device)
-    conditions = []
-    if request.kv_starts is not None:
-        conditions.append(keys >= request.kv_starts[sample])
-    if request.kv_lens is not None:
-        conditions.append(keys < request.kv_lens[sample])
-    if request.q_positions is not None:
-        positions = request.q_positions[sample, rows, None]
-        if request.causal:
-            conditions.append(keys <= positions)
-        if request.window is not None:
-            # Not `positions - window`, which overflows in 32 bits, and in 64.
-            conditions.append(keys + min(request.window, 1 << 62) > positions)
-    if not conditions:
-        return None
-    visible = conditions[0]
-    for condition in conditions[1:]:
-        visible = visible & condition
-    return visible if visible.dim() == 2 else visible[None]
+    query: Tensor,
+    key: Tensor,
+    q_positions: Tensor | None,
+    causal: bool,
+    window: int | None,
+    kv_starts: Tensor | None,
+    kv_lens: Tensor | None,
+) -> Tensor:
+    """(B, R, N) bool of the keys that each row sees."""
+    batch, rows, length = query.shape[0], query.shape[2], key.shape[2]
+    keys = torch.arange(length, device=query.device)
+    visible = torch.ones(batch, rows, length, dtype=torch.bool, device=query.device)
+    if q_positions is not None:
+        positions = q_positions.expand(batch, rows)[..., None]
+        if causal:
+            visible = visible & (keys <= positions)
+        if window is not None:
+            visible = visible & (keys > positions - window)
+    if kv_starts is not None:
+        visible = visible & (keys >= kv_starts[:, None, None])
+    if kv_lens is not None:
+        visible = visible & (keys < kv_lens[:, None, None])
+    return visible
 
 
-def _add(
-    out: Tensor,
-    scores: Tensor,
-    coefficient: Tensor,
-    request: RowRequest,
-    spans: list[tuple[int, int]],
-    some_heads: slice,
-    some_rows: slice,
-    g: int,
-) -> None:
-    """Adds the spans of scores (rows, heads, n), times coefficient (rows, heads), to a sample's result."""
-    if request.row_reduction == "mean":
-        coefficient = coefficient / request.rows
-    column = 0
-    for start, stop in spans:
-        part = scores[..., start:stop]
-        columns = slice(column, column + stop - start)
-        column += stop - start
-        if request.head_reduction == "none":
-            if request.row_reduction:
-                each = torch.bmm(coefficient.T[:, None], part.transpose(0, 1))
-                out[some_heads, columns].add_(each[:, 0])
-            else:
-                out[some_heads, some_rows, columns].add_((part * coefficient[..., None]).transpose(0, 1))
-            continue
-        target = out[g] if request.head_reduction == "kv_group" else out
-        if request.row_reduction:
-            target[columns].add_(coefficient.reshape(-1) @ part.flatten(0, 1))
-        else:
-            target[some_rows, columns].unsqueeze(1).baddbmm_(coefficient[:, None], part)
+def columns_of_spans(rows: Tensor, key_spans: KeySpans | None) -> Tensor:
+    """The columns of the spans one after another; samples with fewer are padded with zeros."""
+    if key_spans is None:
+        return rows
+    nested = any(len(span) == 0 or not isinstance(span[0], int) for span in key_spans)
+    of_sample: Any = key_spans if nested else [key_spans] * len(rows)
+    picked = [
+        torch.cat([row[..., :0], *(row[..., start:stop] for start, stop in spans)], -1)
+        for row, spans in zip(rows, of_sample, strict=True)
+    ]
+    width = max(row.shape[-1] for row in picked)
+    return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in picked])

@@ -1,15 +1,35 @@
-"""A validated call of `attention_rows`, as the implementations take it."""
+"""A validated call of `attention_rows`, as the implementations take it: what is computed, and where it goes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+KeySpans = Sequence[tuple[int, int]] | Sequence[Sequence[tuple[int, int]]]
 Spans = list[list[tuple[int, int]]]
 HeadReduction = Literal["mean", "none", "kv_group"] | Tensor
+
+
+class AttentionRows(NamedTuple):
+    """`rows` as `attention_rows` documents; `lse` (B, Hq, R), natural log, or `None` when it was not asked for."""
+
+    rows: Tensor
+    lse: Tensor | None
+
+
+@dataclass(frozen=True)
+class RowOutput:
+    """How the results of a request are made: the arguments of the same names of `attention_rows`, validated."""
+
+    lse: Tensor | None = None
+    return_lse: bool = False
+    out: Tensor | None = None
+    accumulate: bool = False
+    workspace: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,51 @@ class RowRequest:
             "max_seqlen_q": None if self.cu_seqlens_q is None else self.rows,
             "max_seqlen_k": None if self.cu_seqlens_k is None else self.length,
         }
+
+    def out_dtype(self, query: Tensor) -> torch.dtype:
+        """Of rows and lse: float64 for float64 inputs, float32 for all others."""
+        return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+    def flat(self) -> dict[str, Any]:
+        """The request in the types of `torch.library`, under the names and in the order of the operator's schema.
+
+        Spans are flat, start and stop in turn, with the number of spans of each sample. Weights stand beside the word
+        `head_reduction`, which they replace.
+        """
+        weighted = isinstance(self.head_reduction, Tensor)
+        paged_or_packed = self.cu_seqlens_k is not None or self.block_table is not None
+        return {
+            "weights": self.head_reduction if weighted else None,
+            "q_positions": self.q_positions,
+            "kv_starts": self.kv_starts,
+            "kv_lens": self.kv_lens,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_k": self.cu_seqlens_k,
+            "block_table": self.block_table,
+            "spans": [bound for sample in self.spans for span in sample for bound in span],
+            "spans_per_sample": [len(sample) for sample in self.spans],
+            "columns": self.shape[-1],
+            "max_seqlen_q": None if self.cu_seqlens_q is None else self.rows,
+            "max_seqlen_k": self.length if paged_or_packed else None,
+            "head_reduction": self.reduces,
+            "row_reduction": self.row_reduction,
+            "causal": self.causal,
+            "window": self.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "softmax": self.softmax,
+        }
+
+    @classmethod
+    def of_flat(cls, query: Tensor, key: Tensor, flat: dict[str, Any]) -> RowRequest:
+        """The request that `flat` was made of."""
+        fields = dict(flat)
+        weights, bounds = fields.pop("weights"), fields.pop("spans")
+        pairs = iter(zip(bounds[::2], bounds[1::2], strict=True))
+        fields["spans"] = [[next(pairs) for _ in range(count)] for count in fields.pop("spans_per_sample")]
+        if weights is not None:
+            fields["head_reduction"] = weights
+        return cls.of(query, key, **fields)
 
     def head_weights(self, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What each head counts in the sum that it goes into: (Hq,)."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import api
-from .request import RowRequest
+from .dispatch import run
+from .request import AttentionRows, RowOutput, RowRequest
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,42 +21,34 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def sharded_rows(
-    name: str,
-    query: Tensor,
-    key: Tensor,
-    request: RowRequest,
-    lse: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    accumulate: bool,
-    workspace: Tensor | None,
-    group: ProcessGroup,
-    shard: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Rows and lse (or `None`) of a validated request that every rank of `group` makes of what it holds."""
+    name: str, query: Tensor, key: Tensor, request: RowRequest, output: RowOutput, group: ProcessGroup, shard: str
+) -> AttentionRows:
+    """The results of a validated request that every rank of `group` makes of what it holds."""
     import torch.distributed as dist
 
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group: got {type(group).__name__}, want a torch.distributed.ProcessGroup")
     if shard == "keys":
+        lse = output.lse
         if request.softmax and lse is None:
             no_columns = dataclasses.replace(request, spans=[[]] * len(request.spans), shape=(*request.shape[:-1], 0))
-            _, own = api.run(name, query, key, no_columns, None, True, None, False, workspace)
+            _, own = run(name, query, key, no_columns, RowOutput(return_lse=True, workspace=output.workspace))
             assert own is not None
             lse = _join(own, group)
-        rows, _ = api.run(name, query, key, request, lse, False, out, accumulate, workspace)
-        return rows, lse if return_lse else None
+        return run(name, query, key, request, dataclasses.replace(output, lse=lse))
     if isinstance(request.head_reduction, str) and request.head_reduction != "mean":
-        return api.run(name, query, key, request, lse, return_lse, out, accumulate, workspace)
+        return run(name, query, key, request, output)
     # Collectives take contiguous memory, and what is added to must not be summed over ranks itself.
-    direct = out is not None and out.is_contiguous() and not accumulate
-    rows, lse = api.run(name, query, key, request, lse, return_lse, out if direct else None, False, workspace)
+    out = output.out
+    direct = out is not None and out.is_contiguous() and not output.accumulate
+    here = dataclasses.replace(output, out=out if direct else None, accumulate=False)
+    rows, lse = run(name, query, key, request, here)
     dist.all_reduce(rows, group=group)
     if isinstance(request.head_reduction, str):
         rows /= dist.get_world_size(group)
-    if out is None or direct:
-        return rows, lse
-    return (out.add_(rows) if accumulate else out.copy_(rows)), lse
+    if out is not None and not direct:
+        rows = out.add_(rows) if output.accumulate else out.copy_(rows)
+    return AttentionRows(rows, lse)
 
 
 def _join(lse: Tensor, group: ProcessGroup) -> Tensor:

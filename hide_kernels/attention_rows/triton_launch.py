@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..launch import Launch, on_device
 from . import triton_kernels as kernels
-from .request import RowRequest
+from .request import AttentionRows, RowOutput, RowRequest
 from .triton_configs import LseConfig, RowsConfig, chunk_keys, lse_config, rows_config
 
 LOG2_E = 1 / math.log(2)
@@ -42,44 +42,35 @@ class Card:
 INTERPRETED = Card((9, 0), 132)
 
 
-def attention_rows_triton(
-    query: Tensor,
-    key: Tensor,
-    request: RowRequest,
-    lse: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    accumulate: bool,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Rows and lse (or `None`) of a validated request."""
+def attention_rows_triton(query: Tensor, key: Tensor, request: RowRequest, output: RowOutput) -> AttentionRows:
+    """The results of a validated request."""
+    lse, out = output.lse, output.out
     if out is None:
         out = query.new_empty(request.shape, dtype=torch.float32)
-    if not accumulate:
+    if not output.accumulate:
         _clear_unwritten(out, request)
-    result = lse
-    if return_lse and lse is None:
-        result = query.new_empty(request.lse_shape, dtype=torch.float32)
+    if lse is None and output.return_lse:
+        lse = query.new_empty(request.lse_shape, dtype=torch.float32)
     with on_device(query):
         for some_query, some, chunk in _row_chunks(query, request):
             launches, log2_lse = plan(
                 some_query,
                 key,
                 some,
-                None if lse is None else lse[..., chunk],
+                None if output.lse is None else output.lse[..., chunk],
                 out if request.row_reduction or request.cu_seqlens_q is not None else out[..., chunk, :],
-                accumulate or (request.row_reduction is not None and (chunk.start or 0) > 0),
+                output.accumulate or (request.row_reduction is not None and (chunk.start or 0) > 0),
                 _card(query.device),
                 need_rows=out.numel() > 0,
-                need_lse=return_lse,
-                workspace=workspace,
+                need_lse=output.return_lse,
+                workspace=output.workspace,
             )
             for launch in launches:
                 launch.run()
-            if return_lse and lse is None:
-                assert result is not None and log2_lse is not None
-                torch.mul(log2_lse, math.log(2), out=result[..., chunk])
-    return out, result if return_lse else None
+            if output.return_lse and output.lse is None:
+                assert lse is not None and log2_lse is not None
+                torch.mul(log2_lse, math.log(2), out=lse[..., chunk])
+    return AttentionRows(out, lse if output.return_lse else None)
 
 
 def workspace_elements(query: Tensor, key: Tensor, request: RowRequest) -> int:

@@ -1,4 +1,4 @@
-"""The textbook expression of `attention_rows`, in any dtype, and the error that an implementation may have."""
+"""The definition of `attention_rows` for every layout, and the error that an implementation may have."""
 
 from __future__ import annotations
 
@@ -10,88 +10,28 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from hide_kernels.attention_rows.reference import attention_rows_reference, scaled_scores, softmax_rows
+
 
 def eager_attention_rows(
-    query: Tensor,
-    key: Tensor,
-    visible: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    grouped: bool = False,
+    query: Tensor, key: Tensor, visible: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """All heads' softmax rows with the whole score matrix, computed in the dtype of `query`.
+    """All heads' softmax rows (B, Hq, R, N) and lse (B, Hq, R), in the dtype of `query`, under any mask.
 
-    Pass float64 for an oracle, or the dtype under test for the error that a plain expression of that dtype makes.
-
-    Args:
-        query: (B, Hq, R, D). key: (B, Hkv, N, D).
-        visible: bool, broadcastable to (B, Hq, R, N); `None`: every key.
-        grouped: multiply the heads of a group with their key at once instead of repeating it. The same sums, but a
-            library of matrix products may add them up in another order, and err by several times more or less.
-
-    Returns:
-        Probabilities (B, Hq, R, N) and lse (B, Hq, R). Rows that see nothing are zeros with lse -inf.
+    visible: bool, broadcastable to the rows; `None`: every key. settings: as `scaled_scores` takes them.
     """
-    groups = query.shape[1] // key.shape[1]
-    scores = _products(query, key, groups, grouped)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if visible is not None:
-        scores = torch.where(visible, scores, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    seen = (lse > -torch.inf)[..., None]
-    rows = torch.where(seen, torch.exp(scores - torch.where(seen, lse[..., None], 0.0)), 0.0)
-    return rows, lse
+    return softmax_rows(scaled_scores(query, key, **settings), visible)
 
 
-def _products(query: Tensor, key: Tensor, groups: int, grouped: bool) -> Tensor:
-    if not grouped:
-        return query @ key.repeat_interleave(groups, dim=1).transpose(2, 3)
-    together = query.unflatten(1, (-1, groups)).flatten(2, 3) @ key.transpose(2, 3)
-    return together.view(*query.shape[:3], key.shape[2])
+def textbook_attention_rows(query: Tensor, key: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`attention_rows_reference`, also of packed and paged inputs: taken apart key by key, each sample a dense call.
 
-
-def textbook_attention_rows(
-    query: Tensor, key: Tensor, *, grouped: bool = False, **arguments: Any
-) -> tuple[Tensor, Tensor]:
-    """`attention_rows(query, key, **arguments)` by whole matrices, in the dtype of `query`: rows and lse.
-
-    `grouped` is as `eager_attention_rows` documents it.
-
-    Takes the arguments that say what is computed, not those that say how (`out`, `lse`, `backend`). Packed and paged
-    inputs are taken apart on the host, key by key, and each sample is a dense call.
+    Of the arguments of `attention_rows` those that say how (`lse`, `return_lse`, `backend`) change nothing.
     """
+    arguments = {name: x for name, x in arguments.items() if name not in ("return_lse", "lse", "backend")}
     if any(arguments.get(name) is not None for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table")):
-        return _textbook_by_sample(query, key, grouped=grouped, **arguments)
-    batch, heads, rows, _ = query.shape
-    kv_heads, length = key.shape[1:3]
-    unused = {"return_lse", "lse", "backend"}
-    known = {"key_spans", "q_positions", "causal", "window", "kv_starts", "kv_lens", "scale", "softcap", "softmax"}
-    assert set(arguments) <= known | unused | {"head_reduction", "row_reduction"}, arguments
-    visible = _visible(batch, rows, length, arguments).to(query.device)
-    # Keys that no row of a sample sees may hold anything.
-    key = key.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
-    settings = {name: arguments.get(name) for name in ("scale", "softcap")}
-    if arguments.get("softmax", True):
-        result, lse = eager_attention_rows(query, key, visible[:, None], grouped=grouped, **settings)
-    else:
-        result = _products(query, key, heads // kv_heads, grouped)
-        result = result * (query.shape[-1] ** -0.5 if settings["scale"] is None else settings["scale"])
-        if settings["softcap"] is not None:
-            result = settings["softcap"] * torch.tanh(result / settings["softcap"])
-        result, lse = result.masked_fill(~visible[:, None], 0.0), result.new_empty(0)
-    reduction = arguments.get("head_reduction", "mean")
-    if isinstance(reduction, str):
-        if reduction != "none":
-            result = result.mean(1) if reduction == "mean" else result.unflatten(1, (kv_heads, -1)).mean(2)
-    else:
-        result = (result * torch.as_tensor(reduction).to(result)[:, None, None]).sum(1)
-    result = _columns(result, arguments.get("key_spans"))
-    if arguments.get("row_reduction"):
-        result = getattr(result, arguments["row_reduction"])(-2)
-    return result, lse
+        return _textbook_by_sample(query, key, **arguments)
+    return attention_rows_reference(query, key, **arguments)
 
 
 def _textbook_by_sample(
@@ -124,7 +64,8 @@ def _textbook_by_sample(
             keys = key[int(cu_seqlens_k[b]) : int(cu_seqlens_k[b + 1])][:most]
         else:
             keys = key[b].transpose(0, 1)
-        alone: dict[str, Any] = {"kv_lens": torch.tensor([min(len(keys), len(keys) if lens is None else int(lens[b]))])}
+        seen = min(len(keys), len(keys) if lens is None else int(lens[b]))
+        alone: dict[str, Any] = {"kv_lens": torch.tensor([seen], device=query.device)}
         if starts is not None:
             alone["kv_starts"] = starts[b : b + 1]
         keys = torch.cat([keys, keys.new_zeros(most - len(keys), *keys.shape[1:])])
@@ -152,36 +93,6 @@ def _textbook_by_sample(
     for b, lse in enumerate(lses):
         packed_lse[:, q_ends[b] : q_ends[b] + lse.shape[-1]] = lse
     return stacked, packed_lse
-
-
-def _visible(batch: int, rows: int, length: int, arguments: dict[str, Any]) -> Tensor:
-    """The mask (B, R, N) that the arguments describe, on the CPU."""
-    keys = torch.arange(length)
-    visible = torch.ones(batch, rows, length, dtype=torch.bool)
-    positions, window = arguments.get("q_positions"), arguments.get("window")
-    if positions is not None and arguments.get("causal"):
-        visible = visible & (keys <= positions.cpu().expand(batch, rows)[..., None])
-    if positions is not None and window is not None:
-        visible = visible & (keys > positions.cpu().expand(batch, rows)[..., None] - window)
-    if arguments.get("kv_starts") is not None:
-        visible = visible & (keys >= arguments["kv_starts"].cpu()[:, None, None])
-    if arguments.get("kv_lens") is not None:
-        visible = visible & (keys < arguments["kv_lens"].cpu()[:, None, None])
-    return visible
-
-
-def _columns(rows: Tensor, key_spans: Any) -> Tensor:
-    """The columns of the spans one after another; samples with fewer are padded with zeros."""
-    if key_spans is None:
-        return rows
-    nested = any(len(span) == 0 or not isinstance(span[0], int) for span in key_spans)
-    of_sample = key_spans if nested else [key_spans] * len(rows)
-    picked = [
-        torch.cat([row[..., :0], *(row[..., start:stop] for start, stop in spans)], -1)
-        for row, spans in zip(rows, of_sample, strict=True)
-    ]
-    width = max(row.shape[-1] for row in picked)
-    return torch.stack([torch.nn.functional.pad(row, (0, width - row.shape[-1])) for row in picked])
 
 
 def error_budget(plain: Tensor, oracle: Tensor) -> float:

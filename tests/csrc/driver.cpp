@@ -17,7 +17,7 @@
 
 #include "../../csrc/collage.h"
 #include "../../csrc/layout.h"
-#include "../../csrc/patches.h"
+#include "../../csrc/pixel_values.h"
 #include "../../csrc/regions.h"
 
 namespace {

@@ -40,10 +40,10 @@ def resize(image: Tensor, size: tuple[int, int], *, backend: str | None = None) 
     _check_image(image)
     size = _check_size("size", size)
     if backends.resolve("pixel_values", backend, image=image) in COMPILED:
-        from hide_kernels.patches.compiled import resize_compiled
+        from hide_kernels.pixel_values.compiled import resize_compiled
 
         return resize_compiled(image, size)
-    from hide_kernels.patches.reference import resize_reference
+    from hide_kernels.pixel_values.reference import resize_reference
 
     return torch.from_numpy(resize_reference(image, [size])).to(image.device)
 
@@ -97,9 +97,9 @@ def pixel_values(
 
     # Imported here so that importing the package loads neither the extension nor Pillow.
     if name in COMPILED:
-        from hide_kernels.patches.compiled import pixel_values_compiled as implementation
+        from hide_kernels.pixel_values.compiled import pixel_values_compiled as implementation
     else:
-        from hide_kernels.patches.reference import pixel_values_reference as implementation
+        from hide_kernels.pixel_values.reference import pixel_values_reference as implementation
     return implementation(image, targets, mean, std, patch, merge, temporal, dtype)
 
 

@@ -1,8 +1,8 @@
-// Kernels of the operator `pixel_values`; what they do stands in patches.h.
+// Kernels of the operator `pixel_values`; what they do stands in pixel_values.h.
 #pragma once
 
 #include "device.cuh"
-#include "patches.h"
+#include "pixel_values.h"
 
 HIDE_KERNEL resize(const hide::u8* pixels, const int* table, hide::u8* resized, hide::i64 row_stride,
                    hide::i64 column_stride, hide::i64 channel_stride, hide::i64 channels, hide::i64 width,

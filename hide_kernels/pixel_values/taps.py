@@ -8,7 +8,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-# As in csrc/patches.h.
+# As in csrc/pixel_values.h.
 WEIGHT_BITS = 22
 ROWS, COLUMNS = range(2)
 # Of the bicubic kernel: half its width, and its free parameter.

@@ -1,4 +1,4 @@
-"""The kernels of csrc/patches.h, on the host as C++ or on the device as CUDA: a launch per pass, none waits."""
+"""The kernels of csrc/pixel_values.h, on the host as C++ or on the device as CUDA: a launch per pass, none waits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hide_kernels import geometry, native
-from hide_kernels.patches.reference import normalised_values
-from hide_kernels.patches.taps import COLUMNS, ROWS, rows_first, taps
+from hide_kernels.pixel_values.reference import normalised_values
+from hide_kernels.pixel_values.taps import COLUMNS, ROWS, rows_first, taps
 
 Size = tuple[int, int]
 
@@ -21,7 +21,7 @@ _captured: list[Tensor] = []
 
 
 class Pass(NamedTuple):
-    """One axis of one resize: the size before it, and its length after it. The axis is as in csrc/patches.h."""
+    """One axis of one resize: the size before it, and its length after it. The axis is as in csrc/pixel_values.h."""
 
     before: Size
     axis: int

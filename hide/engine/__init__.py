@@ -1,0 +1,1 @@
+"""One image, one prefill: what runs a decoder in chunks and branches."""
