@@ -9,7 +9,15 @@ from torch import Tensor
 
 
 def visible_keys(mask: Tensor, length: int) -> Tensor:
-    """(B, Q, K) or, for a padding mask, (B, 1, K) bool of the keys that each query sees."""
+    """(B, Q, K) or, for a padding mask, (B, 1, K) bool of the keys that each query sees.
+
+    mask: (B, keys) with 0 for padding, or (B, heads, Q, keys) that says it of every query, bool or added to the scores.
+    length: of the keys, K. Raises `ValueError` for a mask of fewer keys, unless one stands for all.
+    """
+    if mask.shape[-1] == 1:
+        mask = mask.expand(*mask.shape[:-1], length)
+    if mask.shape[-1] < length:
+        raise ValueError(f"attention_mask: got shape {tuple(mask.shape)}, want {length} keys or more")
     if mask.dim() == 2:
         return mask[:, None, -length:].bool()
     mask = mask[:, 0, :, :length]
