@@ -78,9 +78,10 @@ hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hu
 
 # $(call over,FOLDER): what runs Python with the packages in a folder before those of .venv, in child processes too.
 over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
-# The tests that run models.
-MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices tiny_model \
-	session threads modes offload pipeline attend drop_in quantised
+# What depends on a version of transformers: the capture, the families' inputs and forwards, sessions; and what is on top.
+MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices \
+	session threads modes
+METHOD_TESTS := tiny_model offload pipeline attend drop_in quantised checkpoint
 
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
 build/transformers-4: Makefile | $(STAMP)
@@ -92,7 +93,7 @@ test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models
 
 # Whatever is the newest today, with what it needs; none of these needs torch, and torch stays the locked one.
 NEWEST := transformers triton numpy pillow datasets ray
-NEWEST_TESTS := $(MODEL_TESTS) attention_rows_triton attention_rows_serving_triton token_maps_triton \
+NEWEST_TESTS := $(MODEL_TESTS) $(METHOD_TESTS) attention_rows_triton attention_rows_serving_triton token_maps_triton \
 	images pixel_values collage report golden evaluation evaluation_methods on_ray
 
 test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pillow, datasets or ray, on today's newest
