@@ -24,7 +24,7 @@ define environment
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --constraint $(2) pip setuptools wheel
 	$(1)/bin/python -m pip install --quiet --constraint $(2) "$(TORCH)"
-	$(1)/bin/python -m pip install --quiet --no-compile --no-deps --requirement $(2)
+	$(1)/bin/python -m pip install --quiet --no-deps --requirement $(2)
 	$(1)/bin/python -m pip show torch | grep -q '^Requires:.*triton' \
 		|| $(1)/bin/python -m pip install --quiet --no-deps --requirement requirements/triton.txt
 	PYTHONWARNINGS="ignore:Editable installation" \

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from hide_kernels import attention_rows, explain
 from hide_kernels.attention_rows import triton_configs, triton_launch
 from hide_kernels.attention_rows.dispatch import run
-from hide_kernels.attention_rows.request import RowRequest
+from hide_kernels.attention_rows.request import RowOutput, RowRequest
 from hide_kernels.testing.cases import CASES, Case, error_of
 from hide_kernels.testing.interpreter import interpreted
 
@@ -102,7 +102,7 @@ def test_an_address_outside_the_tensors_is_noticed():
             query, key, spans=[[(0, 200)]] * 2, q_positions=None, causal=False, window=None, kv_starts=None,
             kv_lens=None, scale=1.0, softcap=None, softmax=False, head_reduction="mean", row_reduction=None,
         )  # fmt: skip
-        triton_launch.attention_rows_triton(query, key, request, None, False, out, False)
+        triton_launch.attention_rows_triton(query, key, request, RowOutput(out=out))
 
 
 def test_keys_are_split_over_programs_and_joined_by_a_second_launch(launched):

@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 
 from hide import PRESETS, HiDe
 from hide.entities import ENTITY_PROMPT, MAX_ENTITIES, MAX_LENGTH, entities_by_rules, entity_request, parse_entities
-from hide.images import load_image
+from hide.images import PictureWarning, load_image
 from hide.models.base import Reply
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityRows
@@ -247,7 +247,8 @@ def test_premultiplied_grey_is_read():
 
 def test_floats_that_are_no_numbers_are_black_and_infinite_ones_white():
     values = np.array([[np.nan, -np.inf, np.inf, 7.0]], np.float32)
-    assert np.asarray(load_image(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 255, 7]
+    with pytest.warns(PictureWarning, match="those that are no numbers"):
+        assert np.asarray(load_image(Image.fromarray(values)))[0, :, 0].tolist() == [0, 0, 255, 7]
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
