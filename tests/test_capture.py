@@ -13,7 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hide.engine.chunked_sdpa import CONTINUING, continuing
 from hide.kv_cache import cache_keyword
 from hide_kernels.integrations.masks import visible_keys
-from hide_kernels.integrations.transformers import IMPLEMENTATION, capture_attention, decoder_attention
+from hide_kernels.integrations.transformers import (
+    IMPLEMENTATION,
+    capture_attention,
+    capture_attention_rows,
+    decoder_attention,
+)
 
 TOLERANCE = 1e-5
 
@@ -474,6 +479,16 @@ def test_a_mask_of_one_key_is_one_of_all_keys_as_the_model_adds_it():
         out = model(input_ids=ids[:, 12:], attention_mask=mask, use_cache=True, output_attentions=True, **{name: cache})
     want = next(of for of in out.attentions if of is not None and of.shape[-2:] == (1, 13))
     assert want.std() > 1e-3 and (captured[1].weights[:, :, -1:, :] - want).abs().max() < TOLERANCE
+
+
+def test_the_names_of_version_0_1_give_the_same():
+    model, ids = qwen2_5_vl(), text_inputs()
+    arguments = {"layers": [1], "key_spans": [(2, 9)], "causal": False, "head_reduction": "kv_group"}
+    with torch.no_grad(), capture_attention(model, queries=[3, 8], **arguments) as captured:
+        model(input_ids=ids)
+    with torch.no_grad(), capture_attention_rows(model, rows=[3, 8], **arguments) as before:
+        model(input_ids=ids)
+    assert torch.equal(before[1].rows, captured[1].weights)
 
 
 def test_a_mask_of_fewer_keys_is_refused():
