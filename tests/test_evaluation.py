@@ -67,7 +67,7 @@ def test_vstar_folders_with_boxes_and_targets(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tsv", "parquet"])
 def test_hr_bench_tables_with_base64_pictures(tmp_path, kind):
-    datasets = pytest.importorskip("datasets")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     row = {
         "index": 3,
         "question": "Where is it?",
@@ -83,7 +83,7 @@ def test_hr_bench_tables_with_base64_pictures(tmp_path, kind):
     if kind == "tsv":
         file.write_text("\t".join(row) + "\n" + "\t".join(map(str, row.values())) + "\n")
     else:
-        datasets.Dataset.from_list([row]).to_parquet(str(file))
+        parquet.write_table(pyarrow.Table.from_pylist([row]), file)
     (sample,) = data.hr_bench(file)
     assert (sample.id, sample.answer, sample.split) == ("3", "C", "single")
     assert sample.question == Question("Where is it?", ("left", "right", "up", "down"))
