@@ -43,7 +43,7 @@ from benchmarks.shared_prefix import (
     without_tf32,
 )
 from hide import HiDe, HiDeConfig
-from hide.entities import Entities, entity_request
+from hide.methods.hide.entities import Entities, entity_request
 from hide.images import to_tensor
 from hide.models.base import Picture, Pictures
 from hide.models.qwen2_5_vl import LOADER_CELL, LOADER_MIN_TOKENS, Qwen25VL, token_grid

@@ -164,7 +164,7 @@ def attend(
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
         quiet()
-        from hide.attend import attend as attention_of
+        from hide.methods.attend import attend as attention_of
 
         if tokens < 1:
             raise ValueError(f"tokens: got {tokens}, want at least 1")

@@ -26,7 +26,7 @@ from hide_kernels.collage import Layout, plan_layout
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hide.config import HiDeConfig
+    from hide.methods.hide.config import HiDeConfig
     from hide.pipeline import HiDeResult
 
 Size = tuple[int, int]

@@ -1,537 +1,420 @@
-"""One image, one prefill: what many prompts begin with is computed once, and every step is a short branch off it.
+"""The verbs that methods are written in: what can be asked of images that a model has seen.
 
-HiDe as published runs the vision encoder and the whole model over the same image for each step of each question.
-An `ImageSession` holds the keys and values of `[system][user][image ...]`; a branch adds a prompt's other tokens behind
-them and is rolled back afterwards. Logits, rows and replies are those of the unshared forward, up to rounding.
-
-Any number of threads may use a session or a pool; who holds what is said in `docs/sessions.md`.
+A method looks (`attention`, `hidden`), cuts out (`crop`), speaks (`ask`, `chat`), or goes its own way (`branch`).
+`ImageSession` offers all of them on a local model, with one prefill for everything. Other engines subclass `Session`
+with the verbs that they have.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.decoding import GreedyDecoder
-from hide.kv_cache import OffloadedCache, PreallocatedCache
-from hide.models.base import Adapter, Features, Pictures, Reply, SearchPrompt
-from hide_kernels import rows_to_maps
-from hide_kernels.integrations.transformers import capture_attention
-from hide_kernels.memory import stage
+from hide.engine.prefix import Branch, Kept, KeptGoneError, Prefix, Reply, encode
+from hide.engine.usage import count
+from hide.images import ImageLike, decode, load_image, picture_notes, to_image, to_tensor, within_aspect
+from hide.models.base import Adapter
+from hide.models.inputs import Features, ImageInputs
+from hide.models.prompts import Turn
+from hide_kernels.collage import Collage, collage
 
-# Prompts that are answered side by side; more of them are taken in turn.
-SIDE_BY_SIDE = 16
-# Fewer tokens at once than this do not save memory worth the time.
-MIN_CHUNK = 64
+__all__ = [
+    "VERBS",
+    "Branch",
+    "ImageSession",
+    "Message",
+    "Reply",
+    "RunSettings",
+    "Session",
+    "Turn",
+    "listed",
+    "open_session",
+]
+
+VERBS = ("attention", "chat", "crop", "ask", "branch", "hidden")
+"""What a session may offer; a remote engine has the first four, or some of them."""
+# Positions that are left for a question and its reply where images would fill them all.
+QUESTION_ROOM = 1024
+WHITE = (255, 255, 255)
+
+Step = Callable[[str], AbstractContextManager[Any]]
 
 
-def encode(model: Adapter, pictures: Pictures) -> tuple[Pictures, Features]:
-    """The pictures without their pixels, which may be larger than their keys and values, and what a `Prefix` needs.
+@dataclass(frozen=True)
+class RunSettings:
+    """How a session is run, whatever is asked of it.
 
-    Raises `MemoryError` with sizes and advice.
+    min_tokens, max_tokens: image tokens that an image is resized to lie between.
+    join_images: whether images behind the session's join them as one image of the prompt, instead of following as
+        images of their own; only where the family can (InternVL).
+    prefill_chunk: tokens that go through the decoder at once: less memory beside a large image, the same result.
+    offload_kv: keys and values of the images lie in host memory, and two layers' at a time on the GPU: less memory, the
+        same result, and every step brings them all over the bus (docs/sessions.md).
+    decoder: "nvimgcodec" decodes JPEG files on the GPU where it is installed, a few levels off Pillow's.
     """
-    with stage("encode"), _advised(f"encoding images of {' + '.join(map(str, pictures.tokens))} tokens"):
-        features = model.encode(pictures)
-    return pictures.without_pixels(), features
+
+    min_tokens: int = 256
+    max_tokens: int = 16384
+    join_images: bool = False
+    prefill_chunk: int = 2048
+    offload_kv: bool = False
+    decoder: Literal["pillow", "nvimgcodec"] = "pillow"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk: got {self.prefill_chunk}, want at least 1")
+        if self.decoder not in ("pillow", "nvimgcodec"):
+            raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
+
+    def check(self, model: Adapter) -> None:
+        """`ValueError` for what the model's family cannot."""
+        if self.join_images and not model.joins_images:
+            raise ValueError(f"join_images: got True, but {model.family} shows every image as an image of its own")
 
 
-class Prefix:
-    """Tokens that many prompts begin with, sent through the model once.
+@dataclass(frozen=True, eq=False)
+class Message:
+    """A user's turn of a conversation: images, Pillow's or (H, W, 3 or 4) uint8 tensors, then text. The session's own
+    images stand before those of the first."""
 
-    length: how many. pictures: those among them, without their pixels.
+    text: str
+    images: Sequence[Image.Image | Tensor] = ()
+
+
+class Session:
+    """Images, and what can be asked of them; what an engine lacks is a `ValueError` that names it.
+
+    images: as they were read. pixels: theirs, (H, W, 3 or 4) uint8, where the engine is. notes: what was left out of
+    them or guessed (`hide.images.picture_notes`). image_tokens: how many tokens stand for each. max_aspect: how many
+    times as long as wide an image may be.
     """
 
-    def __init__(
+    images: tuple[Image.Image, ...] = ()
+    pixels: tuple[Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+    image_tokens: tuple[int, ...] = ()
+    max_aspect: int = 200
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        """Which of `VERBS` this kind of session offers."""
+        offered = {verb for verb in VERBS if getattr(type(self), verb) is not getattr(Session, verb)}
+        return frozenset(offered | {"crop"} | ({"ask"} if "chat" in offered else set()))
+
+    def turn(self, said: str | Sequence[Message | Reply]) -> Turn:
+        """A text, or a conversation that ends with a user's turn, as `attention` and `branch` take it.
+
+        Special tokens that stand in a text are broken up: it cannot end its turn or add an image.
+
+        Raises `ValueError` for a conversation that does not alternate, or that is longer than the model takes.
+        """
+        raise self._lacks("attention")
+
+    def attention(
         self,
-        model: Adapter,
-        ids: Tensor,
-        pictures: Pictures | None = None,
+        turn: Turn,
         *,
-        features: Features | None = None,
-        prefill_chunk: int = 2048,
-        room: int = 256,
-        offload: bool = False,
-    ) -> None:
-        """Encode the pictures and prefill.
+        layers: Sequence[int] | None,
+        causal: bool = True,
+        queries: range | None = None,
+        keep_layers: bool = False,
+    ) -> list[Tensor]:
+        """Attention rows of a turn's tokens over each image, averaged over heads and layers.
+
+        The prompt goes through the model up to the last of `layers` and no further, without logits.
 
         Args:
-            model: an adapter of `hide.models`.
-            ids: (1, P) int64 tokens.
-            pictures: those whose tokens stand in `ids`.
-            features: of the pictures, as `encode` gives them: whoever has called it can let go of the pixels before
-                the prefill; `None`: they are encoded here.
-            prefill_chunk: tokens that go through the decoder at once, so that its activations do not grow with the
-                image; halved and tried again where memory is short.
-            room: tokens that branches may add before the cache is copied, once, to grow by what they need.
-            offload: keys and values lie in host memory, and two layers' at a time on the device. Every forward brings
-                them over the bus; replies are decoded by the model's own `generate`.
-
-        Raises:
-            ValueError: more than one sequence, pictures without a token, or features of others.
-            MemoryError: with sizes and advice.
-        """
-        if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, P): a session is one sequence")
-        if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk: got {prefill_chunk}, want at least 1 token")
-        _check_tokens(model, ids, pictures)
-        if pictures is not None and not all(pictures.tokens):
-            raise ValueError(f"pictures: got {pictures.tokens} tokens, want at least one in each")
-        self.model = model
-        self.ids = ids.cpu()
-        self.length = ids.shape[1]
-        self.pictures: Pictures | None = None
-        self._chunk = prefill_chunk
-        kind = OffloadedCache if offload else PreallocatedCache
-        self._cache: PreallocatedCache | None = kind(model.num_layers, self.length + room)
-        # Held while a branch is open. No re-entrant lock: that of a generator may be left in another thread.
-        self._turn = threading.Lock()
-        self._branching: int | None = None
-        if features is not None and len(features.embeddings) != sum(pictures.tokens if pictures is not None else ()):
-            raise ValueError(f"features: got {len(features.embeddings)} tokens, want as many as the pictures have")
-        if pictures is not None and features is None:
-            pictures, features = encode(model, pictures)
-        if pictures is not None:
-            self.pictures = pictures.without_pixels()
-        with stage("prefill"):
-            # No logits are wanted of a prefix, and its features live on as keys and values.
-            Branch(self, self.cache, self.ids, self.pictures, features, start=0).run()
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._cache is None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the devices that is held: keys and values, with `offload` the buffers of two layers."""
-        return self._cache.nbytes if self._cache is not None else 0
-
-    @property
-    def cache(self) -> PreallocatedCache:
-        """Keys and values; `RuntimeError` after `close`."""
-        if self._cache is None:
-            raise RuntimeError("session: it is closed; open a new one")
-        return self._cache
-
-    @contextmanager
-    def branch(self, ids: Tensor, pictures: Pictures | None = None, *, room: int = 0) -> Iterator[Branch]:
-        """Go on with one prompt; afterwards, and after any exception, the prefix is as it was.
-
-        Args:
-            ids: (1, L) int64, the whole prompt, which begins with the prefix.
-            pictures: those behind the prefix.
-            room: tokens that will come after the prompt.
-
-        Raises:
-            ValueError: a prompt that does not begin with the prefix, or has nothing behind it.
-            RuntimeError: the session is closed, or this thread has another branch open; those of other threads are
-                waited for.
-        """
-        self._check(ids, pictures)
-        with self._alone() as cache:
-            every, features = self.pictures, None
-            if pictures is not None:
-                pictures, features = encode(self.model, pictures)
-                every = pictures if every is None else every + pictures
-            try:
-                with _advised(f"keys and values of {ids.shape[1] + room} tokens"):
-                    cache.reserve(ids.shape[1] + room)
-                yield Branch(self, cache, ids.cpu(), every, features, start=self.length)
-            finally:
-                cache.rewind(self.length)
-
-    @contextmanager
-    def _alone(self) -> Iterator[PreallocatedCache]:
-        """Inside, keys and values are this thread's; closing the session frees them only behind the block."""
-        if self._branching == threading.get_ident():
-            raise RuntimeError("session: a branch is open already; leave it before the next one")
-        with self._turn:
-            cache = self.cache
-            self._branching = threading.get_ident()
-            try:
-                yield cache
-            finally:
-                self._branching = None
-
-    def _check(self, ids: Tensor, pictures: Pictures | None) -> None:
-        if ids.dim() != 2 or ids.shape[0] != 1:
-            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, L): a session is one sequence")
-        if ids.shape[1] <= self.length or not torch.equal(ids[:, : self.length].cpu(), self.ids):
-            raise ValueError(f"ids: got {ids.shape[1]} tokens that do not go on behind the session's {self.length}")
-        _check_tokens(self.model, ids[:, self.length :], pictures)
-
-    def reply(
-        self, ids: Tensor, pictures: Pictures | None = None, *, max_new_tokens: int, static: bool | None = None
-    ) -> list[int]:
-        """The tokens of the greedy reply to a prompt; arguments as `branch` and `Branch.reply`."""
-        with self.branch(ids, pictures, room=max_new_tokens) as branch:
-            return branch.reply(max_new_tokens, static=static)
-
-    def replies(self, prompts: Sequence[Tensor], *, max_new_tokens: int) -> list[list[int]]:
-        """The greedy replies to several prompts without further pictures, decoded side by side.
-
-        With `offload` one after another: side by side, each has a copy of the prefix on the device.
-
-        Args:
-            prompts: (1, L_i) int64 each, all of which begin with the prefix.
-
-        Raises `ValueError` as `branch`, and side by side for a generation config that only the model's `generate`
-        serves.
-        """
-        if self.cache.offloaded:
-            return [self.reply(ids, max_new_tokens=max_new_tokens) for ids in prompts]
-        found: list[list[int]] = []
-        for first in range(0, len(prompts), SIDE_BY_SIDE):
-            with self._alone() as cache, _advised(f"{SIDE_BY_SIDE} replies side by side"):
-                found += self._replies(cache, prompts[first : first + SIDE_BY_SIDE], max_new_tokens)
-        return found
-
-    def _replies(self, own: PreallocatedCache, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
-        for ids in prompts:
-            self._check(ids, None)
-        suffixes = [ids[0, self.length :] for ids in prompts]
-        longest = max(len(suffix) for suffix in suffixes)
-        model, start = self.model, self.length
-        end = start + longest - 1
-        cache = own.copy_for(len(prompts), end + max_new_tokens)
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        visible = torch.zeros(len(prompts), start + longest, dtype=torch.bool)
-        visible[:, :start] = True
-        positions = []
-        for row, (ids, suffix) in enumerate(zip(prompts, suffixes, strict=True)):
-            tokens[row, longest - len(suffix) :] = suffix
-            visible[row, -len(suffix) :] = True
-            behind = model.positions(ids, self.pictures)[0][..., start:]
-            # A padding token's position does not matter: nobody sees it.
-            positions.append(torch.nn.functional.pad(behind, (longest - len(suffix), 0)))
-        place = torch.cat(positions, dim=-2)
-        if longest > 1:
-            model.extend(cache, tokens[:, :-1], place[..., :-1], attention_mask=visible[:, :end].long())
-        decoder = GreedyDecoder(
-            model, cache, [ids[0].tolist() for ids in prompts], tokens[:, -1], place[..., -1:], visible[:, :end]
-        )
-        return decoder.decode(max_new_tokens)
-
-    def close(self) -> None:
-        """Free the memory, that of a branch in another thread when it is left; no more can be opened."""
-        self._cache = None
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Branch:
-    """One prompt on top of a prefix: `run` sends its tokens through the model, in order."""
-
-    def __init__(
-        self,
-        prefix: Prefix,
-        cache: PreallocatedCache,
-        ids: Tensor,
-        pictures: Pictures | None,
-        features: Features | None,
-        *,
-        start: int,
-    ) -> None:
-        """Made by `Prefix.branch`. cache: the prefix's. features: of the images whose tokens come from `start` on."""
-        self.ids = ids
-        self.at = start
-        self._prefix, self._model, self._cache = prefix, prefix.model, cache
-        self._positions, self._rope_delta = prefix.model.positions(ids, pictures)
-        self._features = features
-        image = ids[0, start:] == prefix.model.image_token
-        # How many image tokens of the branch come before each of its tokens.
-        self._image_tokens = torch.cat([image.new_zeros(1, dtype=torch.int64), image.cumsum(0)])
-        self._start = start
-        self._ended = False
-
-    def run(self, stop: int | None = None, *, depth: int | None = None, whole: bool = False) -> Tensor:
-        """Send the tokens up to `stop` (default: the last) through the decoder.
-
-        Args:
-            depth: leave after so many layers; the branch can then not go on.
-                whole: in one piece, however long.
+            turn: as `turn` gives it.
+            layers: zero-based; `None`: all.
+            causal: whether a row is blind to later tokens.
+            queries: places of tokens of the prompt behind the session's images; `None`: those of the last turn's text
+                (`Turn.rows`). `range(L - 1, L)` is the token that the reply is predicted from.
+            keep_layers: do not average over the layers.
 
         Returns:
-            (1, n, hidden) of the last piece, after the decoder's final norm.
-
-        Raises:
-            MemoryError: with sizes and advice, when even a small piece does not fit.
+            Per image (T, rows, columns) float32 where the model is, of the T queries; with `keep_layers`
+            (layers, T, rows, columns). Softmax over all keys: a map sums to what the image gets of the attention.
         """
-        stop = self.ids.shape[1] if stop is None else stop
-        if self._ended:
-            raise RuntimeError("branch: it left the decoder early and cannot go on; open a new one")
-        if not self.at < stop <= self.ids.shape[1]:
-            raise ValueError(f"stop: got {stop}, want {self.at + 1} to {self.ids.shape[1]}")
-        self._ended = depth is not None
-        chunk = stop - self.at if whole else self._prefix._chunk
-        while True:
-            end = min(stop, self.at + chunk)
-            hidden = None
-            try:
-                hidden = self._piece(end, depth)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                self._cache.rewind(self.at)
-                if whole or end - self.at <= MIN_CHUNK:
-                    raise _advice(f"{end - self.at} tokens behind {self.at}", error) from None
-            if hidden is None:
-                # Out here, where the error no longer holds what the failed piece had made.
-                chunk = max(MIN_CHUNK, (end - self.at) // 2)
-                # What fitted once is tried first the next time.
-                self._prefix._chunk = chunk
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            self.at = end
-            if end == stop:
-                return hidden
+        raise self._lacks("attention")
 
-    def _piece(self, end: int, depth: int | None) -> Tensor:
-        features = None
-        if self._features is not None:
-            first, last = (int(self._image_tokens[at - self._start]) for at in (self.at, end))
-            features = self._features.part(first, last)
-        return self._model.extend(
-            self._cache, self.ids[:, self.at : end], self._positions[..., self.at : end], features, depth=depth
-        )
+    def chat(self, messages: Sequence[Message | Reply], *, max_new_tokens: int) -> Reply:
+        """The greedy reply to a conversation: users' turns, and the replies to all but the last.
 
-    def logits(self) -> Tensor:
-        """(1, V) float32, of the token that comes after the prompt."""
-        self._go_back(self.ids.shape[1] - 1)
-        with self._model.alone():
-            return self._model.model.get_output_embeddings()(self.run()[:, -1]).float()
-
-    def rows(
-        self, prompt: SearchPrompt, *, layers: Sequence[int] | None, causal: bool, keep_layers: bool = False
-    ) -> list[Tensor]:
-        """As `search_rows` of the adapter, of the same prompt: attention rows over each image of the prefix."""
-        layers = range(self._model.num_layers) if layers is None else layers
-        depth = max(layer % self._model.num_layers for layer in layers) + 1
-        with capture_attention(
-            self._model.model,
-            layers=layers,
-            queries=prompt.rows,
-            key_spans=[image.span for image in prompt.images],
-            causal=causal,
-        ) as captured:
-            # A row that is not causal sees the tokens of its own piece: all of them must be in it.
-            self.run(depth=depth, whole=True)
-        rows = torch.stack([result.weights[0] for result in captured.values()])
-        return rows_to_maps(rows if keep_layers else rows.mean(0), prompt.images)
-
-    def reply(self, max_new_tokens: int, *, static: bool | None = None) -> list[int]:
-        """The tokens of the greedy reply.
-
-        static: decode with fixed shapes, on a GPU as one CUDA graph, instead of by the model's own `generate`; `None`:
-            on one GPU, where attention and generation config allow it, nothing captures rows and nothing is offloaded.
-
-        Raises:
-            ValueError: `static` where only `generate` serves. MemoryError: with sizes and advice.
+        A conversation that goes on behind the last reply, with the same objects in `messages`, costs no more than what
+        is new in it.
         """
-        last = self.ids.shape[1] - 1
-        self._go_back(last)
-        if self.at < last:
-            self.run(last)
-        if static is None:
-            static = self._model.static_decode and not (self._model.captured or self._cache.offloaded)
-        try:
-            with _advised(f"a reply of {max_new_tokens} tokens behind {self.ids.shape[1]}"):
-                self._cache.reserve(self.ids.shape[1] + max_new_tokens)
-                if static:
-                    return self._decoded(max_new_tokens)
-                return self._model.continue_ids(self.ids, self._cache, self._rope_delta, max_new_tokens=max_new_tokens)
-        finally:
-            # The branch can be asked for something else.
-            self._cache.rewind(last)
+        raise self._lacks("chat")
 
-    def _go_back(self, at: int) -> None:
-        """To before the last token, where it has been sent already."""
-        if self.at > at:
-            self._cache.rewind(at)
-            self.at = at
+    def ask(self, text: str, images: Sequence[Image.Image | Tensor] = (), *, max_new_tokens: int) -> Reply:
+        """The greedy reply to the session's images, then `images`, then `text`, as one user's turn."""
+        return self.chat([Message(text, images)], max_new_tokens=max_new_tokens)
 
-    def _decoded(self, max_new_tokens: int) -> list[int]:
-        last = self.ids.shape[1] - 1
-        decoder = GreedyDecoder(
-            self._model,
-            self._cache,
-            [self.ids[0].tolist()],
-            self.ids[0, -1:],
-            self._positions[..., -1:],
-            torch.ones(1, last, dtype=torch.bool),
-        )
-        return decoder.decode(max_new_tokens)[0]
+    def crop(
+        self, boxes: Sequence[Tensor], *, fill: tuple[int, int, int] | None = WHITE, alpha_threshold: int = 10
+    ) -> list[Collage]:
+        """What lies in boxes, at full resolution, one picture per image: of several boxes a layout-preserving collage.
+
+        boxes: per image (K, 4) int64 pixels x0, y0, x1, y1 half-open; those that touch are merged. fill,
+        alpha_threshold: as `hide_kernels.collage`.
+        """
+        if len(boxes) != len(self.images):
+            raise ValueError(f"boxes: got {len(boxes)} tensors, want {len(self.images)}, one per image")
+        pixels = self.pixels or tuple(map(to_tensor, self.images))
+        return [
+            collage(image, own.cpu(), fill=fill, alpha_threshold=alpha_threshold)
+            for image, own in zip(pixels, boxes, strict=True)
+        ]
+
+    def branch(self, ids: Tensor, *args: Any, **kwargs: Any) -> AbstractContextManager[Branch]:
+        """See `hide.engine.prefix.Prefix.branch`: prompts through the model layer by layer."""
+        raise self._lacks("branch")
+
+    def hidden(self, layer: int) -> Tensor:
+        """See `hide.engine.prefix.Prefix.hidden`: states of the images' tokens that enter a layer."""
+        raise self._lacks("hidden")
+
+    def close(self) -> None:
+        """Free what is held; no more can be asked."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lacks(self, verb: str) -> ValueError:
+        return ValueError(f"session: {type(self).__name__} has no {verb}; it offers {', '.join(sorted(self.verbs))}")
 
 
-class ImageSession(Prefix):
-    """Pictures, encoded and prefilled once, for any number of questions::
+class _Conversation(NamedTuple):
+    """What was said last: messages and reply, the images of each user's turn, and what the prefix has kept of it."""
 
-    with ImageSession(model, pictures) as session:
-        rows = session.search_rows(model.search_prompt("umbrella", session.pictures), layers=(14,), causal=False)
+    said: tuple[Message | Reply, ...]
+    inputs: tuple[ImageInputs | None, ...]
+    kept: Kept | None
+
+
+class ImageSession(Prefix, Session):
+    """Images, encoded and prefilled once, for any number of questions, from any number of threads::
+
+    with open_session(model, "street.jpg") as session:
+        rows = session.attention(session.turn("umbrella"), layers=[14])
         print(session.ask("What color is the umbrella?", max_new_tokens=20).text)
     """
 
-    pictures: Pictures
+    inputs: ImageInputs
 
     def __init__(
         self,
         model: Adapter,
-        pictures: Pictures,
+        inputs: ImageInputs,
         *,
         features: Features | None = None,
         images: Sequence[Image.Image] = (),
-        sources: Sequence[Tensor] = (),
+        pixels: Sequence[Tensor] = (),
         notes: Sequence[str] = (),
-        prefill_chunk: int = 2048,
+        run: RunSettings | None = None,
         room: int = 256,
-        offload: bool = False,
+        taps: Sequence[int] = (),
     ) -> None:
         """Encode and prefill; as `Prefix`.
 
-        images: what the pictures were made from. sources: their pixels, (H, W, 3 or 4) uint8, which collages are cut
-            out of, where the model is. notes: what was left out of them or guessed (`hide.images.picture_notes`).
+        images: what the inputs were made from. pixels: theirs, which crops are cut out of, where the model is. notes:
+            about how they were read. taps: decoder layers whose inputs are kept for `hidden`.
         """
-        ids = model.image_prefix(pictures)
+        self.run = run or RunSettings()
         super().__init__(
-            model, ids, pictures, features=features, prefill_chunk=prefill_chunk, room=room, offload=offload
+            model,
+            model.image_prefix(inputs),
+            inputs,
+            features=features,
+            prefill_chunk=self.run.prefill_chunk,
+            room=room,
+            offload=self.run.offload_kv,
+            taps=taps,
         )
-        self.images, self.sources, self.notes = tuple(images), tuple(sources), tuple(notes)
+        count(self.length)
+        self.images, self.pixels, self.notes = tuple(images), tuple(pixels), tuple(notes)
+        self.image_tokens, self.max_aspect = inputs.tokens, model.max_aspect
+        self._conversation: _Conversation | None = None
 
     @property
     def nbytes(self) -> int:
-        """Memory of the devices that is held: as a `Prefix`, and the sources."""
-        return super().nbytes + sum(source.nbytes for source in self.sources)
+        """Memory of the devices that is held: as a `Prefix`, and the images' pixels."""
+        return super().nbytes + sum(image.nbytes for image in self.pixels)
 
     def close(self) -> None:
-        """As a `Prefix`; the sources too."""
+        """As a `Prefix`; the pixels too."""
         super().close()
-        self.sources = ()
+        self.pixels, self._conversation = (), None
 
-    def search_rows(
-        self, prompt: SearchPrompt, *, layers: Sequence[int] | None, causal: bool, keep_layers: bool = False
+    def turn(self, said: str | Sequence[Message | Reply]) -> Turn:
+        """See `Session`."""
+        messages = [Message(said)] if isinstance(said, str) else said
+        return self._turn(messages, [])[0]
+
+    def attention(
+        self,
+        turn: Turn,
+        *,
+        layers: Sequence[int] | None,
+        causal: bool = True,
+        queries: range | None = None,
+        keep_layers: bool = False,
     ) -> list[Tensor]:
-        """As the adapter's, from the prompt's text tokens alone and only up to the last of `layers`."""
-        with self.branch(prompt.input_ids) as branch:
-            return branch.rows(prompt, layers=layers, causal=causal, keep_layers=keep_layers)
+        """See `Session`."""
+        with self.branch(turn.input_ids, turn.more) as branch:
+            return branch.attention(turn, layers=layers, causal=causal, queries=queries, keep_layers=keep_layers)
 
-    def ask(self, text: str, more: Pictures | None = None, *, max_new_tokens: int, static: bool | None = None) -> Reply:
-        """Greedy reply to the session's pictures, then `more`, then `text`, as one user turn.
-
-        The reply's `tokens` are those that went through the model for it, the prefix left out.
-        """
-        every = self.pictures if more is None else self.pictures + more.without_pixels()
-        ids = self.model.input_ids(text, every)
-        new = self.reply(ids, more, max_new_tokens=max_new_tokens, static=static)
-        return Reply(self.model.decode(new), ids.shape[1] - self.length + len(new))
-
-
-class SessionPool:
-    """Sessions of several pictures, least recently used ones closed when they hold more than `budget` bytes.
-
-    Several threads may share a pool. A session that another thread has got from it leaves the pool in the same way, but
-    is not closed: its memory is freed when that thread lets go of it. An empty pool is true, as any pool.
-    """
-
-    def __init__(self, budget: int) -> None:
-        """budget: bytes of keys, values and sources on the devices, in all; the newest session is kept even if it alone
-        has more. Sessions with `offload` count for two layers and the sources: the host's memory has no bound here."""
-        if budget < 0:
-            raise ValueError(f"budget: got {budget}, want bytes, 0 or more")
-        self.budget = budget
-        # With the threads that have got each.
-        self._sessions: dict[object, tuple[ImageSession, set[int]]] = {}
-        self._lock = threading.RLock()
-
-    def get(self, key: object, open_session: Callable[[], ImageSession]) -> ImageSession:
-        """The session of `key`, made by `open_session` where there is none; other threads wait meanwhile.
-
-        Where memory is too short for it, all others are closed and it is tried once more.
-        """
-        with self._lock:
-            session, users = self._sessions.pop(key, (None, set[int]()))
-            if session is None or session.closed:
-                session, users = None, set()
+    def chat(self, messages: Sequence[Message | Reply], *, max_new_tokens: int, static: bool | None = None) -> Reply:
+        """See `Session`; static: as `hide.engine.prefix.Branch.reply`."""
+        last, messages = self._conversation, tuple(messages)
+        if last is not None and last.kept is not None and last.kept is self.kept and _goes_on(last.said, messages):
+            turn, inputs = self._turn(messages, last.inputs)
+            there = last.kept.ids.shape[1]
+            if torch.equal(turn.input_ids[:, :there], last.kept.ids):
                 try:
-                    session = open_session()
-                except MemoryError:
-                    if not self._sessions:
-                        raise
-                if session is None:
-                    # Out here, where the error no longer holds what the first try had made.
-                    while self._sessions:
-                        self._drop_oldest()
-                    session = open_session()
-            self._sessions[key] = session, {*users, threading.get_ident()}
-            while self.nbytes > self.budget and len(self._sessions) > 1:
-                self._drop_oldest()
-            return session
+                    return self._reply(messages, turn, inputs, last.kept, max_new_tokens, static)
+                except KeptGoneError:
+                    pass  # another thread's prompt came in between
+        turn, inputs = self._turn(messages, [])
+        return self._reply(messages, turn, inputs, None, max_new_tokens, static)
 
-    @property
-    def nbytes(self) -> int:
-        """Held by all sessions."""
-        with self._lock:
-            return sum(session.nbytes for session, _ in self._sessions.values())
+    def ask(
+        self,
+        text: str,
+        images: Sequence[Image.Image | Tensor] = (),
+        *,
+        max_new_tokens: int,
+        static: bool | None = None,
+    ) -> Reply:
+        """See `Session`; static: as `hide.engine.prefix.Branch.reply`."""
+        return self.chat([Message(text, images)], max_new_tokens=max_new_tokens, static=static)
 
-    def __len__(self) -> int:
-        return len(self._sessions)
+    def prepare(self, images: Sequence[Image.Image | Tensor], behind: int = 0) -> ImageInputs:
+        """Further images as the vision encoder takes them, in no more tokens than the model has positions for.
 
-    def __bool__(self) -> bool:
-        return True
+        behind: tokens of the conversation behind the session's images.
+        """
+        pixels = [image if isinstance(image, Tensor) else to_tensor(image) for image in images]
+        free = (self.model.max_positions - self.length - behind - QUESTION_ROOM) // len(pixels)
+        most = max(self.run.min_tokens, min(self.run.max_tokens, free))
+        return preprocess(self.model, [within_aspect(image, self.max_aspect) for image in pixels], self.run, most)
 
-    def close(self) -> None:
-        """Close all, those of other threads too."""
-        with self._lock:
-            for session, _ in self._sessions.values():
-                session.close()
-            self._sessions.clear()
+    def _turn(
+        self, messages: Sequence[Message | Reply], known: Sequence[ImageInputs | None]
+    ) -> tuple[Turn, tuple[ImageInputs | None, ...]]:
+        """The conversation as a turn, whose `more` are the images of the messages behind the `known` ones; and the
+        images of each message, without pixels."""
+        users = [message for message in messages[::2] if isinstance(message, Message)]
+        replies = [reply for reply in messages[1::2] if isinstance(reply, Reply)]
+        if not messages or len(users) != len(replies) + 1 or len(users) + len(replies) != len(messages):
+            raise ValueError("messages: want a Message, and behind it any number of a Reply and a Message in turn")
+        every, more = list(known), None
+        for user in users[len(known) :]:
+            own = None
+            if user.images:
+                own = self.prepare(user.images, sum(sum(given.tokens) for given in every[1:] if given))
+                more = own if more is None else more + own
+            first = not every
+            every.append(self.inputs + own.without_pixels() if first and own else self.inputs if first else own)
+        turn = self.model.conversation(
+            [(user.text, inputs) for user, inputs in zip(users, every, strict=True)],
+            [reply.ids or reply.text for reply in replies],
+        )
+        return replace(turn, more=more), tuple(given and given.without_pixels() for given in every)
 
-    def _drop_oldest(self) -> None:
-        session, users = self._sessions.pop(next(iter(self._sessions)))
-        if users <= {threading.get_ident()}:
-            session.close()
+    def _reply(
+        self,
+        messages: tuple[Message | Reply, ...],
+        turn: Turn,
+        inputs: tuple[ImageInputs | None, ...],
+        behind: Kept | None,
+        max_new_tokens: int,
+        static: bool | None,
+    ) -> Reply:
+        new = self.reply(
+            turn.input_ids, turn.more, max_new_tokens=max_new_tokens, static=static, behind=behind, keep=True
+        )
+        there = self.length if behind is None else behind.ids.shape[1]
+        own = turn.more.tokens if turn.more is not None else ()
+        newest = len(messages[-1].images) if isinstance(messages[-1], Message) else 0
+        tokens = turn.input_ids.shape[1] - there + len(new)
+        reply = Reply(self.model.decode(new), tokens, tuple(new), own[len(own) - newest :])
+        self._conversation = _Conversation((*messages, reply), inputs, self.kept)
+        return reply
 
 
-def _check_tokens(model: Adapter, ids: Tensor, pictures: Pictures | None) -> None:
-    """Refuses pictures that do not stand in the ids, and places in the ids that no picture fills."""
-    places, tokens = int((ids == model.image_token).sum()), sum(pictures.tokens) if pictures is not None else 0
-    if places != tokens:
-        raise ValueError(f"ids: got {places} image tokens, want {tokens}, as many as the pictures have")
+def open_session(
+    model: Adapter,
+    images: ImageLike | Sequence[ImageLike],
+    run: RunSettings | None = None,
+    *,
+    taps: Sequence[int] = (),
+    step: Step = lambda name: nullcontext(),
+) -> ImageSession:
+    """Read, encode and prefill images. Close the session, or use it in a `with` block, to free what it holds.
+
+    Args:
+        images: one or several, whatever `hide.images.load_image` reads.
+        taps: decoder layers whose inputs are kept for `ImageSession.hidden`.
+        step: called with the name of each step, for a context manager around it.
+    """
+    run = run or RunSettings()
+    run.check(model)
+    device = model.model.device
+    read: list[Image.Image] = []
+    pixels: list[Tensor] = []
+    with step("read and resize"), picture_notes() as notes:
+        for image in listed(images):
+            source = _decoded(image, run, device)
+            read.append(load_image(image) if source is None else to_image(source))
+            pixels.append(to_tensor(read[-1], device) if source is None else source)
+        inputs = preprocess(model, pixels, run)
+    with step("prefix"):
+        # The encoder's input is let go of before the prefill.
+        inputs, features = encode(model, inputs)
+        return ImageSession(
+            model, inputs, features=features, images=read, pixels=pixels, notes=notes, run=run, taps=taps
+        )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, PyTorch's CPU allocator or that of pinned memory had no memory left."""
-    said = ("you tried to allocate", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+def preprocess(
+    model: Adapter, images: Sequence[Image.Image | Tensor], run: RunSettings, max_tokens: int | None = None
+) -> ImageInputs:
+    """What the vision encoder takes, within the run's budget."""
+    most = run.max_tokens if max_tokens is None else max_tokens
+    return replace(model.preprocess(images, min_tokens=run.min_tokens, max_tokens=most), joined=run.join_images)
 
 
-def _advice(what: str, error: BaseException) -> MemoryError:
-    return MemoryError(
-        f"{what} do not fit into memory ({' '.join(str(error).split())[:200]}); lower max_tokens, use fewer or smaller "
-        "images, a smaller dtype, or close other sessions"
-    )
+def listed(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """One image or several, as several; `ValueError` for none."""
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise ValueError("image: got an empty list, want at least one picture")
+        return images
+    return [images]  # type: ignore[list-item]
 
 
-@contextmanager
-def _advised(what: str) -> Iterator[None]:
-    """Inside, running out of memory is a `MemoryError` that says what to do."""
+def _decoded(image: ImageLike, run: RunSettings, device: torch.device) -> Tensor | None:
+    """The pixels of a file that is decoded on the device; `None` where the settings or the file want Pillow."""
+    if run.decoder == "pillow" or not isinstance(image, (str, Path)):
+        return None
     try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise _advice(what, error) from None
+        return decode(image, device=device, decoder=run.decoder)
+    except (ValueError, OSError):
+        return None
+
+
+def _goes_on(said: tuple[Message | Reply, ...], messages: tuple[Message | Reply, ...]) -> bool:
+    """Whether a conversation has the same objects first: of images, equal tokens say nothing."""
+    return len(messages) > len(said) and all(old is new for old, new in zip(said, messages, strict=False))

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from hide.attend import attend
+from hide.methods.attend import attend
 from hide.cli import app
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.tiny.model import build

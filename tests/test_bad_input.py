@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from hide import PRESETS, HiDe
-from hide.entities import ENTITY_PROMPT, MAX_ENTITIES, MAX_LENGTH, entities_by_rules, entity_request, parse_entities
+from hide.methods.hide.entities import ENTITY_PROMPT, MAX_ENTITIES, MAX_LENGTH, entities_by_rules, entity_request, parse_entities
 from hide.images import PictureWarning, load_image
 from hide.models.base import Reply
 from hide.models.qwen2_5_vl import Qwen25VL

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide.engine.chunked_sdpa import CONTINUING, continuing
-from hide.kv_cache import cache_keyword
+from hide.engine.kv_cache import cache_keyword
 from hide_kernels.integrations.masks import first_position, visible_keys
 from hide_kernels.integrations.transformers import (
     IMPLEMENTATION,

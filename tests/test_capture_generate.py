@@ -7,7 +7,7 @@ import torch
 from random_models import FAMILIES, IMAGE, VOCABULARY, llm, prompt, qwen2_5_vl, sliding_window_llm
 from transformers import CompileConfig, GenerationConfig
 
-from hide.kv_cache import cache_keyword
+from hide.engine.kv_cache import cache_keyword
 from hide_kernels.integrations.transformers import capture_attention
 
 NEW = 6

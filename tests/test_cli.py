@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
-from hide.kv_cache import OffloadedCache, PreallocatedLayer
+from hide.engine.kv_cache import OffloadedCache, PreallocatedLayer
 from hide.models import FAMILIES, adapter_class
 from hide.tiny.scenes import draw_scene
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hide.entities import ENTITY_PROMPT, Entities, entities_by_rules, entity_request, parse_entities
+from hide.methods.hide.entities import ENTITY_PROMPT, Entities, entities_by_rules, entity_request, parse_entities
 from hide.questions import Question
 
 

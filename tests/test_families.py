@@ -12,7 +12,7 @@ from random_models import llm
 
 import hide.models
 from hide import PRESETS, HiDe, HiDeConfig
-from hide.config import SEARCH_PROMPT
+from hide.methods.hide.config import SEARCH_PROMPT
 from hide.pipeline import preset_for
 from hide.session import ImageSession
 from hide_kernels.image_tokens import rows_to_maps

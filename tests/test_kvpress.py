@@ -13,7 +13,7 @@ from kvpress.utils import get_prerope_query_states  # noqa: E402
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
-from hide.kv_cache import cache_keyword  # noqa: E402
+from hide.engine.kv_cache import cache_keyword  # noqa: E402
 from hide_kernels.recipes import window_scores  # noqa: E402
 
 

@@ -14,7 +14,7 @@ from random_models import llm, prompt, qwen2_5_vl, rope
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from hide.kv_cache import cache_keyword
+from hide.engine.kv_cache import cache_keyword
 from hide_kernels.memory import host_memory, predict, profile, stage
 
 KIB = 1024

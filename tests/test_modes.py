@@ -8,7 +8,7 @@ import torch
 from random_models import qwen2_5_vl, randomise
 
 from hide import PRESETS, HiDe
-from hide.attend import attend
+from hide.methods.attend import attend
 from hide.drop_in import process
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.tiny.model import build

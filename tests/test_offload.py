@@ -12,9 +12,9 @@ from families import FAMILIES
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hide.kv_cache
+import hide.engine.kv_cache
 from hide import HiDe, HiDeConfig
-from hide.kv_cache import CopyStream, HostLayer, OffloadedCache, PreallocatedCache
+from hide.engine.kv_cache import CopyStream, HostLayer, OffloadedCache, PreallocatedCache
 from hide.session import ImageSession, Prefix, SessionPool
 from hide_kernels.memory import predict, profile, stage
 
@@ -184,7 +184,7 @@ def machine(monkeypatch):
                     to.fill_(torch.nan)
                 simulated.late.append((to, source))
 
-        make_room, grow = hide.kv_cache._token_by_token, HostLayer.reserve
+        make_room, grow = hide.engine.kv_cache._token_by_token, HostLayer.reserve
 
         def followed(like, capacity, device, **kwargs):
             return simulated.keep(make_room(like, capacity, device, **kwargs))
@@ -193,8 +193,8 @@ def machine(monkeypatch):
             with simulated.acting("host"):
                 grow(layer, capacity)
 
-        monkeypatch.setattr(hide.kv_cache, "CopyStream", Copies)
-        monkeypatch.setattr(hide.kv_cache, "_token_by_token", followed)
+        monkeypatch.setattr(hide.engine.kv_cache, "CopyStream", Copies)
+        monkeypatch.setattr(hide.engine.kv_cache, "_token_by_token", followed)
         monkeypatch.setattr(HostLayer, "reserve", reserve)
         return simulated
 
@@ -301,7 +301,7 @@ def test_where_memory_is_too_short_to_grow_the_old_buffers_stay_in_force(qwen, m
     ids = qwen.input_ids(QUESTION, pictures + collage)
     want = qwen.generate_ids(ids, pictures + collage, max_new_tokens=4)
     with ImageSession(qwen, pictures, room=0, offload=True) as session:
-        real, calls = hide.kv_cache._token_by_token, []
+        real, calls = hide.engine.kv_cache._token_by_token, []
 
         def short(*args, **kwargs):
             calls.append(args)
@@ -310,7 +310,7 @@ def test_where_memory_is_too_short_to_grow_the_old_buffers_stay_in_force(qwen, m
             return real(*args, **kwargs)
 
         with monkeypatch.context() as patched:
-            patched.setattr(hide.kv_cache, "_token_by_token", short)
+            patched.setattr(hide.engine.kv_cache, "_token_by_token", short)
             # Two for each of the layers and four for the pairs.
             if fails_at <= 2 * qwen.num_layers + 4:
                 with pytest.raises(MemoryError, match="keys and values of"), session.branch(ids, collage, room=5000):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hide import PRESETS, HiDe, HiDeConfig, pipeline
-from hide.entities import Entities
+from hide.methods.hide.entities import Entities
 from hide.images import on_colour, to_tensor
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.pipeline import EntityMaps, EntityRows, preset_for

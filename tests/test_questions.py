@@ -2,7 +2,7 @@
 
 import pytest
 
-from hide.entities import entities_by_rules
+from hide.methods.hide.entities import entities_by_rules
 from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST, Question
 
 LETTERED = f"Where is the cat?\n(A) left\n(B) right\n{LETTER_REQUEST}"

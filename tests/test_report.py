@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from hide import report
 from hide.cli import app
-from hide.config import PRESETS
-from hide.entities import Entities
+from hide.methods.hide.config import PRESETS
+from hide.methods.hide.entities import Entities
 from hide.images import to_tensor
 from hide.pipeline import EntityMaps, HiDeResult
 from hide.questions import Question

@@ -11,8 +11,8 @@ from random_models import randomise
 
 import hide.session
 from hide import HiDe, HiDeConfig
-from hide.decoding import greedy_settings
-from hide.kv_cache import PreallocatedCache
+from hide.engine.greedy import greedy_settings
+from hide.engine.kv_cache import PreallocatedCache
 from hide.models.base import Picture, Pictures
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.session import ImageSession, Prefix, SessionPool, encode, out_of_memory

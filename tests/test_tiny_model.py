@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from hide.config import SEARCH_PROMPT
+from hide.methods.hide.config import SEARCH_PROMPT
 from hide.tiny import model as tiny
 from hide.tiny.scenes import COLORS, KINDS, draw_scene
 

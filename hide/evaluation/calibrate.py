@@ -7,7 +7,6 @@ with the methods of `hide.evaluation.views`).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.entities import Entities
 from hide.evaluation.data import Sample
 from hide.evaluation.tables import ResultTable
-from hide.pipeline import EntityMaps, HiDe
+from hide.methods.hide.entities import Entities
+from hide.methods.hide.method import HiDe, region_boxes
 from hide_kernels.collage import merge_boxes, plan_layout
 
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
@@ -74,20 +73,22 @@ def layer_sweep(
 ) -> list[LayerScore]:
     """Where each layer's attention lies; one forward per question for all layers.
 
-    The maps are smoothed as `hide.config` says. Entities are the data set's own where it has them. Samples have boxes.
+    The maps are smoothed as its settings say. Entities are the data set's own where it has them. Samples have boxes.
     With `failed`, a question that raises is left out; if all do, that is a `ValueError`.
     """
 
     def measure(sample: Sample) -> list[LayerScore]:
         image, scores = _picture(sample), []
-        for rows in hide.attention_rows_by_layer(image, _entities(hide, sample)):
+        with hide.open(image) as session:
+            by_layer = hide.attention_rows_by_layer(session, _entities(hide, sample))
+        for rows in by_layer:
             inside = cells_inside(sample.boxes, image.size, _grid_of(rows.rows[0])).to(rows.rows[0].device)
             tokens = rows.rows[0][rows.prior_rows :]
             share = float((tokens * inside).sum((1, 2)).div(tokens.sum((1, 2)).clamp(min=1e-30)).mean())
-            maps = hide.maps(rows).maps[0]
+            maps = hide.maps(rows).by_image[0][0]
             part = (maps * inside).sum((1, 2)) / maps.sum((1, 2))
             at_peak = inside.flatten()[maps.flatten(1).argmax(1)].float()
-            purified, peak = (float(of.mean()) if len(maps) else 0.0 for of in (part, at_peak))
+            purified, peak = (float(values.mean()) if len(maps) else 0.0 for values in (part, at_peak))
             scores.append(LayerScore(share, share / float(inside.float().mean()), purified, peak))
         return scores
 
@@ -104,23 +105,24 @@ def settings_grid(
     progress: Callable[[], None] = lambda: None,
     failed: Failed | None = None,
 ) -> dict[tuple[float, float], GridScore]:
-    """What each sigma and threshold keep, with the layers of `hide.config`; one forward per question serves all.
+    """What each sigma and threshold keep, with the layers of its settings; one forward per question serves all.
     `failed` as for `layer_sweep`."""
     variants = {
-        (sigma, threshold): HiDe(hide.model, dataclasses.replace(hide.config, sigma=sigma, threshold=threshold))
+        (sigma, threshold): hide.changed(sigma=sigma, threshold=threshold)
         for sigma in sigmas
         for threshold in thresholds
     }
 
     def measure(sample: Sample) -> dict[tuple[float, float], GridScore]:
         image, scores = _picture(sample), {}
-        rows = hide.attention_rows(image, _entities(hide, sample))
+        with hide.open(image) as session:
+            rows = hide.attention_rows(session, _entities(hide, sample))
         truth = torch.tensor(sample.boxes)
-        maps: dict[float, EntityMaps] = {}
+        maps: dict[float, Tensor] = {}
         for (sigma, threshold), variant in variants.items():
             if sigma not in maps:
-                maps[sigma] = variant.maps(rows)
-            boxes = merge_boxes(variant.boxes(maps[sigma], image)[0].cpu())
+                maps[sigma] = variant.maps(rows).by_image[0][0]
+            boxes = merge_boxes(region_boxes(maps[sigma], threshold, image.size))
             scores[sigma, threshold] = _grid_score(boxes, truth, image.size)
         return scores
 

@@ -278,9 +278,9 @@ def entities(
     console = Console(stderr=True)
     with errors(console), _bar(console) as bar:
         quiet()
-        from hide.entities import entities_by_rules
         from hide.evaluation.entity_test import annotated_questions, score_entities
         from hide.evaluation.tables import ResultTable
+        from hide.methods.hide.entities import entities_by_rules
 
         questions = annotated_questions(data, bad=functools.partial(_warn, console))
         extractors: dict[str, Any] = {"rules": entities_by_rules}

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hide.entities import Entities
 from hide.evaluation.files import json_records
+from hide.methods.hide.entities import Entities
 from hide.questions import Question
 
 CORRUPTIONS = ("drop", "wrong", "add")

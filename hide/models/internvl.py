@@ -1,4 +1,4 @@
-"""InternVL (the `-hf` checkpoints): pictures stretched to a grid of square tiles, and a thumbnail beside them."""
+"""InternVL (the `-hf` checkpoints): images stretched to a grid of square tiles, and a thumbnail beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import to_image
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
+from hide.models.base import Adapter, run_alone
+from hide.models.devices import device_of
+from hide.models.inputs import Features, ImageInput, ImageInputs
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
 
@@ -27,13 +29,10 @@ class InternVL(Adapter):
     processors = ("GotOcr2ImageProcessorPil", "GotOcr2ImageProcessor")
     image_text, image_end = "<IMG_CONTEXT>", "</img>"
     image_start = "<img>"
-    # The line break that the chat template puts behind an image, and the eight tokens of the prompt.
-    published_prior = (151666, 9)
     checkpoints = tuple(f"OpenGVLab/InternVL3-{size}-hf" for size in ("1B", "2B", "8B", "14B", "38B", "78B"))
-    presets, preset_depth = ("internvl3-8b", "internvl3-8b-two-images"), 28
-    joins_pictures = True
+    joins_images = True
 
-    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Stretch each image to whole tiles with Pillow's bicubic filter and cut it, as the published code does.
 
         A tile is `image_seq_length` tokens (256); the thumbnail counts, so 33,024 tokens are 128 tiles beside it. The
@@ -54,28 +53,28 @@ class InternVL(Adapter):
             tiles = _tiles(image, rows, columns, side)
             pixels = self.image_processor(images=tiles, crop_to_patches=False, do_resize=False, return_tensors="pt")
             grid = (rows * cells, columns * cells)
-            items.append(Picture(pixels["pixel_values"], (rows, columns), grid, len(tiles) * of_tile))
-        return Pictures(tuple(items))
+            items.append(ImageInput(pixels["pixel_values"], (rows, columns), grid, len(tiles) * of_tile))
+        return ImageInputs(tuple(items))
 
     def placeholders(self, count: int) -> str:
         """See `Adapter`."""
         return f"{self.image_start}{self.image_text * count}{self.image_end}"
 
     @run_alone
-    def encode(self, pictures: Pictures) -> Features:
+    def encode(self, images: ImageInputs) -> Features:
         """See `Adapter`; tiles know nothing of one another, so that a few at a time give the same."""
         tower = self.model.model
         found = []
-        for picture in pictures.items:
-            for tiles in picture.pixels.split(TILES_AT_ONCE):
+        for item in images.items:
+            for tiles in item.pixels.split(TILES_AT_ONCE):
                 features = tower.get_image_features(tiles.to(device_of(tower.vision_tower), self.dtype))
                 # Transformers 4 returns a tensor, 5 an output object that holds it.
                 found.append(getattr(features, "pooler_output", features).flatten(0, 1))
         return Features(torch.cat(found))
 
-    def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
+    def image_tokens(self, ids: Tensor, images: ImageInputs) -> tuple[ImageTokens, ...]:
         """See `Adapter`."""
-        grids = [(rows, columns) for rows, columns in (picture.layout for picture in pictures.items)]
+        grids = [(rows, columns) for rows, columns in (item.layout for item in images.items)]
         return tuple(image_spans(self.model, ids, tile_grids=grids)[0])
 
 

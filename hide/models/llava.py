@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one square of 336 pixels, 24 x 24 tokens, whatever the picture's size."""
+"""LLaVA-1.5: one square of 336 pixels, 24 x 24 tokens, whatever the image's size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import on_colour, to_image
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
+from hide.models.base import Adapter, run_alone
+from hide.models.devices import device_of
+from hide.models.inputs import Features, ImageInput, ImageInputs
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans
 
@@ -23,9 +25,8 @@ class Llava(Adapter):
     processors = ("CLIPImageProcessorPil", "CLIPImageProcessor")
     image_text = "<image>"
     checkpoints = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
-    presets, preset_depth = ("llava-1.5-7b",), 32
 
-    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Fit each image into the square, on the processor's mean colour, as LLaVA itself does; transparency is white.
 
         The checkpoints' own processor would cut off what is not square, and no box could ever lie there. The shorter
@@ -49,30 +50,30 @@ class Llava(Adapter):
             square = Image.new("RGB", (side, side), colour)
             square.paste(fitted, (left, top))
             batch = self.image_processor(images=[square], do_resize=False, do_center_crop=False, return_tensors="pt")
-            items.append(Picture(batch["pixel_values"], (cells, cells), (rows, columns), tokens))
-        return Pictures(tuple(items))
+            items.append(ImageInput(batch["pixel_values"], (cells, cells), (rows, columns), tokens))
+        return ImageInputs(tuple(items))
 
     @run_alone
-    def encode(self, pictures: Pictures) -> Features:
+    def encode(self, images: ImageInputs) -> Features:
         """See `Adapter`."""
         tower = self.model.model
         found = []
-        for picture in pictures.items:
-            features = tower.get_image_features(picture.pixels.to(device_of(tower.vision_tower), self.dtype))
+        for item in images.items:
+            features = tower.get_image_features(item.pixels.to(device_of(tower.vision_tower), self.dtype))
             # Transformers 4 returns a list, 5 an output object that holds it.
             found += list(getattr(features, "pooler_output", features))
         return Features(torch.cat(found))
 
-    def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
+    def image_tokens(self, ids: Tensor, images: ImageInputs) -> tuple[ImageTokens, ...]:
         """See `Adapter`."""
         found = []
-        for square, picture in zip(image_spans(self.model, ids)[0], pictures.items, strict=True):
-            (cells, _), (rows, columns) = picture.layout, picture.grid
+        for square, item in zip(image_spans(self.model, ids)[0], images.items, strict=True):
+            (cells, _), (rows, columns) = item.layout, item.grid
             top, left = (cells - rows) // 2, (cells - columns) // 2
             found.append(square._replace(cells=square.cells[top : top + rows, left : left + columns]))
         return tuple(found)
 
-    def _render(self, text: str, pictures: Pictures | None) -> str:
-        """As `Adapter._render`; the tokenizer would put the token that begins a text there, not the chat template."""
-        rendered, begin = super()._render(text, pictures), self.tokenizer.bos_token or ""
-        return rendered if rendered.startswith(begin) else begin + rendered
+    def _render(self, turns: Sequence[tuple[str, ImageInputs | None]]) -> list[str]:
+        """See `Adapter`; the tokenizer would put the token that begins a text there, not the chat template."""
+        (first, *others), begin = super()._render(turns), self.tokenizer.bos_token or ""
+        return [first if first.startswith(begin) else begin + first, *others]

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: the whole picture as one tile, then tiles of it, padding cut off, a line break behind each row."""
+"""LLaVA-OneVision: the whole image as one tile, then tiles of it, padding cut off, a line break behind each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import on_colour, to_image
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
+from hide.models.base import Adapter, run_alone
+from hide.models.devices import device_of
+from hide.models.inputs import Features, ImageInput, ImageInputs
 from hide_kernels import ImageTokens
 from hide_kernels.integrations.image_spans import image_spans, onevision_grid
 
@@ -24,9 +26,8 @@ class LlavaOnevision(Adapter):
     processors = ("LlavaOnevisionImageProcessorPil", "LlavaOnevisionImageProcessor")
     image_text = "<image>"
     checkpoints = tuple(f"llava-hf/llava-onevision-qwen2-{size}-ov-hf" for size in ("0.5b", "7b", "72b"))
-    presets, preset_depth = ("llava-onevision-7b",), 28
 
-    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Cut each image into tiles with the checkpoint's processor, as it does with one image; transparency is white.
 
         The processor cuts several images of one prompt into no tiles; here each has its own, which the model takes as
@@ -45,36 +46,36 @@ class LlavaOnevision(Adapter):
                 fitted = fitted.resize([max(1, side * 3 // 4) for side in fitted.size], Image.Resampling.BICUBIC)
             batch = self.image_processor(images=[fitted], return_tensors="pt")
             grid = onevision_grid(config, fitted.height, fitted.width)
-            items.append(Picture(batch["pixel_values"][0], (fitted.height, fitted.width), grid, tokens))
-        return Pictures(tuple(items))
+            items.append(ImageInput(batch["pixel_values"][0], (fitted.height, fitted.width), grid, tokens))
+        return ImageInputs(tuple(items))
 
     @run_alone
-    def encode(self, pictures: Pictures) -> Features:
+    def encode(self, images: ImageInputs) -> Features:
         """See `Adapter`."""
         tower = self.model.model
         found = []
-        for picture in pictures.items:
-            pixels = picture.pixels.to(device_of(tower.vision_tower), self.dtype)
-            features = tower.get_image_features(pixels, image_sizes=_sizes([picture]))
+        for item in images.items:
+            pixels = item.pixels.to(device_of(tower.vision_tower), self.dtype)
+            features = tower.get_image_features(pixels, image_sizes=_sizes([item]))
             # Transformers 4 returns a list, 5 an output object that holds it.
             found += list(getattr(features, "pooler_output", features))
         return Features(torch.cat(found))
 
-    def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
+    def image_tokens(self, ids: Tensor, images: ImageInputs) -> tuple[ImageTokens, ...]:
         """See `Adapter`."""
-        return tuple(image_spans(self.model, ids, image_sizes=_sizes(pictures.items))[0])
+        return tuple(image_spans(self.model, ids, image_sizes=_sizes(images.items))[0])
 
-    def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+    def image_inputs(self, images: ImageInputs) -> dict[str, Tensor]:
         """See `Adapter`."""
-        return {**super().image_inputs(pictures), "image_sizes": _sizes(pictures.items)}
+        return {**super().image_inputs(images), "image_sizes": _sizes(images.items)}
 
 
 def _tokens(config: Any, image: Image.Image) -> int:
-    """Those of the whole picture, and of its rows with a line break behind each."""
+    """Those of the whole image, and of its rows with a line break behind each."""
     rows, columns = onevision_grid(config, image.height, image.width)
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + rows * (columns + 1)
 
 
-def _sizes(pictures: Sequence[Picture]) -> Tensor:
+def _sizes(images: Sequence[ImageInput]) -> Tensor:
     """(images, 2) heights and widths, as the model wants them."""
-    return torch.tensor([picture.layout for picture in pictures])
+    return torch.tensor([item.layout for item in images])

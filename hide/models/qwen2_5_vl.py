@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hide.images import to_tensor
-from hide.models.base import Adapter, Features, Picture, Pictures, device_of, run_alone
+from hide.models.base import Adapter, run_alone
+from hide.models.devices import device_of
+from hide.models.inputs import Features, ImageInput, ImageInputs
 from hide.models.vision_slices import in_slices
 from hide_kernels import ImageTokens, pixel_values
 from hide_kernels.integrations.image_spans import image_spans
@@ -31,18 +33,15 @@ class Qwen25VL(Adapter):
     # transformers 5 calls the class without torchvision "...Pil"; version 4 has only the plain name.
     processors = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
     image_text, image_end = "<|image_pad|>", "<|vision_end|>"
-    published_prior = (151653, 8)
     checkpoints = (
         "Qwen/Qwen2.5-VL-3B-Instruct",
         "Qwen/Qwen2.5-VL-7B-Instruct",
         "Qwen/Qwen2.5-VL-32B-Instruct",
         "Qwen/Qwen2.5-VL-72B-Instruct",
     )
-    presets: ClassVar[tuple[str, ...]] = ("qwen2.5-vl-7b",)
-    preset_depth = 28
     tested = f"{Adapter.tested}; the embedded model"
 
-    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> Pictures:
+    def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and once
         more where the model's cells are of another size or fewer than `min_tokens`; transparency becomes white.
 
@@ -67,50 +66,50 @@ class Qwen25VL(Adapter):
                 temporal=processor.temporal_patch_size,
                 dtype=self.dtype if self.dtype.itemsize == 2 else torch.float32,
             )
-            found.append(Picture(values, (1, rows * merge, columns * merge), (rows, columns), rows * columns))
-        return Pictures(tuple(found))
+            found.append(ImageInput(values, (1, rows * merge, columns * merge), (rows, columns), rows * columns))
+        return ImageInputs(tuple(found))
 
     @run_alone
-    def encode(self, pictures: Pictures) -> Features:
+    def encode(self, images: ImageInputs) -> Features:
         """See `Adapter`."""
         device = device_of(self.model.model.visual)
         found = []
-        for picture in pictures.items:
-            pixels = picture.pixels.to(device, self.dtype)
+        for item in images.items:
+            pixels = item.pixels.to(device, self.dtype)
             with in_slices(self.model.model.visual):
-                encoded = self.model.model.get_image_features(pixels, _patches([picture]).to(device))
+                encoded = self.model.model.get_image_features(pixels, _patches([item]).to(device))
             found.append(self._features(encoded))
         deepstack = zip(*(features.deepstack for features in found), strict=True)
         return Features(torch.cat([features.embeddings for features in found]), tuple(map(torch.cat, deepstack)))
 
     def _features(self, encoded: Any) -> Features:
-        """One picture's features from what `get_image_features` returns."""
-        # Transformers 4 returns one tensor per picture, 5 an output object that holds them.
+        """One image's features from what `get_image_features` returns."""
+        # Transformers 4 returns one tensor per image, 5 an output object that holds them.
         (embeddings,) = getattr(encoded, "pooler_output", encoded)
         return Features(embeddings)
 
-    def positions(self, ids: Tensor, pictures: Pictures | None) -> tuple[Tensor, Tensor]:
+    def positions(self, ids: Tensor, images: ImageInputs | None) -> tuple[Tensor, Tensor]:
         """(4, 1, L): the place in the text, then mRoPE's three."""
         arguments: dict[str, Any] = {}
-        if pictures is not None:
-            arguments["image_grid_thw"] = _patches(pictures.items)
+        if images is not None:
+            arguments["image_grid_thw"] = _patches(images.items)
         if self._takes_token_types:
             arguments["mm_token_type_ids"] = (ids == self.image_token).int()
         places, delta = self.model.model.get_rope_index(ids, **arguments)
         return torch.cat([torch.arange(ids.shape[1])[None, None], places]), delta
 
-    def image_tokens(self, ids: Tensor, pictures: Pictures) -> tuple[ImageTokens, ...]:
+    def image_tokens(self, ids: Tensor, images: ImageInputs) -> tuple[ImageTokens, ...]:
         """See `Adapter`."""
-        return tuple(image_spans(self.model, ids, image_grid_thw=_patches(pictures.items))[0])
+        return tuple(image_spans(self.model, ids, image_grid_thw=_patches(images.items))[0])
 
-    def image_inputs(self, pictures: Pictures) -> dict[str, Tensor]:
+    def image_inputs(self, images: ImageInputs) -> dict[str, Tensor]:
         """See `Adapter`."""
-        return {**super().image_inputs(pictures), "image_grid_thw": _patches(pictures.items).to(self.input_device)}
+        return {**super().image_inputs(images), "image_grid_thw": _patches(images.items).to(self.input_device)}
 
 
-def _patches(pictures: Sequence[Picture]) -> Tensor:
+def _patches(images: Sequence[ImageInput]) -> Tensor:
     """(images, 3) frames, rows and columns of patches, as the model wants them."""
-    return torch.tensor([picture.layout for picture in pictures])
+    return torch.tensor([item.layout for item in images])
 
 
 def token_grid(height: int, width: int, cell: int, min_tokens: int, max_tokens: int) -> tuple[int, int]:
@@ -128,5 +127,5 @@ def token_grid(height: int, width: int, cell: int, min_tokens: int, max_tokens: 
     elif rows * columns < min_tokens:
         grow = math.sqrt(min_tokens * cell**2 / (height * width))
         rows, columns = math.ceil(height * grow / cell), math.ceil(width * grow / cell)
-    # Rounding may carry a picture beyond what the processor accepts.
+    # Rounding may carry a image beyond what the processor accepts.
     return min(rows, MAX_ASPECT * columns), min(columns, MAX_ASPECT * rows)

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hide.models.base import Adapter, Features
+from hide.models.base import Adapter
+from hide.models.inputs import Features
 from hide.models.qwen2_5_vl import Qwen25VL
 
 
 class Qwen3VL(Qwen25VL):
     """A Qwen3-VL model with its tokenizer and image processor.
 
-    Pictures go through the same loader as Qwen2.5-VL's, to multiples of 28 pixels, and then to multiples of 32, as the
+    Images go through the same loader as Qwen2.5-VL's, to multiples of 28 pixels, and then to multiples of 32, as the
     published code does: 16,384 tokens of 28 pixels are 12,544 of 32.
     """
 
@@ -26,13 +27,11 @@ class Qwen3VL(Qwen25VL):
         "Qwen/Qwen3-VL-8B-Instruct",
         "Qwen/Qwen3-VL-32B-Instruct",
     )
-    presets = ("qwen3-vl-8b", "qwen3-vl-8b-layer-18")
-    preset_depth = 36
     tested = Adapter.tested
 
     def _features(self, encoded: Any) -> Features:
         # Transformers 4 returns a pair, 5 an output object.
         pair = encoded if isinstance(encoded, tuple) else (encoded.pooler_output, encoded.deepstack_features)
         (embeddings,), layers = pair
-        # One tensor per layer, until 5.23 made one per picture of each.
+        # One tensor per layer, until 5.23 made one per image of each.
         return Features(embeddings, tuple(one if isinstance(one, Tensor) else torch.cat(one) for one in layers))

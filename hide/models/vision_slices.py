@@ -1,4 +1,4 @@
-"""Qwen's vision encoder in slices: beyond residual, keys and values nothing grows with the picture.
+"""Qwen's vision encoder in slices: beyond residual, keys and values nothing grows with the image.
 
 The model's own forward runs, with its own positions and windows; only its blocks and mergers work slice by slice.
 Windows are independent, so a slice is some of them, equal ones in one attention call. A block with full attention keeps

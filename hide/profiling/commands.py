@@ -111,7 +111,7 @@ def _profile(
 ) -> Profile:
     import torch
 
-    from hide.models.base import named_device
+    from hide.models.devices import named_device
     from hide.models.quantised import check, quantise
     from hide.profiling.flows import flows_of
     from hide.profiling.models import DTYPES, WEIGHTS, build, parameter_count, read_config

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hide.engine.decoder import extend
+from hide.engine.prefix import Prefix, encode
+from hide.engine.stock import forward_inputs
 from hide.models.base import Adapter
 from hide.profiling.models import eager_decoder
 from hide.profiling.workload import CELL, Scene, Workload, scene
-from hide.session import Prefix, encode
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.memory import Owner, stage
 
@@ -92,12 +94,12 @@ def ours(adapter: Adapter, work: Workload) -> None:
     del features
     with session:
         with stage("search"), session.branch(search.input_ids) as branch:
-            branch.rows(search, layers=[layer], causal=False)
+            branch.attention(search, layers=[layer], causal=False)
         with stage("answer"), session.branch(answer, collage) as branch:
             token = branch.logits().argmax(-1, keepdim=True)
             with stage("next token"):
                 places, _ = adapter.positions(answer, shown + collage.without_pixels())
-                hidden = adapter.extend(session.cache, token, places[..., -1:] + 1)
+                hidden, _ = extend(adapter, session.cache, token, places[..., -1:] + 1)
                 adapter.model.get_output_embeddings()(hidden)
     del source
 
@@ -105,9 +107,9 @@ def ours(adapter: Adapter, work: Workload) -> None:
 def _forward_inputs(adapter: Adapter, given: Scene, *, answer: bool) -> dict[str, Tensor]:
     """Arguments of the model's own forward; the scene's own pixels would be on the host."""
     if answer:
-        inputs = adapter._inputs(given.answer, given.image + given.collage)
+        inputs = forward_inputs(adapter, given.answer, given.image + given.collage)
     else:
-        inputs = adapter._inputs(given.search.input_ids, given.image)
+        inputs = forward_inputs(adapter, given.search.input_ids, given.image)
     # All ones, which transformers drops, unless it looks at fake tensors.
     del inputs["attention_mask"]
     return inputs
@@ -138,7 +140,7 @@ FLOWS = {
         "published",
         "the same with the last token's logits only",
     ),
-    "ours": Flow(ours, "ours", "one session: the picture encoded and prefilled once, in pieces"),
+    "ours": Flow(ours, "ours", "one session: the picture encoded and prefilled once, in chunks"),
 }
 """By name, the hungriest first."""
 

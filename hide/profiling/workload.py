@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.models.base import Adapter, Picture, Pictures, SearchPrompt
+from hide.models.base import Adapter
+from hide.models.inputs import ImageInput, ImageInputs
+from hide.models.prompts import Turn
 from hide.models.qwen2_5_vl import Qwen25VL, token_grid
 
 # Beyond it, values of positions and windows are too many for a prediction to keep.
@@ -56,9 +58,9 @@ class Workload:
 class Scene:
     """A workload's tensors. search, answer: (1, L) ids. prefix: how many of both are the same, picture included."""
 
-    image: Pictures
-    collage: Pictures
-    search: SearchPrompt
+    image: ImageInputs
+    collage: ImageInputs
+    search: Turn
     answer: Tensor
     prefix: int
 
@@ -83,20 +85,22 @@ def scene(adapter: Adapter, work: Workload) -> Scene:
     head = [WORD] * HEAD_TOKENS + [adapter.image_token] * tokens + [WORD]
     search = torch.tensor([head + [WORD] * work.text], device=device)
     answer = torch.tensor([[*head, *[adapter.image_token] * collage.tokens, *[WORD] * (work.text + 1)]], device=device)
-    pictures = Pictures((image,))
+    images = ImageInputs((image,))
     rows = range(len(head), search.shape[1])
-    prompt = SearchPrompt(search, adapter.image_tokens(search, pictures), rows, 0, ("",) * work.text)
-    return Scene(pictures, Pictures((collage,)), prompt, answer, len(head))
+    prompt = Turn(
+        search, adapter.image_tokens(search, images), len(head), ("",) * work.text, rows, ((0, 1),) * work.text, False
+    )
+    return Scene(images, ImageInputs((collage,)), prompt, answer, len(head))
 
 
-def picture_of(adapter: Adapter, image: int | tuple[int, int]) -> Picture:
+def picture_of(adapter: Adapter, image: int | tuple[int, int]) -> ImageInput:
     """The picture of a workload: the largest square one of so many tokens at most, or one of that many pixels."""
     if isinstance(image, tuple):
         return blank(adapter, *image, max_tokens=2 * MAX_TOKENS)
     return _square(adapter, image)
 
 
-def _square(adapter: Adapter, tokens: int) -> Picture:
+def _square(adapter: Adapter, tokens: int) -> ImageInput:
     """The largest square picture of at most so many tokens, or the smallest one of a family whose tiles have more."""
     side = math.isqrt(tokens) * (_cell(adapter) or CELL)
     try:
@@ -105,7 +109,7 @@ def _square(adapter: Adapter, tokens: int) -> Picture:
         return blank(adapter, CELL, CELL, max_tokens=2 * MAX_TOKENS)
 
 
-def blank(adapter: Adapter, height: int, width: int, *, max_tokens: int) -> Picture:
+def blank(adapter: Adapter, height: int, width: int, *, max_tokens: int) -> ImageInput:
     """What `adapter.preprocess` makes of a black picture of that size; without its work where the family is Qwen's.
 
     Raises `ValueError` for pictures that the family refuses.
@@ -120,7 +124,7 @@ def blank(adapter: Adapter, height: int, width: int, *, max_tokens: int) -> Pict
     channels = 3 * vision.temporal_patch_size * vision.patch_size**2
     dtype = adapter.dtype if adapter.dtype.itemsize == 2 else torch.float32
     pixels = torch.zeros(rows * columns * merge**2, channels, dtype=dtype, device=adapter.model.device)
-    return Picture(pixels, (1, rows * merge, columns * merge), (rows, columns), rows * columns)
+    return ImageInput(pixels, (1, rows * merge, columns * merge), (rows, columns), rows * columns)
 
 
 def _cell(adapter: Adapter) -> int | None:

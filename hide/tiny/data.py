@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from hide.config import SEARCH_PROMPT
+from hide.methods.hide.config import SEARCH_PROMPT
 from hide.tiny.model import MERGE, PATCH
 from hide.tiny.scenes import COLORS, KINDS, Question, Scene, draw_scene, questions
 

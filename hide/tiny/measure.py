@@ -22,7 +22,9 @@ import numpy as np
 import torch
 
 from hide.evaluation.calibrate import cells_inside
-from hide.pipeline import HiDe
+from hide.methods.ablations import TrueBoxes
+from hide.methods.hide.method import HiDe
+from hide.methods.plain import Plain
 from hide.session import ImageSession
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import Question, Scene, draw_scene, questions
@@ -75,8 +77,8 @@ def attention_shares(hide: HiDe, scene: Scene, session: ImageSession, layer: int
     for thing in scene.objects:
         if kinds.count(thing.kind) > 1:
             continue
-        prompt = hide.model.search_prompt(thing.kind, session.pictures, include_end_token=False)
-        (rows,) = session.search_rows(prompt, layers=(layer,), causal=False)
+        prompt = hide.search_prompt(session, thing.kind)
+        (rows,) = session.attention(prompt.turn, layers=(layer,), causal=False, queries=prompt.rows)
         row = rows[-1].cpu()
         inside = cells_inside([thing.box], scene.image.size, (row.shape[0], row.shape[1]))
         found.append((float(row[inside].sum() / row.sum()), float(inside.float().mean())))
@@ -95,11 +97,12 @@ def measure_small(hide: HiDe, count: int, answers: list[dict[str, Any]]) -> dict
     """Plain accuracy by split and attention shares by layer on small pictures; each question is added to `answers`."""
     right: dict[str, list[bool]] = defaultdict(list)
     shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    plain = Plain(hide.model, hide.preset)
     scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
     for scene, asked in _asked(scenes, count):
         with hide.open(scene.image) as session:
             for question in asked:
-                reply = hide.answer(session, question.text).text
+                reply = plain.ask(session, question.text).text
                 right[question.split].append(_says(reply, question))
                 answers.append({"part": "small", **_asked_of(scene, question), "replies": {"plain": reply}})
             for layer in range(hide.model.num_layers):
@@ -122,41 +125,42 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int], answers: list
     right: dict[str, list[bool]] = defaultdict(list)
     splits: dict[str, list[bool]] = defaultdict(list)
     shares, found, kept = [], [], []
+    plain, true_boxes = Plain(hide.model, hide.preset), TrueBoxes(hide.model, hide.preset)
     scenes = (_large_scene(seed, tokens) for seed in range(_LARGE, 2 * _LARGE))
     for scene, asked in _asked(scenes, count):
         with hide.open(scene.image) as session:
             for question in asked:
                 result = hide.ask(session, question.text)
-                targets = torch.tensor([scene.objects[i].box for i in question.targets])
-                (made,), _ = hide.collage(scene.image, [targets])
+                boxes_asked = [scene.objects[i].box for i in question.targets]
+                bound = true_boxes.with_boxes(boxes_asked)
                 replies = {
-                    "plain": result.plain_answer or "",
-                    "hide": result.answer,
-                    "true_boxes": hide.answer(session, question.text, [made]).text,
+                    "plain": plain.ask(session, question.text).text,
+                    "hide": result.text,
+                    "true_boxes": "" if bound is None else bound.ask(session, question.text).text,
                 }
                 for name, reply in replies.items():
                     right[name].append(_says(reply, question))
                     splits[f"{name} {question.split}"].append(right[name][-1])
                 boxes = result.boxes[0]
-                seen = {"replies": replies, "entities": list(result.entities.items), "boxes": boxes.tolist()}
+                seen = {"replies": replies, "entities": result.details["entities"], "boxes": boxes.tolist()}
                 answers.append({"part": "large", **_asked_of(scene, question), **seen})
-                for target in targets:
+                for target in torch.tensor(boxes_asked):
                     middle = (target[:2] + target[2:]) / 2
                     found.append(bool(((boxes[:, :2] <= middle) & (middle < boxes[:, 2:])).all(1).any()))
-                collage = result.collages[0]
+                collage = result.shown[0]
                 kept.append(
                     0.0
                     if collage is None
                     else collage.width * collage.height / (scene.image.width * scene.image.height)
                 )
-            shares += attention_shares(hide, scene, session, (hide.config.layers or (0,))[0])
+            shares += attention_shares(hide, scene, session, (hide.settings.layers or (0,))[0])
     return {
         "questions": len(right["plain"]),
         "accuracy": {name: float(np.mean(of)) for name, of in right.items()},
         "by_split": {name: float(np.mean(of)) for name, of in sorted(splits.items())},
         "targets_in_boxes": float(np.mean(found)),
         "collage_share_of_area": float(np.mean(kept)),
-        "layer": (hide.config.layers or (0,))[0],
+        "layer": (hide.settings.layers or (0,))[0],
         "inside": float(np.mean([share for share, _ in shares])),
         "times_area": float(np.mean([share / area for share, area in shares])),
     }

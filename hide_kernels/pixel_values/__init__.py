@@ -1,6 +1,5 @@
-"""An image to a vision encoder's input: Pillow's resize, normalisation, patches; and files to images."""
+"""An image to a vision encoder's input: Pillow's resize, normalisation, patches."""
 
 from hide_kernels.pixel_values.api import pixel_values, resize
-from hide_kernels.pixel_values.decode import decode
 
-__all__ = ["decode", "pixel_values", "resize"]
+__all__ = ["pixel_values", "resize"]

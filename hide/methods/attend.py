@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hide.engine import stock
 from hide.images import ImageLike, load_image, on_colour
 from hide.models.base import Adapter
 from hide_kernels import maps_to_pixels, rows_to_maps
@@ -113,14 +114,14 @@ def attend(
     if new_tokens < 1:
         raise ValueError(f"new_tokens: got {new_tokens}, want at least 1")
     picture = load_image(image)
-    pictures = model.preprocess([picture], min_tokens=min_tokens, max_tokens=max_tokens)
-    turn = model.turn(text, pictures)
+    inputs = model.preprocess([picture], min_tokens=min_tokens, max_tokens=max_tokens)
+    turn = model.turn(text, inputs)
     spans = [found.span for found in turn.images]
     with (
         capture_attention(model.model, layers=layers, queries=turn.rows, key_spans=spans) as asked,
         capture_attention(model.model, layers=layers, queries="generated", key_spans=spans) as replied,
     ):
-        reply = model.generate_ids(turn.input_ids, pictures, max_new_tokens=new_tokens)
+        reply = stock.generate_ids(model, turn.input_ids, inputs, max_new_tokens=new_tokens)
     rows = torch.stack([torch.cat([asked[layer].weights[0], replied[layer].weights[0]]) for layer in asked]).mean(0)
     ids = [*turn.input_ids[0, turn.rows.start : turn.rows.stop].tolist(), *reply]
     return TokenAttention(

@@ -11,7 +11,8 @@ outside of it, and a cache outlives the block that filled it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -36,7 +37,7 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        # The slot, (1,) int64, that every update goes to, so that shapes stay as they are (`hide.decoding`).
+        # The slot, (1,) int64, that every update goes to, so that shapes stay as they are (`hide.engine.greedy`).
         self.slot: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -118,6 +119,8 @@ class PreallocatedCache(DynamicCache):
         self.layers: list[Any] = [self._layer(capacity) for _ in range(layers)]
         # All layers are there: transformers must not append any.
         self.layer_class_to_replicate = None
+        # The first layer that runs: how many tokens are there is asked of it.
+        self._first = 0
 
     @property
     def nbytes(self) -> int:
@@ -129,10 +132,32 @@ class PreallocatedCache(DynamicCache):
         for layer in self.layers:
             layer.reserve(capacity)
 
-    def rewind(self, length: int) -> None:
-        """Every layer back to `length` tokens: after an early exit they have different lengths."""
-        for layer in self.layers:
+    def rewind(self, length: int, layers: range | None = None) -> None:
+        """These layers, or all, back to `length` tokens: after an early exit they have different lengths."""
+        for layer in self.layers if layers is None else self.layers[layers.start : layers.stop]:
             layer.rewind(length)
+
+    def set_length(self, length: int) -> None:
+        """Every layer to the first `length` tokens of its buffers, those among them that went to a slot."""
+        for layer in self.layers:
+            layer.set_length(length)
+
+    @contextmanager
+    def from_layer(self, first: int) -> Iterator[None]:
+        """Inside, a forward that begins with layer `first` sees that layer's tokens for those that are there."""
+        self._first = first
+        try:
+            yield
+        finally:
+            self._first = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of a layer, or of the first that runs."""
+        return super().get_seq_length(max(layer_idx, self._first))
+
+    def get_mask_sizes(self, query: Any, layer_idx: int = 0) -> tuple[int, int]:
+        """As transformers asks: keys that queries of this forward will see, and where they begin."""
+        return super().get_mask_sizes(query, max(layer_idx, self._first))
 
     def copy_for(self, batch: int, capacity: int) -> PreallocatedCache:
         """The same tokens for each of `batch` sequences, in buffers of their own."""
@@ -206,7 +231,7 @@ class CopyStream:
         return buffer
 
 
-class Turns:
+class DoubleBuffer:
     """Two pairs of device buffers for keys and values, in which layers of one device and shape are attended to in turn.
 
     While a layer's kernels run on one pair, the next layer's tokens are copied into the other. Two waits keep order:
@@ -282,12 +307,12 @@ class OffloadedCache(PreallocatedCache):
 
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__(layers, capacity)
-        self._turns: dict[tuple[Any, ...], Turns] = {}
+        self._double_buffers: dict[tuple[Any, ...], DoubleBuffer] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes on the devices: of the pairs alone."""
-        return sum(turns.nbytes for turns in self._turns.values())
+        return sum(buffers.nbytes for buffers in self._double_buffers.values())
 
     @property
     def host_nbytes(self) -> int:
@@ -303,15 +328,15 @@ class OffloadedCache(PreallocatedCache):
             layer.lazy_initialization(key_states, value_states)
         start, end = layer.length, layer.length + key_states.shape[2]
         self._reserve(layer, end)
-        turns = self._turns_of(layer)
-        pair = turns.take(layer_idx, layer)
+        buffers = self._buffers_of(layer)
+        pair = buffers.take(layer_idx, layer)
         for buffer, states in zip(pair, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = states
-        turns.store(layer, start, end)
+        buffers.store(layer, start, end)
         layer.set_length(end)
         following = (layer_idx + 1) % len(self.layers)
         if self.layers[following].length:
-            self._turns_of(self.layers[following]).fetch(following, self.layers[following])
+            self._buffers_of(self.layers[following]).fetch(following, self.layers[following])
         keys, values = (buffer[:, :, :end] for buffer in pair)
         return keys, values
 
@@ -336,20 +361,20 @@ class OffloadedCache(PreallocatedCache):
         if not layer.is_initialized:
             layer.reserve(capacity)
             return
-        turns = self._turns_of(layer)
+        buffers = self._buffers_of(layer)
         if capacity > layer.capacity:
             # The host reads what copies may still be writing.
-            turns.copies.finish()
+            buffers.copies.finish()
         layer.reserve(capacity)
-        turns.reserve(capacity, layer)
+        buffers.reserve(capacity, layer)
 
-    def _turns_of(self, layer: HostLayer) -> Turns:
+    def _buffers_of(self, layer: HostLayer) -> DoubleBuffer:
         """Those of the layer's device and shape; layers on several devices have pairs on each."""
         shapes = ((*buffer.shape[:2], buffer.shape[3], buffer.dtype) for buffer in layer._buffers)
         kind = (layer.device, *shapes)
-        if kind not in self._turns:
-            self._turns[kind] = Turns(layer.device)
-        return self._turns[kind]
+        if kind not in self._double_buffers:
+            self._double_buffers[kind] = DoubleBuffer(layer.device)
+        return self._double_buffers[kind]
 
 
 def _token_by_token(like: Tensor, capacity: int, device: torch.device, *, pin_memory: bool = False) -> Tensor:

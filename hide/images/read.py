@@ -347,3 +347,17 @@ def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> Tensor:
 def to_image(image: Tensor | Image.Image) -> Image.Image:
     """A Pillow image of (H, W, 3 or 4) uint8; one that is one already as it is."""
     return Image.fromarray(image.cpu().numpy()) if isinstance(image, Tensor) else image
+
+
+def within_aspect(pixels: Tensor, most: int, fill: tuple[int, int, int] | None = (255, 255, 255)) -> Tensor:
+    """(H, W, 3 or 4) uint8 pixels of an image so thin that no model takes it, with a margin of `fill` to the right or
+    below; `None`: transparent, or black. most: how many times as long as wide it may be."""
+    height, width, channels = pixels.shape
+    least = -(-max(height, width) // most)
+    if min(height, width) >= least:
+        return pixels
+    colour = (0, 0, 0, 0) if fill is None else (*fill, 255)
+    canvas = torch.tensor(colour[:channels], dtype=torch.uint8).repeat(max(height, least), max(width, least), 1)
+    canvas = canvas.to(pixels.device)
+    canvas[:height, :width] = pixels
+    return canvas

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hide.kv_cache import PreallocatedCache, cache_keyword
+from hide.engine.chunked_sdpa import slides
+from hide.engine.kv_cache import PreallocatedCache, cache_keyword
+from hide.models.base import Adapter
 
 # Steps between two looks at the tokens on a GPU; what was decoded behind an end is cut off.
 _STEPS_PER_READ = 8
@@ -56,12 +58,31 @@ def greedy_settings(config: GenerationConfig) -> GreedySettings:
     )
 
 
+def supports_static_decode(model: Adapter) -> bool:
+    """Whether `GreedyDecoder` gives what `generate` gives: SDPA over all keys, no special settings."""
+    config = model.language_model.config
+    with model.lock:
+        if config._attn_implementation != "sdpa" or slides(config):
+            return False
+    try:
+        greedy_settings(model.model.generation_config)
+    except ValueError:
+        return False
+    return True
+
+
+def prefers_static_decode(model: Adapter) -> bool:
+    """Whether replies are decoded with fixed shapes unless something speaks against it: on one GPU."""
+    devices = {parameter.device for parameter in model.model.parameters()}
+    return len(devices) == 1 and next(iter(devices)).type == "cuda" and supports_static_decode(model)
+
+
 class GreedyDecoder:
     """Goes on with B sequences whose tokens, all but the last of each, are in a cache."""
 
     def __init__(
         self,
-        adapter: Any,
+        adapter: Adapter,
         cache: PreallocatedCache,
         prompts: Sequence[Sequence[int]],
         last: Tensor,
@@ -80,7 +101,7 @@ class GreedyDecoder:
 
         Raises `ValueError` for a model or a generation config that only `generate` serves.
         """
-        if not adapter.greedy_by_steps:
+        if not supports_static_decode(adapter):
             greedy_settings(adapter.model.generation_config)
             raise ValueError("attention: fixed shapes want SDPA over all keys; use the model's generate (static=False)")
         self._adapter, self._cache = adapter, cache

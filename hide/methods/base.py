@@ -1,0 +1,449 @@
+"""What a method is: a way of answering questions about images that is written in a session's verbs.
+
+A new one is a subclass of `Method` with a name and `answer`. It then has `hide ask --method`, `hide eval --methods`,
+the report and the profile: times and tokens of its steps come from `Steps`, pictures from its `Evidence`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hide.engine.usage import counted
+from hide.images import ImageLike
+from hide.models import load
+from hide.models.base import Adapter
+from hide.models.quantised import Weights
+from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST, Question
+from hide.session import VERBS, ImageSession, Reply, RunSettings, Session, open_session
+from hide_kernels.memory import stage
+
+ImagesOrSession = ImageLike | Sequence[ImageLike] | Session
+"""Images, or a session of `Method.open` that has seen them already."""
+
+
+# -- what a method says -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a method found in one image.
+
+    boxes: (K, 4) int64 pixels x0, y0, x1, y1 half-open. maps: (M, h, w) float32, where it looked. labels: what each map
+    is of. threshold: from which value on a map's cells count, if there is one. shown: the picture that the model was
+    shown of it, if any. shown_tokens: how many tokens that has.
+    """
+
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int64))
+    maps: Tensor = field(default_factory=lambda: torch.zeros(0, 1, 1))
+    labels: tuple[str, ...] = ()
+    threshold: float | None = None
+    shown: Image.Image | None = None
+    shown_tokens: int | None = None
+
+
+class Step(NamedTuple):
+    """Wall time of a step, and the tokens that went through the language model in it (`hide.engine.usage`)."""
+
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method answers, and why.
+
+    text: the model's reply. evidence: per image what was found in it; empty where the method does not look. notes:
+    fallbacks that were taken, and doubts. details: facts of the method, for JSON. `Method.ask` adds the rest: method,
+    question, images as they were loaded, how many tokens stand for each, and the steps with their costs.
+    """
+
+    text: str
+    evidence: tuple[Evidence, ...] = ()
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    method: str = ""
+    question: Question = field(default_factory=lambda: Question(""))
+    images: tuple[Image.Image, ...] = ()
+    image_tokens: tuple[int, ...] = ()
+    steps: Mapping[str, Step] = field(default_factory=dict)
+
+    @property
+    def letter(self) -> str | None:
+        """The option that `text` names, if any."""
+        return self.question.letter(self.text)
+
+    @property
+    def boxes(self) -> tuple[Tensor, ...]:
+        """Of each image."""
+        return tuple(found.boxes for found in self.evidence)
+
+    @property
+    def shown(self) -> tuple[Image.Image | None, ...]:
+        """Of each image the picture that the model was shown of it."""
+        return tuple(found.shown for found in self.evidence)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each step."""
+        return {name: step.seconds for name, step in self.steps.items()}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of each step."""
+        return {name: step.tokens for name, step in self.steps.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but pixels and maps, for JSON."""
+        return {
+            "method": self.method,
+            "question": self.question.text,
+            "answer": self.text,
+            "letter": self.letter,
+            "images": [list(image.size) for image in self.images],
+            "image_tokens": list(self.image_tokens),
+            "labels": [list(found.labels) for found in self.evidence],
+            "boxes": [found.boxes.tolist() for found in self.evidence],
+            "shown": [None if found.shown is None else list(found.shown.size) for found in self.evidence],
+            "shown_tokens": [found.shown_tokens for found in self.evidence],
+            **self.details,
+            "notes": list(self.notes),
+            "seconds": {name: round(step.seconds, 4) for name, step in self.steps.items()},
+            "tokens": self.tokens,
+        }
+
+
+class Steps:
+    """The steps of one answer: `with steps("attention"): ...` times a part, counts its tokens and marks it for
+    profilers of time and memory. A name that comes again adds to what it has."""
+
+    def __init__(self, device: torch.device | str = "cpu", progress: Callable[[str], None] | None = None) -> None:
+        """device: the model's. progress: called with the name of each step when it begins."""
+        self._device = torch.device(device)
+        self._progress = progress
+        self._marks: list[tuple[str, Any, Any, int]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """One step; a GPU's own events tell when it was done, so that nobody waits."""
+        if self._progress is not None:
+            self._progress(name)
+        on_gpu = self._device.type == "cuda"
+        marked = torch.cuda.nvtx.range(f"hide: {name}") if on_gpu else nullcontext()
+        start = self._mark()
+        with torch.profiler.record_function(f"hide: {name}"), marked, stage(name), counted() as usage:
+            yield
+        self._marks.append((name, start, self._mark(), usage.tokens))
+
+    def finished(self) -> dict[str, Step]:
+        """Each step's costs; waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        found: dict[str, Step] = {}
+        for name, start, end, tokens in self._marks:
+            spent = end - start if isinstance(start, float) else 1e-3 * start.elapsed_time(end)
+            before = found.get(name, Step(0.0, 0))
+            found[name] = Step(before.seconds + spent, before.tokens + tokens)
+        return found
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How questions are put.
+
+    letter_request: what a question with lettered options ends with; its reply may stand between tags (`hide.tags`).
+    max_new_tokens: bound on a generated answer.
+    """
+
+    letter_request: str = LETTER_REQUEST
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a method that has none."""
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Preset(Generic[S]):
+    """A method's settings in their three parts: its own, those of the run, those of the answer.
+
+    family, depth: the `model_type` and the number of decoder layers of the model that they are for; 0: any number.
+    """
+
+    settings: S
+    run: RunSettings = field(default_factory=RunSettings)
+    answer: AnswerSettings = field(default_factory=AnswerSettings)
+    family: str = ""
+    depth: int = 0
+
+    def changed(self, **changes: Any) -> Preset[S]:
+        """With other values of some fields, whichever part they belong to; `TypeError` for a field of none."""
+        parts = {}
+        for name in ("settings", "run", "answer"):
+            part = getattr(self, name)
+            own = {one.name for one in dataclasses.fields(part)} & changes.keys()
+            parts[name] = dataclasses.replace(part, **{one: changes.pop(one) for one in own})
+        if changes:
+            raise TypeError(f"settings: there is no {', '.join(changes)}; there are {', '.join(self.to_dict())}")
+        return dataclasses.replace(self, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields of the three parts."""
+        return {name: value for part in (self.settings, self.run, self.answer) for name, value in vars(part).items()}
+
+
+_TAGGED = AnswerSettings(letter_request=TAGGED_LETTER_REQUEST)
+# InternVL3-8B: 33,024 tokens are 128 tiles and a thumbnail, more than half of the positions that the model has; with
+# two images, 62 tiles each always fit. Which a family takes by itself: its first.
+MODELS: dict[str, Preset[NoSettings]] = {
+    "qwen2.5-vl-7b": Preset(NoSettings(), family="qwen2_5_vl", depth=28),
+    "qwen3-vl-8b": Preset(NoSettings(), answer=_TAGGED, family="qwen3_vl", depth=36),
+    "qwen3-vl-8b-layer-18": Preset(NoSettings(), answer=_TAGGED, family="qwen3_vl", depth=36),
+    "internvl3-8b": Preset(NoSettings(), RunSettings(max_tokens=33024, join_images=True), family="internvl", depth=28),
+    "internvl3-8b-two-images": Preset(NoSettings(), RunSettings(max_tokens=16128), family="internvl", depth=28),
+    "llava-1.5-7b": Preset(NoSettings(), family="llava", depth=32),
+    "llava-onevision-7b": Preset(NoSettings(), family="llava_onevision", depth=28),
+    "tiny": Preset(NoSettings(), RunSettings(min_tokens=36), AnswerSettings(max_new_tokens=8)),
+}
+"""What published code uses for a model whatever the method: budgets and the form of questions."""
+
+
+def presets_of(settings: Mapping[str, S]) -> dict[str, Preset[S]]:
+    """A method's presets: its own settings for models of `MODELS`, with the other two parts from there."""
+    return {name: dataclasses.replace(MODELS[name], settings=own) for name, own in settings.items()}  # type: ignore
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+class Method(ABC, Generic[S]):
+    """A way of answering questions about images, with a model, from any number of threads.
+
+    A subclass has `name`, `summary` (one line), `needs` (those of `hide.session.VERBS` that it calls), `Settings` (its
+    own dataclass, if it has settings), `presets` (name -> values that are known to work) and `answer`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"ask"})
+    Settings: ClassVar[type[Any]] = NoSettings
+    presets: ClassVar[Mapping[str, Preset[Any]]] = {}
+
+    def __init__(self, model: Adapter, preset: Preset[S] | None = None, *, notes: Sequence[str] = ()) -> None:
+        """Use a loaded model.
+
+        Args:
+            model: of `hide.models.load`.
+            preset: settings; `None`: those of `preset_for`.
+            notes: repeated in every answer, behind those of the model.
+
+        Raises `ValueError` for settings that do not suit the model.
+        """
+        if preset is None:
+            preset, about = self.preset_for(model)
+            notes = (*about, *notes)
+        self.model = model
+        self.preset = preset
+        self.notes = tuple(notes)
+        self.check()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        preset: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        weights: Weights | None = None,
+        **changes: Any,
+    ) -> Self:
+        """Load a checkpoint (folder or hub name) with the preset for it.
+
+        Args:
+            preset: as `preset_for`.
+            device, dtype, attn_implementation, weights: as `hide.models.load`.
+            changes: fields of the method's settings, `RunSettings` or `AnswerSettings` that replace the preset's.
+        """
+        model = load(path, device=device, dtype=dtype, attn_implementation=attn_implementation, weights=weights)
+        chosen, notes = cls.preset_for(model, preset)
+        return cls(model, chosen.changed(**changes), notes=notes)
+
+    @classmethod
+    def preset_for(cls, model: Adapter, name: str | None = None) -> tuple[Preset[S], tuple[str, ...]]:
+        """The preset for a model, and notes about where it comes from.
+
+        name: of one in `presets` or `MODELS`; `None`: the one that the checkpoint names as `"hide_preset"` in its
+            config.json, else the first of the model's family, for other depths as `at_depth` has it, with a note.
+
+        Raises `ValueError` for an unknown name.
+        """
+        own = getattr(model.model.config, "hide_preset", None)
+        source, asked = ("preset", name) if name is not None else ("config.json: hide_preset", own)
+        general = {key: cls._general(preset) for key, preset in MODELS.items() if key not in cls.presets}
+        known = {**cls.presets, **general}
+        if asked is not None:
+            if not isinstance(asked, str) or asked not in known:
+                raise ValueError(f"{source}: got {asked!r}, want one of {', '.join(known)}")
+            return known[asked], ()
+        chosen = next(key for key, preset in known.items() if preset.family == model.family)
+        preset = known[chosen]
+        if preset.depth in (0, model.num_layers):
+            return preset, ()
+        settings, changes = cls.at_depth(preset.settings, preset.depth, model.num_layers)
+        note = f"preset: nothing was published for {model.num_layers} layers; {chosen}'s values are taken"
+        return dataclasses.replace(preset, settings=settings), (f"{note}{f', and {changes}' if changes else ''}",)
+
+    @classmethod
+    def at_depth(cls, settings: S, published: int, layers: int) -> tuple[S, str]:
+        """Settings for a model of `layers` decoder layers from those for one of `published`, and what was changed."""
+        return settings, ""
+
+    @classmethod
+    def _general(cls, preset: Preset[NoSettings]) -> Preset[Any]:
+        """That of a model for which the method has none of its own."""
+        return dataclasses.replace(preset, settings=cls.Settings(), depth=0)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Overridden to refuse settings that do not suit the model, with `ValueError`."""
+        self.preset.run.check(self.model)
+
+    def changed(self, **changes: Any) -> Self:
+        """The same method with other settings, on the same model."""
+        other = copy.copy(self)
+        other.preset = self.preset.changed(**changes)
+        other.check()
+        return other
+
+    @property
+    def settings(self) -> S:
+        """The method's own part of the preset."""
+        return self.preset.settings
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Decoder layers whose inputs a session keeps for `hidden`."""
+        return ()
+
+    def with_boxes(self, boxes: Sequence[Sequence[int]]) -> Self | None:
+        """For evaluations: the method for a question whose right boxes in the first image are known, where it wants
+        them; `None` where it cannot do without and there are none."""
+        return self
+
+    def open(self, images: ImageLike | Sequence[ImageLike]) -> ImageSession:
+        """Encode and prefill images once, for many questions; every method with the same model takes the session in
+        place of the images. Close it, or use it in a `with` block, to free its keys and values."""
+        return open_session(self.model, images, self.preset.run, taps=self.taps)
+
+    def ask(
+        self,
+        image: ImagesOrSession,
+        question: str | Question,
+        *,
+        options: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Answer a question.
+
+        Args:
+            image: one image or several, or a session of `open`, so that many questions and methods share one prefill.
+            question: free, or with lettered options on lines of their own.
+            options: the options, when they do not stand in the question.
+            max_new_tokens: bound on the answer, at least 1; `None`: the preset's.
+            progress: called with the name of each step when it begins.
+
+        Raises `ValueError` for a question that is none, and for a session that lacks a verb or is of another model.
+        """
+        question = as_question(question, options)
+        method = self if max_new_tokens is None else self._bounded(max_new_tokens)
+        steps = Steps(self.model.model.device, progress)
+        if isinstance(image, Session):
+            return method._answered(image, question, steps)
+        with open_session(self.model, image, self.preset.run, taps=self.taps, step=steps) as session:
+            return method._answered(session, question, steps)
+
+    @abstractmethod
+    def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
+        """Answer a question about a session's images, each part of the work inside a step.
+
+        Only what the method knows goes into the `Answer`: text, evidence, notes and details.
+        """
+
+    def reply(self, session: Session, question: Question, images: Sequence[Image.Image | Tensor] = ()) -> Reply:
+        """The model's reply to the session's images, further ones, and the question as the answer settings put it."""
+        text = question.asked(self.preset.answer.letter_request)
+        return session.ask(text, images, max_new_tokens=self.preset.answer.max_new_tokens)
+
+    def _answered(self, session: Session, question: Question, steps: Steps) -> Answer:
+        self.check_session(session)
+        answer = self.answer(session, question, steps)
+        return dataclasses.replace(
+            answer,
+            notes=(*self.model.notes, *self.notes, *session.notes, *answer.notes),
+            method=self.name,
+            question=question,
+            images=session.images,
+            image_tokens=session.image_tokens,
+            steps=steps.finished(),
+        )
+
+    def check_session(self, session: Session) -> None:
+        """`ValueError` for a session that the method cannot be asked about: it names what is lacking."""
+        lacking = [verb for verb in VERBS if verb in self.needs and verb not in session.verbs]
+        if lacking:
+            raise ValueError(
+                f"{self.name}: it needs {' and '.join(lacking)}, which {type(session).__name__} does not offer"
+            )
+        if isinstance(session, ImageSession):
+            if session.model is not self.model:
+                raise ValueError("image: got a session of another model; open one here")
+            if missing := set(self.taps) - set(session.taps):
+                raise ValueError(
+                    f"{self.name}: it needs the states of layer {', '.join(map(str, sorted(missing)))}, which the "
+                    "session did not keep; open it with this method's `open`"
+                )
+
+    def _bounded(self, most: int) -> Self:
+        if not isinstance(most, int) or isinstance(most, bool):
+            raise TypeError(f"max_new_tokens: got {most!r}, want an int, or None for the preset's")
+        if most < 1:
+            raise ValueError(f"max_new_tokens: got {most}, want at least 1")
+        return self.changed(max_new_tokens=most)
+
+
+def as_question(question: str | Question, options: Sequence[str] | None = None) -> Question:
+    """A question taken apart; see `Question.parse`."""
+    if isinstance(question, Question) and options is None:
+        return question
+    return Question.parse(question.text if isinstance(question, Question) else question, options)
