@@ -155,8 +155,11 @@ def test_free_answers_are_compared_without_case_and_articles():
 def test_the_interval_is_wilsons():
     found = share([True] * 8 + [False, None])
     assert (found.right, found.total, found.value) == (8, 10, 0.8)
-    assert found.low == pytest.approx(0.4902, abs=1e-4) and found.high == pytest.approx(0.9433, abs=1e-4)
-    assert share([True] * 5).high == 1 and share([False] * 5).low == pytest.approx(0) and str(share([])) == "none"
+    z, n, p = 1.959964, 10, 0.8
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert found.low == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-6)
+    assert found.high == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-6)
+    assert share([True] * 5).high == 1 and share([False] * 5).low == 0 and str(share([])) == "none"
 
 
 def sample(number, fail=False):

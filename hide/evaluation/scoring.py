@@ -93,11 +93,10 @@ def share(results: Sequence[bool | None]) -> Share:
     total, right = len(results), sum(result is True for result in results)
     if not total:
         return Share(0, 0, math.nan, math.nan, math.nan)
-    z = 1.959964
-    value = right / total
-    centre = (value + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(value * (1 - value) / total + z**2 / (4 * total**2))
-    return Share(right, total, value, max(0.0, centre - half), min(1.0, centre + half))
+    from scipy.stats import binomtest  # a second of importing
+
+    low, high = binomtest(right, total).proportion_ci(method="wilson")
+    return Share(right, total, right / total, float(low), float(high))
 
 
 def _words(text: str) -> list[str]:
