@@ -19,8 +19,9 @@ from PIL import Image
 
 from hide.evaluation import data
 from hide.evaluation.data import Sample
-from hide.evaluation.runner import ResultFile, answer, ask_here, blank_record, evaluate, score_groups, score_methods
-from hide.evaluation.scoring import compat, share, strict
+from hide.evaluation.runner import answer, ask_here, evaluate
+from hide.evaluation.scoring import compat, score_groups, score_methods, share, strict
+from hide.evaluation.store import ResultFile, blank_record
 from hide.questions import Question
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -155,8 +156,11 @@ def test_free_answers_are_compared_without_case_and_articles():
 def test_the_interval_is_wilsons():
     found = share([True] * 8 + [False, None])
     assert (found.right, found.total, found.value) == (8, 10, 0.8)
-    assert found.low == pytest.approx(0.4902, abs=1e-4) and found.high == pytest.approx(0.9433, abs=1e-4)
-    assert share([True] * 5).high == 1 and share([False] * 5).low == pytest.approx(0) and str(share([])) == "none"
+    z, n, p = 1.959964, 10, 0.8
+    centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert found.low == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-6)
+    assert found.high == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-6)
+    assert share([True] * 5).high == 1 and share([False] * 5).low == 0 and str(share([])) == "none"
 
 
 def sample(number, fail=False):
@@ -222,7 +226,10 @@ def test_other_settings_a_second_run_and_foreign_files_are_refused(tmp_path):
     with ResultFile(path, {"sigma": 1}) as results:
         with pytest.raises(ValueError, match="another run is writing"):
             ResultFile(path, {"sigma": 1})
+        with pytest.raises(ValueError, match="another run is writing"):
+            ResultFile(path, {"sigma": 1})  # the one that was refused has freed nothing
         results.append(blank_record(sample(0), ""))
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="sigma: 1 there, 2 now"):
         ResultFile(path, {"sigma": 2})
     for foreign, text in (
@@ -315,6 +322,7 @@ def test_runs_killed_at_random_points_lose_nothing_and_ask_nothing_twice(tmp_pat
             with path.open("ab") as file:
                 file.write(b'{"id": "q1')
     assert kills >= 3 and process.exitcode == 0
+    assert list(tmp_path.iterdir()) == [path], "the last run takes the lock of the killed ones away"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["id"] for line in lines[1:]] == [f"q{number}" for number in range(120)]
 

@@ -13,8 +13,8 @@ from hide.cli import app
 from hide.evaluation import calibrate, data
 from hide.evaluation.data import Sample
 from hide.evaluation.gallery import failures, save_gallery
-from hide.evaluation.runner import answer, score_groups, score_methods
-from hide.evaluation.scoring import strict
+from hide.evaluation.runner import answer
+from hide.evaluation.scoring import score_groups, score_methods, strict
 from hide.evaluation.tables import ResultTable, group_table, markdown, method_table
 from hide.evaluation.views import METHODS, crop, masked, preserved, tiles
 from hide.models.qwen2_5_vl import Qwen25VL

@@ -11,7 +11,8 @@ from PIL import Image
 
 from hide.evaluation.data import Sample
 from hide.evaluation.on_ray import ask_on_ray
-from hide.evaluation.runner import ResultFile, evaluate
+from hide.evaluation.runner import evaluate
+from hide.evaluation.store import ResultFile
 from hide.questions import Question
 
 ray = pytest.importorskip("ray")

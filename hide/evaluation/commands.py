@@ -94,9 +94,10 @@ def evaluate(
 
         from hide.evaluation.gallery import save_gallery
         from hide.evaluation.on_ray import ask_on_ray
-        from hide.evaluation.runner import ResultFile, ask_here
+        from hide.evaluation.runner import ask_here
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
+        from hide.evaluation.store import ResultFile
         from hide.evaluation.tables import bad_table, group_table, method_table
 
         if scorer not in SCORERS:
@@ -181,9 +182,10 @@ def calibrate(
         quiet()
         from hide.evaluation import calibrate as experiments
         from hide.evaluation.data import Sample
-        from hide.evaluation.runner import ResultFile, ask_here
+        from hide.evaluation.runner import ask_here
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
+        from hide.evaluation.store import ResultFile
         from hide.evaluation.tables import ResultTable, bad_table, method_table
         from hide.evaluation.views import METHODS
         from hide.pipeline import HiDe

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from hide.evaluation.data import BadRecord, Sample, distinct
-from hide.evaluation.runner import sound, verdict
-from hide.evaluation.scoring import Scorer
+from hide.evaluation.scoring import Scorer, sound, verdict
 from hide.evaluation.tables import ResultTable
 from hide.evaluation.views import METHODS, preserved
 from hide.images import load_image

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from hide.evaluation.data import Sample
-from hide.evaluation.runner import answer, blank_record
+from hide.evaluation.runner import answer
+from hide.evaluation.store import blank_record
 from hide.pipeline import HiDe
 
 RETRIES = 2  # of a question whose actor died

@@ -1,12 +1,14 @@
-"""Whether a reply is right, and how sure a share of right replies is."""
+"""Whether a reply is right, how sure a share of right replies is, and what each method scores over all questions."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
+from hide.evaluation.views import METHODS
 from hide.questions import LETTERS, Question
 from hide.replies import plain
 from hide.tags import tagged
@@ -93,11 +95,99 @@ def share(results: Sequence[bool | None]) -> Share:
     total, right = len(results), sum(result is True for result in results)
     if not total:
         return Share(0, 0, math.nan, math.nan, math.nan)
-    z = 1.959964
-    value = right / total
-    centre = (value + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(value * (1 - value) / total + z**2 / (4 * total**2))
-    return Share(right, total, value, max(0.0, centre - half), min(1.0, centre + half))
+    from scipy.stats import binomtest  # a second of importing
+
+    low, high = binomtest(right, total).proportion_ci(method="wilson")
+    return Share(right, total, right / total, float(low), float(high))
+
+
+def sound(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of questions; those that are none are not scored."""
+    return [record for record in records if "place" not in record]
+
+
+class MethodScore(NamedTuple):
+    """One method over all questions: how many are right; replies that could not be read; mean tokens and seconds of
+    the questions that did not fail; how many it answers right that the plain question does not, and the reverse.
+    """
+
+    share: Share
+    unreadable: int
+    tokens: float
+    seconds: float
+    gained: int
+    lost: int
+
+
+def score_methods(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, MethodScore]:
+    """Each method's score over all questions that it was asked; a failed question counts as wrong for all."""
+    found, records = {}, sound(records)
+    for method in _methods(records):
+        asked = [record for record in records if record["error"] or method in record["replies"]]
+        answered = [record for record in asked if not record["error"]]
+        right = [verdict(record, method, scorer) for record in asked]
+        plain = [verdict(record, "plain", scorer) for record in asked]
+        tokens, seconds = (
+            fmean(record[what][method] for record in answered) if answered else math.nan
+            for what in ("tokens", "seconds")
+        )
+        found[method] = MethodScore(
+            share(right),
+            sum(one is None and not record["error"] for one, record in zip(right, asked, strict=True)),
+            tokens,
+            seconds,
+            gained=sum(bool(ours) and not theirs for ours, theirs in zip(right, plain, strict=True)),
+            lost=sum(bool(theirs) and not ours for ours, theirs in zip(right, plain, strict=True)),
+        )
+    return found
+
+
+def score_groups(records: Sequence[dict[str, Any]], scorer: Scorer) -> Iterator[tuple[str, dict[str, Share], int]]:
+    """Per split, then per size, then for all: (name, share of right replies by method, failed questions)."""
+    records = sound(records)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["split"]):
+        groups.setdefault(record["split"], []).append(record)
+    for record in sorted(records, key=_image_tokens):
+        groups.setdefault(_size(_image_tokens(record)), []).append(record)
+    groups["all"] = list(records)
+    for name, chosen in groups.items():
+        yield (
+            name,
+            {
+                method: share([verdict(r, method, scorer) for r in chosen if r["error"] or method in r["replies"]])
+                for method in _methods(records)
+            },
+            sum(bool(record["error"]) for record in chosen),
+        )
+
+
+# Image tokens: a thumbnail, a screen, a photograph, 4K, what is shrunk to the limit of 16,384.
+_SIZES = (100, 1_000, 4_000, 12_000)
+
+
+def _image_tokens(record: dict[str, Any]) -> float:
+    """Of the pictures, without the collages."""
+    return sum(record["image_tokens"][: len(record["boxes"])]) if not record["error"] else math.inf
+
+
+def _size(tokens: float) -> str:
+    if tokens == math.inf:
+        return "size unknown"
+    above = [limit for limit in _SIZES if limit >= tokens]
+    return f"up to {above[0]:,} image tokens" if above else f"above {_SIZES[-1]:,} image tokens"
+
+
+def _methods(records: Sequence[dict[str, Any]]) -> list[str]:
+    asked = {method for record in records for method in record["replies"]}
+    return [method for method in METHODS if method in asked] or ["plain", "hide"]
+
+
+def verdict(record: dict[str, Any], method: str, scorer: Scorer) -> bool | None:
+    """Whether a method's reply is right; `None`: it cannot be read, or there is none."""
+    if method not in record["replies"]:
+        return None
+    return scorer(Question(record["question"], tuple(record["options"])), record["answer"], record["replies"][method])
 
 
 def _words(text: str) -> list[str]:

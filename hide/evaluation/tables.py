@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
-from hide.evaluation.runner import score_groups, score_methods, sound
-from hide.evaluation.scoring import Scorer
+from hide.evaluation.scoring import Scorer, score_groups, score_methods, sound
 
 
 class ResultTable(NamedTuple):
