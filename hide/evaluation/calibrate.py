@@ -2,7 +2,7 @@
 
 Three experiments: which layer's attention lies in the boxes; what smoothing and threshold keep of the boxes and of the
 rest of the picture; and whether answers get better by the form in which the boxes are shown (`hide.evaluation.runner`
-with the methods of `hide.evaluation.views`).
+with the methods of `hide.methods.ablations`).
 """
 
 from __future__ import annotations

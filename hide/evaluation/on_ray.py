@@ -14,25 +14,24 @@ from typing import Any
 from hide.evaluation.data import Sample
 from hide.evaluation.runner import answer
 from hide.evaluation.store import blank_record
-from hide.pipeline import HiDe
+from hide.methods.base import Method
 
 RETRIES = 2  # of a question whose actor died
 
 
 class _Answerer:
-    """An actor: one model and the questions that it is sent."""
+    """An actor: methods with one model, and the questions that it is sent."""
 
-    def __init__(self, load: Callable[[], HiDe], methods: Sequence[str]) -> None:
-        self.hide, self.methods = load(), tuple(methods)
+    def __init__(self, load: Callable[[], Sequence[Method[Any]]]) -> None:
+        self.methods = load()
 
     def answer(self, sample: Sample) -> dict[str, Any]:
-        return {**answer(self.hide, sample, self.methods), "worker": os.getpid()}
+        return {**answer(self.methods, sample), "worker": os.getpid()}
 
 
 def ask_on_ray(
-    load: Callable[[], HiDe],
+    load: Callable[[], Sequence[Method[Any]]],
     samples: Iterable[Sample],
-    methods: Sequence[str] = ("plain", "hide"),
     *,
     address: str = "local",
     actors: int | None = None,
@@ -40,9 +39,8 @@ def ask_on_ray(
     """Records of all samples, in the order in which they are done; see `hide.evaluation.runner.evaluate`.
 
     Args:
-        load: makes the model, in each actor once; picklable.
+        load: makes the methods with their model, in each actor once; picklable.
         samples: read as actors become free. Pictures in files are read by the actor, from the same path.
-        methods: as `hide.evaluation.runner.answer`.
         address: "local" starts Ray here; else the address of a running cluster ("auto", "host:6379", "ray://...").
         actors: how many models; default one per GPU of the cluster, without GPUs one per CPU.
 
@@ -72,7 +70,7 @@ def ask_on_ray(
         actor: Any = ray.remote(_Answerer).options(
             num_gpus=1 if gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=RETRIES
         )
-        workers = [actor.remote(load, methods) for _ in range(count)]
+        workers = [actor.remote(load) for _ in range(count)]
         pending: dict[Any, tuple[Sample, Any]] = {}
 
         def done() -> dict[str, Any]:

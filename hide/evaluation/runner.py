@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from hide.evaluation.data import BadRecord, Sample, distinct
 from hide.evaluation.store import ResultFile, bad_record, blank_record
-from hide.evaluation.views import VIEWS
 from hide.images import picture_notes
-from hide.pipeline import HiDe
+from hide.methods.base import Method, ask_all
 
 
 def evaluate(
@@ -31,7 +27,7 @@ def evaluate(
     or the split is another, the result gets the new one.
 
     Args:
-        ask: samples -> their records, in any order, each as soon as it is known: `partial(ask_here, hide)`, or
+        ask: samples -> their records, in any order, each as soon as it is known: `partial(ask_here, methods)`, or
             `hide.evaluation.on_ray`. It may be handed no sample.
         samples: as the readers of `hide.evaluation.data` yield or raise them.
         retry_failed: ask those again whose record is an error.
@@ -64,61 +60,40 @@ def evaluate(
         keep(record)
 
 
-def ask_here(
-    hide: HiDe, samples: Iterable[Sample], methods: Sequence[str] = ("plain", "hide")
-) -> Iterator[dict[str, Any]]:
+def ask_here(methods: Sequence[Method[Any]], samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
     """One question after the other, in this process."""
     for sample in samples:
-        yield answer(hide, sample, methods)
+        yield answer(methods, sample)
 
 
-def answer(hide: HiDe, sample: Sample, methods: Sequence[str] = ("plain", "hide")) -> dict[str, Any]:
-    """One question's record: each method's reply, tokens and seconds, the boxes and notes; or the error.
+def answer(methods: Sequence[Method[Any]], sample: Sample) -> dict[str, Any]:
+    """One question's record: each method's reply, tokens, seconds, boxes and details, and the notes; or the error.
 
-    `methods` are names in `METHODS`. Tokens are all that went through the model for the method, prompts and replies;
-    seconds its wall time; the prefix and other steps that methods share are counted for each. "true-boxes" is left out
-    where the data set has no boxes.
+    The methods share one session. Tokens are all that went through the model for the method, prompts and replies;
+    seconds its wall time; the prefix that they share is counted for each. A method that wants the right boxes is left
+    out where the data set has none.
     """
     record = blank_record(sample, "")
+    bound = [method.with_boxes(sample.boxes) for method in methods]
+    asked = [method for method in bound if method is not None]
     try:
+        if not asked:
+            raise ValueError("methods: none can do without the right boxes, which the data set does not have")
         with picture_notes() as seen:
             image = sample.image()
-        start = time.perf_counter()
-        with hide.open(image) as session:
-            opened = time.perf_counter() - start
-            result = hide.ask(session, sample.question, plain="plain" in methods)
-            record["replies"] = {"plain": result.plain_answer, "hide": result.answer}
-            seconds, tokens = result.seconds, result.tokens
-            last = seconds.get("answer", 0.0)
-            before = opened + sum(seconds.values()) - seconds.get("plain answer", 0.0) - last
-            tokens_before = session.length + tokens["entities"] + tokens["attention rows"]
-            record["seconds"] = {"plain": opened + seconds.get("plain answer", 0.0), "hide": before + last}
-            record["tokens"] = {
-                "plain": session.length + tokens.get("plain answer", 0),
-                "hide": tokens_before + tokens.get("answer", tokens.get("plain answer", 0)),
-            }
-            for method in methods:
-                if method not in VIEWS:
-                    continue
-                own = method == "true-boxes"
-                if own and not sample.boxes:
-                    continue
-                boxes = [torch.tensor(sample.boxes)] if own else result.boxes
-                start = time.perf_counter()
-                # The data set's boxes are those of the first picture.
-                views = [
-                    VIEWS[method](picture, of_picture, hide.config.fill) if len(of_picture) else None
-                    for picture, of_picture in zip(result.images, boxes, strict=False)
-                ]
-                reply = hide.answer(session, sample.question, views)
-                spent = time.perf_counter() - start
-                record["replies"][method] = reply.text
-                record["seconds"][method] = (opened if own else before) + spent
-                record["tokens"][method] = (session.length if own else tokens_before) + reply.tokens
+        answers = ask_all(asked, list(image) if isinstance(image, tuple) else image, sample.question)
     except Exception as error:  # whatever one question does, the others are asked
         return blank_record(sample, f"{type(error).__name__}: {error}")
-    facts = result.to_dict()
-    kept = {name: facts[name] for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes")}
-    kept["notes"] = [*sample.notes, *seen, *kept["notes"]]
-    asked = {name: {m: of[m] for m in methods if m in of} for name, of in record.items() if isinstance(of, dict)}
-    return {**record, **asked, **kept, "error": None}
+    first = answers[0]
+    return {
+        **record,
+        "replies": {one.method: one.text for one in answers},
+        "seconds": {one.method: sum(one.seconds.values()) for one in answers},
+        "tokens": {one.method: sum(one.tokens.values()) for one in answers},
+        "images": [list(image.size) for image in first.images],
+        "image_tokens": list(first.image_tokens),
+        "boxes": {one.method: [found.tolist() for found in one.boxes] for one in answers if one.evidence},
+        "details": {one.method: dict(one.details) for one in answers if one.details},
+        "notes": list(dict.fromkeys([*sample.notes, *seen, *(note for one in answers for note in one.notes)])),
+        "error": None,
+    }

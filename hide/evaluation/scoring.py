@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from hide.evaluation.views import METHODS
 from hide.questions import LETTERS, Question
 from hide.replies import plain
 from hide.tags import tagged
@@ -168,7 +167,7 @@ _SIZES = (100, 1_000, 4_000, 12_000)
 
 def _image_tokens(record: dict[str, Any]) -> float:
     """Of the pictures, without the collages."""
-    return sum(record["image_tokens"][: len(record["boxes"])]) if not record["error"] else math.inf
+    return sum(record["image_tokens"]) if not record["error"] else math.inf
 
 
 def _size(tokens: float) -> str:
@@ -179,8 +178,8 @@ def _size(tokens: float) -> str:
 
 
 def _methods(records: Sequence[dict[str, Any]]) -> list[str]:
-    asked = {method for record in records for method in record["replies"]}
-    return [method for method in METHODS if method in asked] or ["plain", "hide"]
+    """In the order in which they were asked; where no question could be, those that every run has."""
+    return list(dict.fromkeys(method for record in records for method in record["replies"])) or ["plain", "hide"]
 
 
 def verdict(record: dict[str, Any], method: str, scorer: Scorer) -> bool | None:

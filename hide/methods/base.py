@@ -442,6 +442,34 @@ class Method(ABC, Generic[S]):
         return self.changed(max_new_tokens=most)
 
 
+def ask_all(
+    methods: Sequence[Method[Any]],
+    images: ImageLike | Sequence[ImageLike],
+    question: str | Question,
+    *,
+    options: Sequence[str] | None = None,
+    max_new_tokens: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Answer]:
+    """Several methods with one model on one session; the steps of opening it are among those of each answer.
+
+    The session is run as the first method but the plain one has it. progress: called with "method: step" where there
+    are several. Otherwise as `Method.ask`.
+    """
+    main = next((method for method in methods if method.name != "plain"), methods[0])
+    taps = sorted({tap for method in methods for tap in method.taps})
+    steps = Steps(main.model.model.device, progress)
+    question = as_question(question, options)
+    answers = []
+    with open_session(main.model, images, main.preset.run, taps=taps, step=steps) as session:
+        for method in methods:
+            label = f"{method.name}: " if len(methods) > 1 else ""
+            said = None if progress is None else (lambda name, label=label, tell=progress: tell(label + name))
+            answers.append(method.ask(session, question, max_new_tokens=max_new_tokens, progress=said))
+    opened = steps.finished()
+    return [dataclasses.replace(answer, steps={**opened, **answer.steps}) for answer in answers]
+
+
 def as_question(question: str | Question, options: Sequence[str] | None = None) -> Question:
     """A question taken apart; see `Question.parse`."""
     if isinstance(question, Question) and options is None:

@@ -16,7 +16,7 @@ from hide.questions import Question
 CORRUPTIONS = ("drop", "wrong", "add")
 
 
-class Annotated(NamedTuple):
+class LabelledQuestion(NamedTuple):
     """A question and the things that should be looked for."""
 
     question: Question
@@ -51,10 +51,12 @@ class EntityScores(NamedTuple):
 
     things: Score
     words: Score
-    wrong: tuple[tuple[Annotated, tuple[str, ...]], ...]
+    wrong: tuple[tuple[LabelledQuestion, tuple[str, ...]], ...]
 
 
-def annotated_questions(path: str | Path | None = None, *, bad: Callable[[str], None] | None = None) -> list[Annotated]:
+def labelled_questions(
+    path: str | Path | None = None, *, bad: Callable[[str], None] | None = None
+) -> list[LabelledQuestion]:
     """The project's own questions, or those of a file of JSON lines with question, entities and, if any, options.
 
     Entities are noun phrases as the question writes them, without articles: things that can be seen, each with what
@@ -65,11 +67,11 @@ def annotated_questions(path: str | Path | None = None, *, bad: Callable[[str], 
     """
     if path is None:
         with resources.as_file(resources.files("hide.evaluation").joinpath("entity_questions.jsonl")) as own:
-            return annotated_questions(own)
+            return labelled_questions(own)
     found = []
     for _, place, record in json_records(Path(path), lines=True):
         try:
-            found.append(_annotated(record))
+            found.append(_labelled(record))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"entities: {place}: {error if isinstance(error, ValueError) else repr(error)}"
             if bad is None:
@@ -80,13 +82,13 @@ def annotated_questions(path: str | Path | None = None, *, bad: Callable[[str], 
     return found
 
 
-def _annotated(record: Any) -> Annotated:
+def _labelled(record: Any) -> LabelledQuestion:
     if isinstance(record, ValueError):
         raise record
     question, entities = Question.parse(record["question"], record.get("options") or None), record["entities"]
     if not isinstance(entities, list) or not all(isinstance(entity, str) for entity in entities):
         raise ValueError(f"entities: got {entities!r}, want a list of texts")
-    return Annotated(question, tuple(entities))
+    return LabelledQuestion(question, tuple(entities))
 
 
 # Words that an extractor may write between a thing and what describes it; they are no things themselves.
@@ -100,7 +102,7 @@ def content_words(entity: str) -> frozenset[str]:
 
 def score_entities(
     extract: Callable[[Question], Entities],
-    questions: Iterable[Annotated],
+    questions: Iterable[LabelledQuestion],
     *,
     progress: Callable[[], None] | None = None,
 ) -> EntityScores:
@@ -108,7 +110,7 @@ def score_entities(
     things, words, wrong = Score(0, 0, 0), Score(0, 0, 0), []
     for annotated in questions:
         items = extract(annotated.question).items
-        found = {of for of in map(content_words, items) if of}
+        found = {words_of for words_of in map(content_words, items) if words_of}
         wanted = {content_words(entity) for entity in annotated.entities}
         things += (len(found & wanted), len(found), len(wanted))
         found_words, wanted_words = frozenset().union(*found), frozenset().union(*wanted)

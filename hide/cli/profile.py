@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hide.console import errors, quiet
+from hide.cli.console import errors, quiet
 from hide.output import check_folder
 
 if TYPE_CHECKING:

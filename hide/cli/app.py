@@ -1,36 +1,25 @@
-"""The `hide` command."""
+"""The `hide` command: asking, attention maps, and what there is; the longer commands are in modules of their own."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hide.console import (
-    EMBEDDED,
-    App,
-    DeviceOption,
-    DtypeOption,
-    LayerOption,
-    ModelOption,
-    OffloadOption,
-    PresetOption,
-    SigmaOption,
-    ThresholdOption,
-    WeightsOption,
-    errors,
-    load_model,
-    quiet,
-)
-from hide.evaluation.commands import calibrate, entities, evaluate
+from hide.cli.console import App, errors, quiet
+from hide.cli.evaluate import calibrate, entities, evaluate
+from hide.cli.loading import EMBEDDED, LoadOptions, ModelOptions, options_of
+from hide.cli.profile import profile
 from hide.output import check_folder
-from hide.profiling.commands import profile
+
+if TYPE_CHECKING:
+    from hide.methods.base import Answer
 
 app = App(
     no_args_is_help=True,
@@ -42,6 +31,7 @@ app = App(
 
 
 @app.command()
+@options_of(LoadOptions)
 def ask(
     image: Annotated[
         str, typer.Argument(help="The picture: any file that Pillow reads, or a data URI.", show_default=False)
@@ -53,16 +43,10 @@ def ask(
             show_default=False,
         ),
     ],
-    model: ModelOption = None,
+    load: LoadOptions,
+    method: Annotated[str, typer.Option(help="How to answer; see `hide methods`.")] = "hide",
     option: Annotated[list[str] | None, typer.Option(help="An option to choose from; repeat it for each.")] = None,
-    preset: PresetOption = None,
-    layer: LayerOption = None,
-    sigma: SigmaOption = None,
-    threshold: ThresholdOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    weights: WeightsOption = None,
-    offload_kv: OffloadOption = False,
+    plain: Annotated[bool, typer.Option(help="Answer from the picture alone as well.")] = True,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens that each answer may have, at least 1; default: the preset's.")
     ] = None,
@@ -76,83 +60,100 @@ def ask(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")] = False,
 ) -> None:
-    """Answer a QUESTION about an IMAGE, with and without HiDe, and draw what was looked at.
+    """Answer a QUESTION about an IMAGE, plainly and by a method, and draw what was looked at.
 
     [bold]Example:[/bold] hide ask street.jpg "What is the color of the umbrella?" --model Qwen/Qwen2.5-VL-7B-Instruct
     """
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
         quiet()
-        from hide.report import save_pictures, save_report
+        from hide.methods.base import ask_all
+        from hide.present.pages import save_pictures, save_report
 
         folders = list(dict.fromkeys(given for given in (out, report) if given)) or [Path("hide-out")]
         for folder in folders:
             check_folder(folder, ("result.json", "overview.png"), argument="report" if folder == report else "out")
         if report is not None:
             check_folder(report, ["report.html"], argument="report")
-        status.update(f"loading {model or 'the embedded model'}")
-        hide = load_model(model, preset, layer, sigma, threshold, device, dtype, weights, offload_kv)
-        result = hide.ask(
-            image, question, options=option or None, max_new_tokens=max_new_tokens, progress=status.update
+        status.update(f"loading {load.model or 'the embedded model'}")
+        names = ["plain", method] if plain and method != "plain" else [method]
+        methods = load.methods(names)
+        answers = ask_all(
+            methods, image, question, options=option or None, max_new_tokens=max_new_tokens, progress=status.update
         )
+        answer, beside = answers[-1], answers[0] if len(answers) > 1 else None
         status.update("drawing")
-        document = result.to_dict()
-        document |= {"model": model or "embedded", "weights": weights}
+        document = answer.to_dict() | {"model": load.model or "embedded", "weights": load.weights}
+        if beside is not None:
+            document |= {"plain_answer": beside.text, "plain_letter": beside.letter}
         for folder in folders:
-            pictures = save_pictures(result, folder, hide.config.threshold)
+            pictures = save_pictures(answer, folder, plain=beside)
             (folder / "result.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if report is not None:
-            shown = f"{model or EMBEDDED}{f', {weights} weights' if weights else ''}"
-            page = save_report(result, report, hide.config, model=shown)
+            page = save_report(answer, report, plain=beside, settings=methods[-1].preset.to_dict(), model=load.shown)
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
 
     console = Console()
-    if model is None:
+    if load.model is None:
         console.print(f"[yellow]Answered by {EMBEDDED}. Pass --model for photographs.[/yellow]", highlight=False)
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_row("question", escape(result.question.stem))
-    facts.add_row("entities", escape(result.entities.text))
-    facts.add_row("image tokens", " + ".join(str(count) for count in result.image_tokens))
-    for index, boxes in enumerate(result.boxes):
-        listed = "  ".join(str(tuple(box)) for box in boxes.tolist()[:6]) + (
-            f"  … {len(boxes)} in all" if len(boxes) > 6 else ""
-        )
-        facts.add_row("boxes" if len(result.boxes) == 1 else f"boxes {index}", listed or "none")
-    facts.add_row("plain answer", f"[bold]{escape(result.plain_answer or '')}[/bold]")
-    facts.add_row("HiDe answer", f"[bold]{escape(result.answer)}[/bold]")
-    for note in result.notes:
-        facts.add_row("note", f"[yellow]{escape(note)}[/yellow]")
-    console.print(facts)
-    times = Table("step", "seconds", "share", title="Time", title_justify="left")
-    total = sum(result.seconds.values())
-    for column in times.columns[1:]:
-        column.justify = "right"
-    for step, seconds in result.seconds.items():
-        times.add_row(step, f"{seconds:.3f}", f"{seconds / total:.0%}")
-    times.add_row("total", f"{total:.3f}", "", style="bold")
-    console.print(times)
+    console.print(_facts(answer, beside))
+    console.print(_times(answer, beside))
     if report is not None:
         console.print(f"report: {escape(str(page))}", highlight=False, soft_wrap=True)
     saved = f"pictures: {pictures[-1]} and {len(pictures) - 1} more in {folder}/"
     console.print(escape(saved), highlight=False, soft_wrap=True)
 
 
+def _facts(answer: Answer, plain: Answer | None) -> Table:
+    """What was asked, seen and said."""
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.add_row("question", escape(answer.question.stem))
+    for name, value in answer.details.items():
+        facts.add_row(escape(name), escape(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    shown = [found.shown_tokens for found in answer.evidence if found.shown_tokens is not None]
+    facts.add_row("image tokens", " + ".join(map(str, [*answer.image_tokens, *shown])))
+    for index, boxes in enumerate(answer.boxes):
+        listed = "  ".join(str(tuple(box)) for box in boxes.tolist()[:6]) + (
+            f"  … {len(boxes)} in all" if len(boxes) > 6 else ""
+        )
+        facts.add_row("boxes" if len(answer.boxes) == 1 else f"boxes {index}", listed or "none")
+    if plain is not None:
+        facts.add_row("plain answer", f"[bold]{escape(plain.text)}[/bold]")
+    facts.add_row(f"{escape(answer.method)} answer", f"[bold]{escape(answer.text)}[/bold]")
+    for note in answer.notes:
+        facts.add_row("note", f"[yellow]{escape(note)}[/yellow]")
+    return facts
+
+
+def _times(answer: Answer, plain: Answer | None) -> Table:
+    """What it cost, step by step."""
+    steps = dict(answer.steps)
+    if plain is not None:
+        steps = {"plain answer": plain.steps["answer"], **steps}
+    total = sum(step.seconds for step in steps.values())
+    times = Table("step", "seconds", "share", "tokens", title="Time", title_justify="left")
+    for column in times.columns[1:]:
+        column.justify = "right"
+    for name, (seconds, tokens) in steps.items():
+        times.add_row(escape(name), f"{seconds:.3f}", f"{seconds / (total or 1):.0%}", f"{tokens:,}" if tokens else "")
+    times.add_row("total", f"{total:.3f}", "", f"{sum(step.tokens for step in steps.values()):,}", style="bold")
+    return times
+
+
 @app.command()
+@options_of(ModelOptions)
 def attend(
     image: Annotated[
         str, typer.Argument(help="The picture: any file that Pillow reads, or a data URI.", show_default=False)
     ],
     text: Annotated[str, typer.Argument(help="What the model is told about it.", show_default=False)],
-    model: ModelOption = None,
+    load: ModelOptions,
     layers: Annotated[
         str | None, typer.Option(help="Zero-based layers to average: '14', '10,14', '8-15'; default: the preset's.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Draw so many tokens of the reply, at least 1.")] = 8,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    weights: WeightsOption = None,
     out: Annotated[Path, typer.Option(help="Folder for attention.png and attention.npz.")] = Path("hide-attend"),
 ) -> None:
     """Draw what each token of a TEXT, and of the reply to it, attends to in an IMAGE. No HiDe in it.
@@ -165,20 +166,21 @@ def attend(
     with errors(console), console.status("loading transformers") as status:
         quiet()
         from hide.methods.attend import attend as attention_of
+        from hide.methods.hide.method import HiDe
 
         if tokens < 1:
             raise ValueError(f"tokens: got {tokens}, want at least 1")
         given = _layer_list(layers) if layers else None
         check_folder(out, ("attention.png", "attention.npz"))
-        status.update(f"loading {model or 'the embedded model'}")
-        hide = load_model(model, device=device, dtype=dtype, weights=weights)
+        status.update(f"loading {load.model or 'the embedded model'}")
+        model = load.load()
         status.update("attending")
-        wanted = given or hide.config.layers or range(hide.model.num_layers)
-        found = attention_of(hide.model, image, text, layers=wanted, new_tokens=tokens)
+        wanted = given or HiDe.preset_for(model)[0].settings.layers or range(model.num_layers)
+        found = attention_of(model, image, text, layers=wanted, new_tokens=tokens)
         status.update("drawing")
         paths = found.save(out)
     console = Console()
-    if model is None:
+    if load.model is None:
         console.print(f"[yellow]Attention of {EMBEDDED}. Pass --model for photographs.[/yellow]", highlight=False)
     table = Table(
         "token", "of", "share on the image", "peak at (x, y)", title=f"Attention, layers {list(found.layers)}"
@@ -194,7 +196,7 @@ def attend(
             peak,
         )
     console.print(table)
-    for note in hide.model.notes:
+    for note in model.notes:
         console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"reply: [bold]{escape(found.reply)}[/bold]")
     console.print(f"pictures: {paths[0]}; maps as arrays: {paths[1]}", highlight=False, soft_wrap=True)
@@ -212,12 +214,13 @@ def models() -> None:
     console = Console(stderr=True)
     with console.status("loading transformers"):
         quiet()
+        from hide.methods.base import MODELS
         from hide.models import FAMILIES, adapter_class
 
         families = {model_type: adapter_class(model_type) for model_type in FAMILIES}
     table = Table("model_type", "", "")
     for model_type, family in families.items():
-        default, *others = family.presets
+        default, *others = (name for name, preset in MODELS.items() if preset.family == model_type)
         table.add_row(f"[bold]{model_type}[/bold]", "class", family.model_class)
         table.add_row("", "checkpoints", "\n".join(family.checkpoints))
         table.add_row("", "presets", "\n".join([f"{default} (default)", *others]))
@@ -230,6 +233,26 @@ def models() -> None:
         "Attention rows of any other decoder: hide_kernels.integrations.transformers.capture_attention.",
         highlight=False,
     )
+
+
+@app.command()
+def methods() -> None:
+    """List the ways of answering: ours, and those of other packages that are installed (entry point hide.methods)."""
+    console = Console(stderr=True)
+    with errors(console), console.status("loading transformers"):
+        quiet()
+        from hide.methods import BUILT_IN, method_class, method_names
+
+        table = Table("method", "what the model sees", "needs of a session", "from")
+        for name in method_names():
+            try:
+                found = method_class(name)
+            except ValueError as error:
+                table.add_row(escape(name), f"[red]{escape(str(error))}[/red]", "", "")
+                continue
+            origin = "hide" if name in BUILT_IN else found.__module__.partition(".")[0]
+            table.add_row(escape(name), escape(found.summary), ", ".join(sorted(found.needs)), escape(origin))
+    Console().print(table)
 
 
 @app.command()

@@ -17,48 +17,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hide.console import (
-    DeviceOption,
-    DtypeOption,
-    LayerOption,
-    ModelOption,
-    OffloadOption,
-    PresetOption,
-    SigmaOption,
-    ThresholdOption,
-    WeightsOption,
-    errors,
-    load_model,
-    quiet,
-)
+from hide.cli.console import errors, quiet
+from hide.cli.loading import LoadOptions, ModelOptions, options_of
 from hide.output import check_folder
 
 if TYPE_CHECKING:
     from hide.evaluation.data import BadRecord, Sample
-    from hide.evaluation.tables import ResultTable
-    from hide.pipeline import HiDe
+    from hide.methods.base import Method
+    from hide.methods.hide.method import HiDe
+    from hide.present.table import ResultTable
 
 DataOption = Annotated[
     str, typer.Option("--data", help="scenes, or FORMAT:PATH with FORMAT one of vstar, hr-bench, mme-realworld, list.")
 ]
 
 
+@options_of(LoadOptions)
 def evaluate(
+    load: LoadOptions,
     data: DataOption = "scenes",
-    model: ModelOption = None,
     limit: Annotated[int, typer.Option(help="At most so many questions.")] = 200,
     methods: Annotated[
-        str,
-        typer.Option(help="Ways of asking, separated by commas: plain, hide, tiles, masked, crop, true-boxes; or all."),
+        str, typer.Option(help="Ways of answering, separated by commas, see `hide methods`; or all.")
     ] = "plain,hide",
     scorer: Annotated[str, typer.Option(help="strict, or compat: the published metric.")] = "strict",
     corrupt_entities: Annotated[
-        str | None, typer.Option(help="drop, wrong or add: make one entity of every question wrong.")
+        str | None, typer.Option(help="drop, wrong or add: make one entity of every question wrong, for HiDe.")
     ] = None,
-    preset: PresetOption = None,
-    layer: LayerOption = None,
-    sigma: SigmaOption = None,
-    threshold: ThresholdOption = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask questions again that failed.")] = False,
     ray: Annotated[
         str | None,
@@ -67,15 +52,11 @@ def evaluate(
     actors: Annotated[
         int | None, typer.Option(help="Models to run on Ray; default: one per GPU, without GPUs one per CPU.")
     ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    weights: WeightsOption = None,
-    offload_kv: OffloadOption = False,
     out: Annotated[
         Path, typer.Option(help="Folder for results.jsonl, summary.md and report.html; a killed run goes on there.")
     ] = Path("hide-eval"),
 ) -> None:
-    """Ask a data set's questions, plain and with HiDe, and score the answers.
+    """Ask a data set's questions, plain and by methods, and score the answers.
 
     Every answer is on the disk before the next question: run the same command again after a crash and it goes on.
 
@@ -105,31 +86,18 @@ def evaluate(
         if actors is not None and (ray is None or actors < 1):
             raise ValueError(f"actors: got {actors}, want at least 1, together with --ray")
         _check_count("limit", limit)
-        asked = _methods(methods)
+        names = _method_names(methods)
         samples = functools.partial(_samples, data, limit)
         _check_readable(data, samples())
         check_folder(out, ("results.jsonl", "summary.md", "report.html"))
-        load = functools.partial(
-            _load_corrupted,
-            corrupt_entities,
-            data,
-            model,
-            preset,
-            layer,
-            sigma,
-            threshold,
-            device,
-            dtype,
-            weights,
-            offload_kv,
-        )
-        hide = load()
+        make = functools.partial(_methods, load, names, corrupt_entities, data)
+        asked = make()
         settings = {
             "data": data,
-            **_model_settings(model, dtype, weights),
-            "methods": asked,
+            **load.facts(),
+            "methods": names,
             "corrupt_entities": corrupt_entities,
-            **dataclasses.asdict(hide.config),
+            "settings": {method.name: method.preset.to_dict() for method in asked},
         }
         records: list[dict[str, Any]] = []
         with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:
@@ -141,32 +109,32 @@ def evaluate(
 
             ask: Callable[..., Any]
             if ray is None:
-                ask = functools.partial(ask_here, hide, methods=asked)
+                ask = functools.partial(ask_here, asked)
             else:
                 # The actors have models of their own, on the same GPUs.
-                del hide
+                del asked
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                ask = functools.partial(ask_on_ray, load, methods=asked, address=ray, actors=actors)
+                ask = functools.partial(ask_on_ray, make, address=ray, actors=actors)
             run(ask, samples(), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))
         tables = [method_table(records, SCORERS[scorer]), group_table(records, SCORERS[scorer])]
         tables += [bad] if (bad := bad_table(records)) else []
-        title = f"{data}, {model or 'the embedded model'}, {scorer} scorer"
+        title = f"{data}, {load.model or 'the embedded model'}, {scorer} scorer"
         page = save_gallery(out / "report.html", title, tables, records, samples(), SCORERS[scorer], settings)
         _finish(console, out, title, tables, [page, out / "results.jsonl"])
 
 
+@options_of(ModelOptions)
 def calibrate(
+    load: ModelOptions,
     data: DataOption = "scenes",
-    model: ModelOption = None,
     limit: Annotated[int, typer.Option(help="Questions for layers, sigma and threshold.")] = 100,
     answers: Annotated[int, typer.Option(help="Questions to answer in every form of collage; 0: none.")] = 40,
-    preset: PresetOption = None,
-    layer: LayerOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    weights: WeightsOption = None,
+    preset: Annotated[str | None, typer.Option(help="Name of a preset; default: the one for the model.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Zero-based decoder layer, instead of the best; repeat it to average.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
         "hide-calibrate"
     ),
@@ -186,9 +154,9 @@ def calibrate(
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
         from hide.evaluation.store import ResultFile
-        from hide.evaluation.tables import ResultTable, bad_table, method_table
-        from hide.evaluation.views import METHODS
-        from hide.pipeline import HiDe
+        from hide.evaluation.tables import bad_table, method_table
+        from hide.methods.hide.method import HiDe
+        from hide.present.table import ResultTable
 
         _check_count("limit", limit)
         _check_count("answers", answers, least=0)
@@ -203,16 +171,16 @@ def calibrate(
         def fail(sample: Sample, error: Exception) -> None:
             failed[sample.id] = f"{type(error).__name__}: {error}"
 
-        hide = load_model(model, preset, layer, None, None, device, dtype, weights)
+        model = load.load()
+        known, notes = HiDe.preset_for(model, preset)
+        hide = HiDe(model, known.changed(layers=tuple(layer)) if layer else known, notes=notes)
         task = bar.add_task("layers", total=len(chosen))
         layers = experiments.layer_sweep(hide, chosen, progress=functools.partial(bar.advance, task), failed=fail)
-        config = dataclasses.replace(hide.config, layers=tuple(layer or [experiments.best_layer(layers)]))
+        hide = hide.changed(layers=tuple(layer or [experiments.best_layer(layers)]))
         task = bar.add_task("sigma and threshold", total=len(chosen))
-        grid = experiments.settings_grid(
-            HiDe(hide.model, config), chosen, progress=functools.partial(bar.advance, task), failed=fail
-        )
+        grid = experiments.settings_grid(hide, chosen, progress=functools.partial(bar.advance, task), failed=fail)
         sigma, threshold = experiments.best_setting(grid)
-        config = dataclasses.replace(config, sigma=sigma, threshold=threshold)
+        hide = hide.changed(sigma=sigma, threshold=threshold)
         tables = [experiments.layer_table(layers), *experiments.grid_tables(grid)]
         if failed:
             title = f"Questions that could not be measured: {len(failed)} of {len(chosen)}"
@@ -220,11 +188,11 @@ def calibrate(
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
             "data": data,
-            **_model_settings(model, dtype, weights),
+            **load.facts(),
             "questions": len(chosen),
             "failed": failed,
             **experiments.to_dict(layers, grid),
-            "recommended": {"layers": config.layers, "sigma": sigma, "threshold": threshold},
+            "recommended": {"layers": hide.settings.layers, "sigma": sigma, "threshold": threshold},
         }
         file = out / "calibration.json"
 
@@ -235,7 +203,7 @@ def calibrate(
         pictures = experiments.save_pictures(out, layers, grid)
         if answers:
             task = bar.add_task("answers", total=answers)
-            settings = {"data": data, **_model_settings(model, dtype, weights), **dataclasses.asdict(config)}
+            settings = {"data": data, **load.facts(), **hide.preset.to_dict()}
             records: list[dict[str, Any]] = []
 
             def done(record: dict[str, Any]) -> None:
@@ -243,31 +211,39 @@ def calibrate(
                 bar.advance(task)
 
             with ResultFile(out / "answers.jsonl", settings) as results:
-                ask = functools.partial(ask_here, HiDe(hide.model, config), methods=list(METHODS))
+                ask = functools.partial(ask_here, forms_of_collage(hide))
                 with_boxes = (one for one in read(answers) if not isinstance(one, Sample) or one.boxes)
                 run(ask, with_boxes, results, progress=done)
             tables.append(method_table(records, SCORERS["strict"]))
             tables += [bad] if (bad := bad_table(records)) else []
             found["answers"] = records
             save()
-    _finish(console, out, f"{data}, {model or 'the embedded model'}", tables, [file, *pictures])
+    _finish(console, out, f"{data}, {load.model or 'the embedded model'}", tables, [file, *pictures])
     changes = {
         name: value
-        for name, value in dataclasses.asdict(config).items()
-        if value != next(f.default for f in dataclasses.fields(config) if f.name == name)
+        for name, value in dataclasses.asdict(hide.settings).items()
+        if value != next(f.default for f in dataclasses.fields(hide.settings) if f.name == name)
     }
     Console().print(f"recommended: HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})")
 
 
+def forms_of_collage(hide: HiDe) -> list[Method[Any]]:
+    """Plain and HiDe, its boxes shown in other forms, and the right boxes, all with its settings."""
+    from hide.methods.ablations import Masked, OneCrop, Tiles, TrueBoxes
+    from hide.methods.base import NoSettings
+    from hide.methods.plain import Plain
+
+    plain = Plain(hide.model, dataclasses.replace(hide.preset, settings=NoSettings()))
+    return [plain, hide, *(form(hide.model, hide.preset) for form in (Tiles, Masked, OneCrop, TrueBoxes))]
+
+
+@options_of(ModelOptions)
 def entities(
-    model: ModelOption = None,
+    load: ModelOptions,
     data: Annotated[
         Path | None,
         typer.Option(help="JSON lines with question, entities and, if any, options; default: the project's own 76."),
     ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    weights: WeightsOption = None,
     misses: Annotated[bool, typer.Option("--misses", help="Print every question that differs.")] = False,
 ) -> None:
     """Precision and recall of entity extraction, by rules and, with --model, by the model.
@@ -280,22 +256,22 @@ def entities(
     console = Console(stderr=True)
     with errors(console), _bar(console) as bar:
         quiet()
-        from hide.evaluation.entity_test import annotated_questions, score_entities
-        from hide.evaluation.tables import ResultTable
+        from hide.evaluation.entity_quality import labelled_questions, score_entities
         from hide.methods.hide.entities import entities_by_rules
+        from hide.methods.hide.method import HiDe
+        from hide.present.table import ResultTable
 
-        questions = annotated_questions(data, bad=functools.partial(_warn, console))
+        questions = labelled_questions(data, bad=functools.partial(_warn, console))
         extractors: dict[str, Any] = {"rules": entities_by_rules}
-        if model is not None:
-            hide = load_model(model, device=device, dtype=dtype, weights=weights)
-            hide.config = dataclasses.replace(hide.config, entities_from="model")
-            extractors[model] = hide.entities
+        if load.model is not None:
+            extractors[load.model] = HiDe(load.load()).changed(entities_from="model").entities
         rows, wrong = [], {}
         for name, extract in extractors.items():
             task = bar.add_task(name, total=len(questions))
             scores = score_entities(extract, questions, progress=functools.partial(bar.advance, task))
             wrong[name] = scores.wrong
-            rows.append((name, *(f"{of:.1%}" for s in (scores.things, scores.words) for of in (s.precision, s.recall))))
+            shares = (share for s in (scores.things, scores.words) for share in (s.precision, s.recall))
+            rows.append((name, *(f"{share:.1%}" for share in shares)))
     header = ("extractor", "things: precision", "recall", "words: precision", "recall")
     Console().print(ResultTable(f"Entities of {len(questions)} questions", header, rows).rich())
     for name, differing in wrong.items() if misses else ():
@@ -345,32 +321,38 @@ def _warn(console: Console, text: str) -> None:
     console.print(f"[yellow]left out[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _model_settings(model: str | None, dtype: str, weights: str | None) -> dict[str, str | None]:
-    """What a result file says of the model; `None`: as in files that do not say it."""
-    return {"model": model or "embedded", "dtype": None if dtype == "auto" else dtype, "weights": weights}
+def _method_names(text: str) -> list[str]:
+    from hide.methods import BUILT_IN, method_names
+
+    known = method_names()
+    asked = list(BUILT_IN) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"methods: got {', '.join(unknown)}, want any of {', '.join(known)}; or all")
+    return asked
 
 
-def _methods(text: str) -> list[str]:
-    from hide.evaluation.views import METHODS
+def _methods(load: LoadOptions, names: Sequence[str], corrupt: str | None, data: str) -> list[Method[Any]]:
+    """The methods on one model; those that extract entities with wrong ones, where that is asked for."""
+    from hide.methods.hide.method import HiDe
 
-    asked = list(METHODS) if text == "all" else [name.strip() for name in text.split(",")]
-    unknown = [name for name in asked if name not in METHODS]
-    if unknown or not {"plain", "hide"} <= set(asked):
-        raise ValueError(f"methods: got {text!r}, want plain, hide and any of {', '.join(METHODS)}; or all")
-    return [method for method in METHODS if method in asked]
+    made = load.methods(names)
+    if corrupt is None:
+        return made
+    from hide.evaluation.entity_quality import corrupting, labelled_questions
+    from hide.tiny.scenes import KINDS
 
-
-def _load_corrupted(corrupt: str | None, data: str, *arguments: Any) -> HiDe:
-    hide = load_model(*arguments)
-    if corrupt is not None:
-        from hide.evaluation.entity_test import annotated_questions, corrupting
-        from hide.pipeline import HiDe
-        from hide.tiny.scenes import KINDS
-
-        others = KINDS if data == "scenes" else sorted({one for q in annotated_questions() for one in q.entities})
-        sound = HiDe(hide.model, hide.config)
-        hide = HiDe(hide.model, hide.config, extractor=corrupting(sound.entities, corrupt, others))
-    return hide
+    others = KINDS if data == "scenes" else sorted({one for q in labelled_questions() for one in q.entities})
+    return [
+        type(method)(
+            method.model,
+            method.preset,
+            extractor=corrupting(method.entities, corrupt, others),
+            notes=method.notes,
+        )
+        if isinstance(method, HiDe)
+        else method
+        for method in made
+    ]
 
 
 def _bar(console: Console) -> Progress:

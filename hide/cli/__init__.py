@@ -1,0 +1,5 @@
+"""The `hide` command."""
+
+from hide.cli.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,160 @@
+"""What commands that run a model are told of it: said once, as options and as what they load."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from hide.methods.base import Method
+    from hide.models.base import Adapter
+    from hide.models.quantised import Weights
+
+EMBEDDED = "the embedded model: it knows drawn scenes only (star, ring, moon, ... in eight colors)"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="A checkpoint: folder or hub name; see `hide models`. Without it, the embedded model."
+        ),
+    ] = None
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda, cuda:1, cpu; default: CUDA where there is one.")
+    ] = None
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="int8 or int4: quantise the weights while loading; extra \\[quant].")
+    ] = None
+
+    def load(self) -> Adapter:
+        """The model."""
+        from hide.models import load
+        from hide.tiny import CHECKPOINT
+
+        known = cast("Weights | None", self.weights)
+        path = CHECKPOINT if self.model is None else self.model
+        return load(path, device=self.device, dtype=self.dtype, weights=known)
+
+    @property
+    def shown(self) -> str:
+        """What to call the model."""
+        return f"{self.model or EMBEDDED}{f', {self.weights} weights' if self.weights else ''}"
+
+    def facts(self) -> dict[str, str | None]:
+        """What a result file says of the model; `None`: as in files that do not say it."""
+        dtype = None if self.dtype == "auto" else self.dtype
+        return {"model": self.model or "embedded", "dtype": dtype, "weights": self.weights}
+
+
+@dataclass(frozen=True)
+class LoadOptions(ModelOptions):
+    """A model, and settings of methods that run on it."""
+
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Name of a preset; default: the one for the model.")
+    ] = None
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", help="Zero-based decoder layer; repeat it to average.")
+    ] = None
+    sigma: Annotated[float | None, typer.Option("--sigma", help="Smoothing of the maps, in grid cells.")] = None
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="A region's cells reach this part of the peak.")
+    ] = None
+    offload_kv: Annotated[
+        bool, typer.Option("--offload-kv", help="Keep keys and values in host memory: fits more, takes longer.")
+    ] = False
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE for any setting of the method, the run or the answer; repeat it."),
+    ] = None
+
+    def changes(self) -> dict[str, Any]:
+        """Settings that the options change."""
+        given: dict[str, Any] = {"layers": tuple(self.layer) if self.layer else None, "sigma": self.sigma}
+        given |= {"threshold": self.threshold, "offload_kv": self.offload_kv or None}
+        changes = {name: value for name, value in given.items() if value is not None}
+        for text in self.setting or ():
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"set: got {text!r}, want NAME=VALUE, such as threshold=0.5")
+            try:
+                changes[name.strip()] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                changes[name.strip()] = value.strip()
+        return changes
+
+    def methods(self, names: Sequence[str], model: Adapter | None = None) -> list[Method[Any]]:
+        """Methods on one model, which is loaded unless it is given.
+
+        A change that is none of a method's is for the others; `ValueError` for one that is none of any.
+        """
+        from hide.methods import method_class
+
+        classes = [method_class(name) for name in names]
+        model = self.load() if model is None else model
+        changes, unused = self.changes(), set(self.changes())
+        made: list[Method[Any]] = []
+        for kind in classes:
+            preset, notes = kind.preset_for(model, self.preset)
+            own = preset.to_dict()
+            mine = {name: _as_kind(name, value, own[name]) for name, value in changes.items() if name in own}
+            unused -= mine.keys()
+            made.append(kind(model, preset.changed(**mine), notes=notes))
+        if unused:
+            known = dict.fromkeys(name for method in made for name in method.preset.to_dict())
+            raise ValueError(
+                f"set: {', '.join(names)} has no {', '.join(sorted(unused))}; there are {', '.join(known)}"
+            )
+        return made
+
+
+def _as_kind(name: str, value: Any, now: Any) -> Any:
+    """A value given as text, if it is of the kind of the one that it replaces."""
+    if isinstance(now, float) and type(value) is int:
+        value = float(value)
+    if now is not None and value is not None and type(value) is not type(now):
+        raise ValueError(f"{name}: got {value!r}, want {type(now).__name__}, such as {now!r}")
+    return value
+
+
+def options_of(kind: type[ModelOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose parameter `load` becomes the options of `kind`, in their place."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(kind, include_extras=True)
+        names = [one.name for one in dataclasses.fields(kind)]
+
+        @functools.wraps(command)
+        def flat(**given: Any) -> None:
+            load = kind(**{name: given.pop(name) for name in names})
+            command(load=load, **given)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name != "load":
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            for one in dataclasses.fields(kind):
+                default = inspect.Parameter.empty if one.default is dataclasses.MISSING else one.default
+                parameters.append(
+                    inspect.Parameter(
+                        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name]
+                    )
+                )
+        flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return flat
+
+    return decorate
