@@ -332,7 +332,7 @@ class Method(ABC, Generic[S]):
     @classmethod
     def _general(cls, preset: Preset[NoSettings]) -> Preset[Any]:
         """That of a model for which the method has none of its own."""
-        return dataclasses.replace(preset, settings=cls.Settings(), depth=0)  # type: ignore[arg-type]
+        return dataclasses.replace(preset, settings=cls.Settings(), depth=0)
 
     def check(self) -> None:
         """Overridden to refuse settings that do not suit the model, with `ValueError`."""

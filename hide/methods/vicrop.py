@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from hide.images import on_colour, to_image
-from hide.methods.base import Answer, AnswerSettings, Evidence, Method, Preset, Steps
+from hide.methods.base import Answer, AnswerSettings, Evidence, Method, Preset, Steps, presets_of
 from hide.questions import Question
 from hide.session import RunSettings, Session
 
+LABEL = "question / description"
 RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 
 
@@ -72,6 +73,7 @@ class ViCrop(Method[ViCropSettings]):
         "qwen2.5-vl-3b": Preset(ViCropSettings(layers=(22,)), _RUN, _ANSWER, "qwen2_5_vl", 36),
         "qwen2.5-vl-7b": Preset(ViCropSettings(layers=(22,)), _RUN, _ANSWER, "qwen2_5_vl", 28),
         "llava-1.5-7b": Preset(ViCropSettings(layers=(14,), base=336), RunSettings(), _ANSWER, "llava", 32),
+        **presets_of({"tiny": ViCropSettings(layers=(2,), base=112, answer_request="")}),
     }
 
     @classmethod
@@ -96,17 +98,11 @@ class ViCrop(Method[ViCropSettings]):
         with steps("answer"):
             shown = [crop for crop in crops if crop is not None]
             reply = session.ask(self.prompt(question), shown, max_new_tokens=self.preset.answer.max_new_tokens)
-        evidence = tuple(
-            Evidence(
-                boxes[index],
-                of_image[None],
-                ("question / description",),
-                shown=None if (crop := crops[index]) is None else to_image(crop),
-                shown_tokens=None if crop is None else sum(reply.image_tokens),
-            )
-            for index, of_image in enumerate(maps)
-        )
-        return Answer(reply.text, evidence, details={"sharpness": [window.sharpness for window in windows]})
+        evidence = [Evidence(own, of_image[None], (LABEL,)) for own, of_image in zip(boxes, maps, strict=True)]
+        if shown:
+            tokens = sum(reply.image_tokens)
+            evidence[chosen] = replace(evidence[chosen], shown=to_image(shown[0]), shown_tokens=tokens)
+        return Answer(reply.text, tuple(evidence), details={"sharpness": [window.sharpness for window in windows]})
 
     def prompt(self, question: Question) -> str:
         """What the model is asked, with and without the crop."""
@@ -153,7 +149,6 @@ def best_window(weights: Tensor, size: tuple[int, int], settings: ViCropSettings
     base, least = settings.base, 0 if settings.published_faults else 1
     rows, columns = weights.shape
     cell = size[0] / columns, size[1] / rows
-    sums = torch.nn.functional.pad(weights.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
     best: tuple[float, float, int, int, int, int] | None = None
     for ratio in RATIOS:
         wide = max(least, min(int(base * ratio / cell[0]), columns))
@@ -162,8 +157,7 @@ def best_window(weights: Tensor, size: tuple[int, int], settings: ViCropSettings
             if ratio == 1:
                 return Window((0, 0, *size), 0.0)
             continue
-        sliding = sums[high:, wide:] - sums[: rows + 1 - high, wide:] - sums[high:, : columns + 1 - wide]
-        sliding = sliding + sums[: rows + 1 - high, : columns + 1 - wide]
+        sliding = weights.double().unfold(0, high, 1).unfold(1, wide, 1).sum((2, 3))
         # Of equal ones the leftmost, then the uppermost.
         x, y = divmod(int(sliding.T.flatten().argmax()), sliding.shape[0])
         beside = [
@@ -178,12 +172,10 @@ def best_window(weights: Tensor, size: tuple[int, int], settings: ViCropSettings
             best = sharpness, ratio, x, y, wide, high
     assert best is not None, "the first ratio returns or sets it"
     sharpness, ratio, x, y, wide, high = best
-    side = base * ratio
-    half = side // 2
+    half = base * ratio // 2
     box: list[float] = []
     for start, cells, pixels, length in ((x, wide, cell[0], size[0]), (y, high, cell[1], size[1])):
-        centre = int(start * pixels + pixels * cells / 2)
-        centre = min(max(centre, half), length - half)
+        centre = min(max(int(start * pixels + pixels * cells / 2), half), length - half)
         box += [max(0, centre - half), min(length, centre + half)]
     x0, x1, y0, y1 = map(round, box)
     return Window((x0, y0, x1, y1), sharpness)
