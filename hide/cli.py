@@ -83,7 +83,7 @@ def ask(
     console = Console(stderr=True)
     with errors(console), console.status("loading transformers") as status:
         quiet()
-        from hide.report import save_pictures, save_report
+        from hide.present.pages import save_pictures, save_report
 
         folders = list(dict.fromkeys(given for given in (out, report) if given)) or [Path("hide-out")]
         for folder in folders:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hide.entities import Entities
 from hide.evaluation.data import Sample
-from hide.evaluation.tables import ResultTable
 from hide.pipeline import EntityMaps, HiDe
+from hide.present.table import ResultTable
 from hide_kernels.collage import merge_boxes, plan_layout
 
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)

@@ -35,8 +35,8 @@ from hide.output import check_folder
 
 if TYPE_CHECKING:
     from hide.evaluation.data import BadRecord, Sample
-    from hide.evaluation.tables import ResultTable
     from hide.pipeline import HiDe
+    from hide.present.table import ResultTable
 
 DataOption = Annotated[
     str, typer.Option("--data", help="scenes, or FORMAT:PATH with FORMAT one of vstar, hr-bench, mme-realworld, list.")
@@ -186,9 +186,10 @@ def calibrate(
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
         from hide.evaluation.store import ResultFile
-        from hide.evaluation.tables import ResultTable, bad_table, method_table
+        from hide.evaluation.tables import bad_table, method_table
         from hide.evaluation.views import METHODS
         from hide.pipeline import HiDe
+        from hide.present.table import ResultTable
 
         _check_count("limit", limit)
         _check_count("answers", answers, least=0)
@@ -282,7 +283,7 @@ def entities(
         quiet()
         from hide.entities import entities_by_rules
         from hide.evaluation.entity_test import annotated_questions, score_entities
-        from hide.evaluation.tables import ResultTable
+        from hide.present.table import ResultTable
 
         questions = annotated_questions(data, bad=functools.partial(_warn, console))
         extractors: dict[str, Any] = {"rules": entities_by_rules}
