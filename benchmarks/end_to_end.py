@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hide.pipeline import EntityRows, HiDeResult
 from PIL import Image
 from torch import Tensor
 
@@ -43,11 +44,10 @@ from benchmarks.shared_prefix import (
     without_tf32,
 )
 from hide import HiDe, HiDeConfig
-from hide.methods.hide.entities import Entities, entity_request
 from hide.images import to_tensor
+from hide.methods.hide.entities import Entities, entity_request
 from hide.models.base import Picture, Pictures
 from hide.models.qwen2_5_vl import LOADER_CELL, LOADER_MIN_TOKENS, Qwen25VL, token_grid
-from hide.pipeline import EntityRows, HiDeResult
 from hide.questions import Question
 from hide.session import ImageSession
 from hide_kernels import collage, regions, token_maps

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hide.evaluation.tables import ResultTable
 from hide.models import qwen2_5_vl
+from hide.present.table import ResultTable
 from hide.profiling.flows import FLOWS
 from hide.profiling.models import WEIGHTS, read_config
 from hide.profiling.output import fit_table, gigabytes, made_by

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from hide.methods.attend import attend
 from hide.cli import app
+from hide.methods.attend import attend
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene

@@ -8,14 +8,21 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hide.pipeline import EntityRows
 from PIL import Image, ImageSequence
 
 from hide import PRESETS, HiDe
-from hide.methods.hide.entities import ENTITY_PROMPT, MAX_ENTITIES, MAX_LENGTH, entities_by_rules, entity_request, parse_entities
 from hide.images import PictureWarning, load_image
+from hide.methods.hide.entities import (
+    ENTITY_PROMPT,
+    MAX_ENTITIES,
+    MAX_LENGTH,
+    entities_by_rules,
+    entity_request,
+    parse_entities,
+)
 from hide.models.base import Reply
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.pipeline import EntityRows
 from hide.questions import LETTER_REQUEST, Question
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from hide.pipeline import preset_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -14,7 +15,6 @@ from hide import PRESETS, HiDe
 from hide.cli import app
 from hide.models import load
 from hide.models.base import named_device
-from hide.pipeline import preset_for
 from hide.tiny import CHECKPOINT
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7923920\n"

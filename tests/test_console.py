@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 import typer
+from hide.console import App, errors
 from PIL import Image
 
 from hide.cli import app
-from hide.console import App, errors
 
 SHOWN = "星 ✓ ü 🅱 \udcff"
 
@@ -95,7 +95,7 @@ def test_tables_are_on_the_disk_before_they_are_printed(monkeypatch, tmp_path):
 
 
 def commands_table():
-    from hide.evaluation.tables import ResultTable
+    from hide.present.table import ResultTable
 
     return ResultTable("table", ("a",), [("b",)])
 

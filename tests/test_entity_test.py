@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from hide.evaluation.entity_test import Annotated, annotated_questions, content_words, corrupting, score_entities
 from typer.testing import CliRunner
 
 from hide.cli import app
 from hide.methods.hide.entities import Entities, entities_by_rules
-from hide.evaluation.entity_test import Annotated, annotated_questions, content_words, corrupting, score_entities
 from hide.questions import Question
 
 

@@ -328,8 +328,9 @@ def test_runs_killed_at_random_points_lose_nothing_and_ask_nothing_twice(tmp_pat
 
 
 def test_a_real_question_leaves_a_record_that_json_can_hold():
-    from hide.models.qwen2_5_vl import Qwen25VL
     from hide.pipeline import PRESETS, HiDe
+
+    from hide.models.qwen2_5_vl import Qwen25VL
     from hide.tiny.model import build
 
     (one,) = data.scenes(1, sizes=[(200, 150)], lettered=True)

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hide.evaluation.views import METHODS, crop, masked, preserved, tiles
+from hide.pipeline import PRESETS, EntityRows, HiDe
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -15,10 +17,9 @@ from hide.evaluation.data import Sample
 from hide.evaluation.gallery import failures, save_gallery
 from hide.evaluation.runner import answer
 from hide.evaluation.scoring import score_groups, score_methods, strict
-from hide.evaluation.tables import ResultTable, group_table, markdown, method_table
-from hide.evaluation.views import METHODS, crop, masked, preserved, tiles
+from hide.evaluation.tables import group_table, markdown, method_table
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.pipeline import PRESETS, EntityRows, HiDe
+from hide.present.table import ResultTable
 from hide.questions import Question
 from hide.tiny.model import build
 

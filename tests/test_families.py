@@ -7,13 +7,13 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, worked_example
+from hide.pipeline import preset_for
 from PIL import Image
 from random_models import llm
 
 import hide.models
 from hide import PRESETS, HiDe, HiDeConfig
 from hide.methods.hide.config import SEARCH_PROMPT
-from hide.pipeline import preset_for
 from hide.session import ImageSession
 from hide_kernels.image_tokens import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention

@@ -8,8 +8,8 @@ import torch
 from random_models import qwen2_5_vl, randomise
 
 from hide import PRESETS, HiDe
-from hide.methods.attend import attend
 from hide.drop_in import process
+from hide.methods.attend import attend
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hide.pipeline import EntityMaps, EntityRows, preset_for
 from PIL import Image
 
 from hide import PRESETS, HiDe, HiDeConfig, pipeline
-from hide.methods.hide.entities import Entities
 from hide.images import on_colour, to_tensor
+from hide.methods.hide.entities import Entities
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.pipeline import EntityMaps, EntityRows, preset_for
 from hide.session import Branch, ImageSession, Prefix
 from hide.tiny import CHECKPOINT
 from hide.tiny.model import build, save

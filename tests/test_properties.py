@@ -18,8 +18,8 @@ from test_collage import noise, tensor
 from test_regions import assert_equal_to_scikit_image
 
 from hide import PRESETS, HiDe
-from hide.methods.hide.entities import MAX_ENTITIES, MAX_LENGTH, entities_by_rules, parse_entities
 from hide.images import load_image
+from hide.methods.hide.entities import MAX_ENTITIES, MAX_LENGTH, entities_by_rules, parse_entities
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.questions import LETTER_REQUEST, LETTERS, Question
 from hide.tiny.model import build

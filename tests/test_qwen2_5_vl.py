@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hide.methods.hide.config import SEARCH_PROMPT
 from hide.engine.kv_cache import cache_keyword
+from hide.methods.hide.config import SEARCH_PROMPT
 from hide.models import load
 from hide.models.qwen2_5_vl import Qwen25VL, token_grid
 from hide.tiny.model import build

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hide.pipeline import EntityMaps, HiDeResult
 from PIL import Image
 from typer.testing import CliRunner
 
-from hide import report
 from hide.cli import app
+from hide.images import to_tensor
 from hide.methods.hide.config import PRESETS
 from hide.methods.hide.entities import Entities
-from hide.images import to_tensor
-from hide.pipeline import EntityMaps, HiDeResult
+from hide.present import draw
+from hide.present.pages import report_html, save_pictures, save_report
 from hide.questions import Question
-from hide.report import report_html, save_pictures, save_report
 from hide.tiny.scenes import draw_scene
 from hide_kernels import collage, regions
 from hide_kernels.collage import boxes_to_pixels, plan_layout
@@ -242,12 +242,12 @@ def test_panels_share_one_scale_with_the_colour_bar():
 def test_outlines_run_along_the_edges_of_the_cells_that_reach_the_threshold():
     image = Image.new("RGB", (300, 200), (40, 40, 40))
     heat = planted((10, 15), (3, 4, 2, 5, 0.7), (3, 9, 2, 1, 0.69)).numpy()
-    shown = np.asarray(report._heat(image, heat, 0.7))
+    shown = np.asarray(draw.heat_picture(image, heat, 0.7))
     ys, xs = np.nonzero((shown == 255).all(axis=2))
     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (80 - 2, 60 - 2, 180 + 2, 100 + 2)
     inside = shown[62:98, 82:178]
     assert not (inside == 255).all(axis=2).any(), "only the edge is drawn"
-    assert not (np.asarray(report._heat(image, heat, None)) == 255).all(axis=2).any()
+    assert not (np.asarray(draw.heat_picture(image, heat, None)) == 255).all(axis=2).any()
 
 
 def find(canvas, tag):
@@ -270,11 +270,11 @@ def test_a_box_has_the_same_number_on_the_picture_and_in_the_collage(usual, tmp_
         ("layout", layout.positions, usual.collages[0].size),
     ):
         with Image.open(tmp_path / f"image_0_{name}.png") as canvas:
-            scale = (canvas.width - 2 * report.MARGIN) / full[0]
-            assert scale == pytest.approx((canvas.height - 2 * report.MARGIN) / full[1], abs=0.02)
-            drawn = boxes.double().numpy() * scale + report.MARGIN
+            scale = (canvas.width - 2 * draw.MARGIN) / full[0]
+            assert scale == pytest.approx((canvas.height - 2 * draw.MARGIN) / full[1], abs=0.02)
+            drawn = boxes.double().numpy() * scale + draw.MARGIN
             for number in range(3):
-                tag = report._tag(number)
+                tag = draw._tag(number)
                 x, y = find(canvas, tag)
                 gaps = [
                     max(x0 - x - tag.width, x - x1, y0 - y - tag.height, y - y1) for x0, y0, x1, y1 in drawn.tolist()
@@ -288,7 +288,7 @@ def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_wha
     source = np.asarray(usual.images[0], np.int64)
     with Image.open(tmp_path / "image_0_boxes.png") as opened:
         canvas = np.asarray(opened.convert("RGB"), np.int64)
-    m = report.MARGIN
+    m = draw.MARGIN
     columns, rows, boxed = np.zeros(320, bool), np.zeros(320, bool), np.zeros((320, 320), bool)
     for x0, y0, x1, y1 in ((220, 20, 280, 60), (20, 100, 60, 140), (120, 200, 180, 240)):
         columns[x0:x1], rows[y0:y1], boxed[y0:y1, x0:x1] = True, True, True
@@ -300,7 +300,7 @@ def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_wha
     assert np.median(shown[gap].mean(axis=1) - source[gap].mean(axis=1)) > 60
     assert np.median(shown[deleted].mean(axis=1) / source[deleted].mean(axis=1)) < 0.5
     blue = (canvas[..., 2] - canvas[..., 0]) > 60
-    strip = report.EDGE + report.STRIP // 2
+    strip = draw.EDGE + draw.STRIP // 2
     assert (blue[strip, m : m + 320] == columns).all() and (blue[m : m + 320, strip] == rows).all()
 
     with Image.open(tmp_path / "image_0_layout.png") as opened:
@@ -383,7 +383,7 @@ def test_odd_results_have_a_report_too(images, tokens, words, collages, tmp_path
     for text in (*words, "Not asked for.", "Empty.", "None."):
         assert text in page.words, text
     assert page.inside["h1"] == [made.question.stem]
-    labels = [label for own in tokens for label, _ in own[: report.MAX_PANELS]]
+    labels = [label for own in tokens for label, _ in own[: draw.MAX_PANELS]]
     assert page.inside.get("code", []) == labels and len(page.images("Attention of token")) == len(labels)
     assert len(page.images("The collage")) == collages
     written = {path.name for path in save_pictures(made, tmp_path)}
@@ -446,7 +446,7 @@ def test_chromium_shows_every_picture_without_sideways_scrolling(tmp_path):
         pixels = np.asarray(shot.convert("RGB"), np.int64)
     shown = (np.abs(pixels - (0, 150, 60)).max(axis=2) < 12).sum()
     assert shown > 150_000, "the picture covers about half the width"
-    hot = report._coloured(np.ones(1, np.float32), float(np.asarray(image.convert("L"))[0, 0]) / 255)[0].astype(int)
+    hot = draw.coloured(np.ones(1, np.float32), float(np.asarray(image.convert("L"))[0, 0]) / 255)[0].astype(int)
     assert (np.abs(pixels - hot).max(axis=2) < 20).sum() > 2_000, "the peak is seen in its colour"
 
     # The probe stands before the policy that forbids scripts; the page's own text comes after it.

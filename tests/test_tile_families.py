@@ -8,13 +8,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hide.pipeline import EntityRows
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
 from hide import PRESETS, HiDe, HiDeConfig
 from hide.models.base import Picture, Pictures
 from hide.models.internvl import tile_grid
-from hide.pipeline import EntityRows
 from hide.session import ImageSession, Prefix
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.image_spans import image_spans

@@ -7,8 +7,8 @@ import warnings
 import pytest
 
 from hide import HiDe
-from hide.methods.attend import attend
 from hide.engine.kv_cache import cache_keyword
+from hide.methods.attend import attend
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import draw_scene
 

@@ -167,6 +167,7 @@ def attend(
         quiet()
         from hide.methods.attend import attend as attention_of
         from hide.methods.hide.method import HiDe
+        from hide.present.pages import save_attention
 
         if tokens < 1:
             raise ValueError(f"tokens: got {tokens}, want at least 1")
@@ -178,7 +179,7 @@ def attend(
         wanted = given or HiDe.preset_for(model)[0].settings.layers or range(model.num_layers)
         found = attention_of(model, image, text, layers=wanted, new_tokens=tokens)
         status.update("drawing")
-        paths = found.save(out)
+        paths = save_attention(found, out)
     console = Console()
     if load.model is None:
         console.print(f"[yellow]Attention of {EMBEDDED}. Pass --model for photographs.[/yellow]", highlight=False)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hide.models.checkpoint import one_line
+from hide.texts import one_line
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -19,8 +19,8 @@ def out_of_memory(error: BaseException) -> bool:
 def advice(what: str, error: BaseException) -> MemoryError:
     """The error to raise in place of `error`."""
     return MemoryError(
-        f"{what} do not fit into memory ({one_line(error, 200)}); lower max_tokens, use fewer or smaller images, a "
-        "smaller dtype, or close other sessions"
+        f"{what} do not fit into memory ({one_line(str(error), 200)}); lower max_tokens, use fewer or smaller images, "
+        "a smaller dtype, or close other sessions"
     )
 
 

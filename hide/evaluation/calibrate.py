@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from hide.evaluation.data import Sample
-from hide.evaluation.tables import ResultTable
 from hide.methods.hide.entities import Entities
 from hide.methods.hide.method import HiDe, region_boxes
+from hide.present.table import ResultTable
 from hide_kernels.collage import merge_boxes, plan_layout
 
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)

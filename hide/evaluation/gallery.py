@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from hide.evaluation.data import BadRecord, Sample, distinct
 from hide.evaluation.scoring import Scorer, sound, verdict
-from hide.evaluation.tables import ResultTable
-from hide.evaluation.views import METHODS, preserved
-from hide.images import load_image
+from hide.images import load_image, to_image, to_tensor
+from hide.methods import method_class, method_names
+from hide.present.draw import boxed_picture, small_picture
+from hide.present.pages import Embedded, embedded, render
+from hide.present.table import ResultTable
 from hide.questions import LETTERS
-from hide.report import boxed_picture, figure_html, fill_page, small_picture
+from hide_kernels.collage import collage
 
 MOST = 24
 
 
+def looked_at(records: Sequence[dict[str, Any]]) -> str:
+    """The method that the page is about: the first that was asked besides the plain one."""
+    asked = dict.fromkeys(method for record in records for method in record["replies"])
+    return next((method for method in asked if method != "plain"), "plain")
+
+
 def failures(records: Sequence[dict[str, Any]], scorer: Scorer, most: int = MOST) -> list[dict[str, Any]]:
-    """Records that HiDe got wrong, the telling ones first: right without HiDe, then unreadable, errors, the others."""
+    """Records that the method got wrong, the telling ones first: right when asked plainly, then unreadable, errors, the
+    others."""
+    method = looked_at(records)
 
     def rank(record: dict[str, Any]) -> int:
         if record["error"]:
             return 2
-        if verdict(record, "plain", scorer):
+        if method != "plain" and verdict(record, "plain", scorer):
             return 0
-        return 1 if verdict(record, "hide", scorer) is None else 3
+        return 1 if verdict(record, method, scorer) is None else 3
 
-    wrong = [record for record in sound(records) if record["error"] or verdict(record, "hide", scorer) is not True]
+    wrong = [record for record in sound(records) if record["error"] or verdict(record, method, scorer) is not True]
     return sorted(wrong, key=rank)[:most]
 
 
@@ -51,69 +61,70 @@ def save_gallery(
         samples: the same data set again; the pictures of the questions shown are read from it.
         settings: name -> value, shown last.
     """
-    shown = failures(records, scorer)
-    wanted = {record["id"]: "" for record in shown}
-    for sample in distinct(samples) if wanted else ():
-        if isinstance(sample, Sample) and wanted.get(sample.id) == "":
-            wanted[sample.id] = _failure(next(r for r in shown if r["id"] == sample.id), sample, scorer)
-            if all(wanted.values()):
+    method = looked_at(records)
+    shown = {record["id"]: record for record in failures(records, scorer)}
+    drawn: dict[str, dict[str, Any]] = {}
+    for sample in distinct(samples) if shown else ():
+        if isinstance(sample, Sample) and sample.id in shown and sample.id not in drawn:
+            drawn[sample.id] = _failure(shown[sample.id], sample, scorer, method)
+            if len(drawn) == len(shown):
                 break
-    wrong = sum(bool(record["error"]) or verdict(record, "hide", scorer) is not True for record in sound(records))
-    methods = [method for method in METHODS if any(method in record["replies"] for record in records)]
-    path = Path(path)
-    page = fill_page(
-        "evaluation/gallery_template.html",
-        title=escape(title),
-        legend="<ul>" + "".join(f"<li><b>{m}</b>: {escape(METHODS[m])}</li>" for m in methods) + "</ul>",
-        tables="\n".join(table.html() for table in tables),
-        which=escape(
-            f"{len(shown)} of the {wrong} questions that HiDe answered wrong or that failed: first those that the "
-            "plain question gets right, then replies that could not be read, errors, and the others."
-        ),
-        failures="\n".join(wanted.values()),
-        settings="<table><tbody>"
-        + "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in settings.items())
-        + "</tbody></table>",
+    page = render(
+        "gallery.html",
+        title=title,
+        method=method,
+        methods=_summaries(records),
+        tables=tables,
+        wrong=sum(bool(record["error"]) or verdict(record, method, scorer) is not True for record in sound(records)),
+        shown=len(shown),
+        failures=[drawn[name] for name in shown if name in drawn],
+        letters=LETTERS,
+        settings=settings,
     )
+    path = Path(path)
     path.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 
-def _failure(record: dict[str, Any], sample: Sample, scorer: Scorer) -> str:
-    """One question: pictures, replies, and what was right."""
-    parts = [f"<h3>{escape(record['id'])}: {escape(record['question'])}</h3>"]
-    if record["options"]:
-        listed = zip(LETTERS, record["options"], strict=False)
-        parts.append(f"<p>{escape('   '.join(f'({letter}) {option}' for letter, option in listed))}</p>")
-    parts.append(f"<p>Right: <b>{escape(record['answer'])}</b>. {escape(record['split'])}.</p>")
-    if record["error"]:
-        return "\n".join([*parts, f'<ul class="notes"><li>{escape(record["error"])}</li></ul>'])
-    marks = {True: "right", False: "wrong", None: "no answer read"}
-    replies = "".join(
-        f"<tr><td>{escape(method)}</td><td>{escape(reply) or '(empty)'}</td>"
-        f"<td>{marks[verdict(record, method, scorer)]}</td></tr>"
-        for method, reply in record["replies"].items()
-    )
-    parts.append(f"<table><tbody>{replies}</tbody></table>")
-    parts.append(f"<p>Looked for: {escape(', '.join(record['entities']))}.</p>")
+def _summaries(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Of the methods that were asked; of one that is not installed here, none."""
+    asked = dict.fromkeys(method for record in records for method in record["replies"])
+    return {name: method_class(name).summary if name in method_names() else "" for name in asked}
+
+
+MARKS = {True: "right", False: "wrong", None: "no answer read"}
+
+
+def _failure(record: dict[str, Any], sample: Sample, scorer: Scorer, about: str) -> dict[str, Any]:
+    """One question for the page: its record, what is thought of each reply, and pictures, or why there are none."""
+    marks = {method: MARKS[verdict(record, method, scorer)] for method in record["replies"]}
+    pictures, unreadable = [], None
     try:
-        shown = sample.image()
+        shown = () if record["error"] else sample.image()
         loaded = [load_image(picture) for picture in (shown if isinstance(shown, tuple) else (shown,))]
     except (OSError, ValueError) as error:
-        return "\n".join([*parts, f"<p>The picture can no longer be read: {escape(str(error))}</p>"])
+        unreadable = str(error)
+    else:
+        pictures = _pictures(loaded, record, sample, about)
+    details = {} if record["error"] else record["details"].get(about, {})
+    listed = {name: value if isinstance(value, list) else [value] for name, value in details.items()}
+    return {"details": listed, "record": record, "marks": marks, "pictures": pictures, "unreadable": unreadable}
+
+
+def _pictures(
+    loaded: list[Image.Image], record: dict[str, Any], sample: Sample, about: str
+) -> list[tuple[Embedded, str, str]]:
+    """(picture, what to say of it to those who do not see it, caption)."""
     pictures = []
-    for index, (picture, found) in enumerate(zip(loaded, record["boxes"], strict=False)):
-        small, boxes = small_picture(picture), torch.tensor(found).reshape(-1, 4)
-        about = f"Picture with {len(boxes)} boxes"
-        pictures.append(figure_html(boxed_picture(small, picture.size, boxes), about, "HiDe's boxes"))
-        if len(boxes):
-            pictures.append(
-                figure_html(small_picture(preserved(picture, boxes)), "Collage of the boxes", "The collage")
-            )
+    found = record["boxes"].get(about) or [[] for _ in loaded]
+    for index, (picture, own) in enumerate(zip(loaded, found, strict=False)):
+        small, boxes = small_picture(picture), torch.tensor(own, dtype=torch.int64).reshape(-1, 4)
+        boxed = boxed_picture(small, picture.size, boxes)
+        pictures.append((embedded(boxed), f"Picture with {len(boxes)} boxes", f"The boxes of {about}"))
+        crop = collage(to_tensor(picture), boxes, fill=(255, 255, 255)).image if len(boxes) else None
+        if crop is not None:
+            pictures.append((embedded(small_picture(to_image(crop))), "Collage of the boxes", "What is in them"))
         if sample.boxes and not index:
-            truth = torch.tensor(sample.boxes)
-            pictures.append(
-                figure_html(boxed_picture(small, picture.size, truth), "Picture with the true boxes", "True boxes")
-            )
-    parts.append(f'<div class="pair">{"".join(pictures)}</div>')
-    return "\n".join(parts)
+            truth = boxed_picture(small, picture.size, torch.tensor(sample.boxes))
+            pictures.append((embedded(truth), "Picture with the true boxes", "True boxes"))
+    return pictures

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from hide.engine import stock
-from hide.images import ImageLike, load_image, on_colour
+from hide.images import ImageLike, load_image
 from hide.models.base import Adapter
-from hide_kernels import maps_to_pixels, rows_to_maps
+from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention
-
-PANEL_SIDE = 480
-PANELS_IN_A_ROW = 5
 
 
 @dataclass(frozen=True)
@@ -37,54 +31,6 @@ class TokenAttention:
     maps: Tensor
     layers: tuple[int, ...]
     reply: str
-
-    def save(self, directory: str | Path) -> list[Path]:
-        """Write `attention.png`, a panel per token on one scale, and `attention.npz` with `maps`, `tokens`,
-        `prompt_tokens` and `layers`; returns their paths."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / "attention.png", directory / "attention.npz"]
-        self._draw(paths[0])
-        np.savez_compressed(
-            paths[1],
-            maps=self.maps.numpy(),
-            tokens=np.array(self.tokens),
-            prompt_tokens=self.prompt_tokens,
-            layers=np.array(self.layers),
-        )
-        return paths
-
-    def _draw(self, path: Path) -> None:
-        from matplotlib import colormaps
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-
-        small = on_colour(self.image)
-        small.thumbnail((PANEL_SIDE, PANEL_SIDE), Image.Resampling.LANCZOS)
-        grey = np.asarray(small.convert("L").convert("RGB"), dtype=np.float32) / 255
-        # Attention sinks, a few cells with most of the mass, would leave everything else black.
-        top = max(float(np.quantile(self.maps.numpy(), 0.998)), 1e-12)
-        columns = min(PANELS_IN_A_ROW, len(self.tokens) + 1)
-        rows = math.ceil((len(self.tokens) + 1) / columns)
-        height = 3.2 * small.height / small.width + 0.35
-        figure = Figure(figsize=(3.2 * columns + 0.9, min(height * rows, 300)), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis in axes:
-            axis.set_axis_off()
-        axes[0].imshow(small)
-        axes[0].set_title("the picture", fontsize=10)
-        heat = maps_to_pixels(self.maps, (small.height, small.width)).numpy() / top
-        for index, (axis, token) in enumerate(zip(axes[1:], self.tokens, strict=False)):
-            strength = np.clip(heat[index], 0, 1)[..., None]
-            weight = 0.15 + 0.75 * strength
-            axis.imshow(grey * (1 - weight) + colormaps["inferno"](strength[..., 0])[..., :3] * weight)
-            of_reply = index >= self.prompt_tokens
-            title = f"{'reply: ' if of_reply else ''}{_visible(token)}   {self.maps[index].sum():.1%}"
-            axis.set_title(title, fontsize=10, color="tab:red" if of_reply else "black")
-        bar = figure.colorbar(ScalarMappable(Normalize(0, top), "inferno"), ax=list(axes), shrink=0.6, aspect=30)
-        bar.set_label("attention of a cell (one scale for all panels)")
-        figure.savefig(path, dpi=80)
 
 
 def attend(
@@ -132,8 +78,3 @@ def attend(
         layers=tuple(sorted(asked)),
         reply=model.decode(reply),
     )
-
-
-def _visible(token: str) -> str:
-    """A token's text with blanks and line breaks made visible where they are all there is."""
-    return (token.strip() or repr(token)).replace("$", r"\$")

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
 
+from hide.texts import one_line
+
 CONFIG = ("config.json",)
 GENERATION = ("generation_config.json",)
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
@@ -135,14 +137,6 @@ def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:NAMED])
     return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}{', ...' if len(names) > NAMED else ''})"
-
-
-def one_line(error: object, most: int = 240) -> str:
-    """An error's text without line breaks, and no longer than one reads."""
-    text = " ".join(str(error).split())
-    if isinstance(error, BaseException) and not isinstance(error, (ValueError, OSError)):
-        text = f"{type(error).__name__}: {text}"
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def find_file(path: str | Path, name: str) -> Path | None:

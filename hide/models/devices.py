@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hide.models.checkpoint import one_line
+from hide.texts import one_line
 
 
 def named_device(name: str | None) -> torch.device:

@@ -12,8 +12,8 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from hide.models.checkpoint import one_line
 from hide.models.inputs import ImageInputs
+from hide.texts import one_line
 from hide_kernels import ImageTokens
 
 # Stands for a turn's text where only what the chat template puts around it matters.

@@ -19,9 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide.models import FAMILIES, adapter_class
 from hide.models.base import Adapter
-from hide.models.checkpoint import one_line
 from hide.models.quantised import INT4_GROUP, quantised_layers
 from hide.models.quantised import WEIGHTS as QUANTISED
+from hide.texts import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WEIGHTS = ("bf16", *QUANTISED)

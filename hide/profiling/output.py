@@ -6,18 +6,17 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from hide.evaluation.tables import ResultTable
+from hide.present.pages import embedded, render
+from hide.present.table import ResultTable
 from hide.profiling.flows import FLOWS
 from hide.profiling.runs import Fit, FlowRun, Settings, at_peak
 from hide.profiling.workload import Workload
-from hide.report import figure_html, fill_page
 from hide_kernels.memory import Owner
 
 # Largest tensors that are listed of each flow.
@@ -209,20 +208,9 @@ def save(found: Profile, folder: str | Path) -> list[Path]:
         paths.append(path)
         with Image.open(path) as picture:
             shares = ", ".join(f"{name} {gigabytes(size)} GB" for name, size in at_peak(run.report).items())
-            caption = f"{escape(run.flow)}: memory over the run. At its peak: {escape(shares)}"
-            figures.append(figure_html(picture.convert("RGB"), f"Memory over the run of {run.flow}", caption))
-    page = fill_page(
-        "profiling/page.html",
-        title=escape(found.heading),
-        tables="\n".join(table.html() for table in found.tables()),
-        figures="\n".join(figures),
-        settings="<table><tbody>"
-        + "".join(
-            f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
-            for name, value in {**asdict(found.work), **found.settings._asdict()}.items()
-        )
-        + "</tbody></table>",
-    )
+            figures.append((run.flow, embedded(picture.convert("RGB")), shares))
+    settings = {**asdict(found.work), **found.settings._asdict()}
+    page = render("profile.html", title=found.heading, tables=found.tables(), figures=figures, settings=settings)
     paths.append(folder / "profile.html")
     paths[-1].write_text(page, encoding="utf-8")
     return paths

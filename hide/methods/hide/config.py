@@ -33,7 +33,7 @@ class HiDeConfig:
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
     search_prompt: fixed words before the entities; their rows are the noise prior.
     entity_prompt: instruction for the model as extractor, with `{question}` in it; `None`:
-        `hide.methods.hide.methods.hide.entities.ENTITY_PROMPT`.
+        `hide.methods.hide.entities.ENTITY_PROMPT`.
     """
 
     layers: tuple[int, ...] | None

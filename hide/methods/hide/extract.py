@@ -10,8 +10,8 @@ import torch
 from hide.engine import stock
 from hide.engine.greedy import supports_static_decode
 from hide.engine.prefix import Prefix
-from hide.methods.hide.methods.hide.config import HiDeConfig
-from hide.methods.hide.methods.hide.entities import (
+from hide.methods.hide.config import HiDeConfig
+from hide.methods.hide.entities import (
     MAX_LENGTH,
     Entities,
     Extractor,

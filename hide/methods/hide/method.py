@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hide.images import to_image, within_aspect
 from hide.methods.base import Answer, Evidence, Method, Preset, Steps, as_question
+from hide.methods.hide.config import PRESETS, HiDeConfig
+from hide.methods.hide.entities import Entities, Extractor
 from hide.methods.hide.extract import EntityExtractor
-from hide.methods.hide.methods.hide.config import PRESETS, HiDeConfig
-from hide.methods.hide.methods.hide.entities import Entities, Extractor
 from hide.methods.hide.search_prompt import SearchPrompt, search_prompt
 from hide.models.base import Adapter
 from hide.questions import Question

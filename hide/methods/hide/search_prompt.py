@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hide.methods.hide.methods.hide.config import SEARCH_PROMPT
+from hide.methods.hide.config import SEARCH_PROMPT
 from hide.session import Session, Turn
 
 # By family the id of the token that ends an image in its own tokenizer, and how many prior rows the published code has
