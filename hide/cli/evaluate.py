@@ -233,7 +233,7 @@ def forms_of_collage(hide: HiDe) -> list[Method[Any]]:
     from hide.methods.base import NoSettings
     from hide.methods.plain import Plain
 
-    plain = Plain(hide.model, dataclasses.replace(hide.preset, settings=NoSettings()))
+    plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
     return [plain, hide, *(form(hide.model, hide.preset) for form in (Tiles, Masked, OneCrop, TrueBoxes))]
 
 

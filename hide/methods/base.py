@@ -190,6 +190,7 @@ class NoSettings:
 
 
 S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,10 @@ class Preset(Generic[S]):
             raise TypeError(f"settings: there is no {', '.join(changes)}; there are {', '.join(self.to_dict())}")
         return dataclasses.replace(self, **parts)
 
+    def with_settings(self, settings: T) -> Preset[T]:
+        """For another method: its settings, with the same other parts."""
+        return Preset(settings, self.run, self.answer, self.family, self.depth)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields of the three parts."""
         return {name: value for part in (self.settings, self.run, self.answer) for name, value in vars(part).items()}
@@ -239,7 +244,7 @@ MODELS: dict[str, Preset[NoSettings]] = {
 
 def presets_of(settings: Mapping[str, S]) -> dict[str, Preset[S]]:
     """A method's presets: its own settings for models of `MODELS`, with the other two parts from there."""
-    return {name: dataclasses.replace(MODELS[name], settings=own) for name, own in settings.items()}  # type: ignore
+    return {name: MODELS[name].with_settings(own) for name, own in settings.items()}
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ class Method(ABC, Generic[S]):
     @classmethod
     def _general(cls, preset: Preset[NoSettings]) -> Preset[Any]:
         """That of a model for which the method has none of its own."""
-        return dataclasses.replace(preset, settings=cls.Settings(), depth=0)
+        return dataclasses.replace(preset.with_settings(cls.Settings()), depth=0)
 
     def check(self) -> None:
         """Overridden to refuse settings that do not suit the model, with `ValueError`."""

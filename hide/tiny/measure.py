@@ -9,7 +9,6 @@ changed since: `python -m hide.tiny.measure --against benchmarks/results/embedde
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -99,7 +98,7 @@ def measure_small(hide: HiDe, count: int, answers: list[dict[str, Any]]) -> dict
     """Plain accuracy by split and attention shares by layer on small pictures; each question is added to `answers`."""
     right: dict[str, list[bool]] = defaultdict(list)
     shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    plain = Plain(hide.model, dataclasses.replace(hide.preset, settings=NoSettings()))
+    plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
     scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
     for scene, asked in _asked(scenes, count):
         with hide.open(scene.image) as session:
@@ -127,7 +126,7 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int], answers: list
     right: dict[str, list[bool]] = defaultdict(list)
     splits: dict[str, list[bool]] = defaultdict(list)
     shares, found, kept = [], [], []
-    plain = Plain(hide.model, dataclasses.replace(hide.preset, settings=NoSettings()))
+    plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
     true_boxes = TrueBoxes(hide.model, hide.preset)
     scenes = (_large_scene(seed, tokens) for seed in range(_LARGE, 2 * _LARGE))
     for scene, asked in _asked(scenes, count):
