@@ -59,8 +59,9 @@ resolve-triton: build/uv
 	$(RESOLVE) requirements/triton.in --output-file requirements/triton.txt
 
 resolve-%: build/uv resolve-triton
-	$(RESOLVE) pyproject.toml requirements/every.in $(FROM_$*) --overrides requirements/overrides.txt \
-		--constraints requirements/triton.txt --no-emit-package triton --output-file requirements/$*.txt
+	$(RESOLVE) pyproject.toml --extra hide requirements/every.in $(FROM_$*) \
+		--overrides requirements/overrides.txt --constraints requirements/triton.txt --no-emit-package triton \
+		--output-file requirements/$*.txt
 
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
 	$(BIN)/hide ask hide/examples/scene.jpg "Is the heart on the left or right side of the circle?" --report demo

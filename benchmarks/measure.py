@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
 import platform
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from hide.texts import version
 
 RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
@@ -144,9 +145,9 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "flash_attn": _version("flash-attn"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "flash_attn": version("flash-attn"),
         "cuda": torch.version.cuda,
         "gpu": None,
     }
@@ -199,13 +200,6 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu() -> str:

@@ -28,4 +28,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'hide' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    from hide.extra import lacking
+
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if (reason := lacking(error)) is None:
+            raise
+        raise ImportError(reason) from None

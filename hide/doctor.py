@@ -7,7 +7,6 @@ is a finding, not a crash.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -15,6 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from hide.extra import INSTALL, MODULES
+from hide.texts import one_line, version
 
 
 class Finding(NamedTuple):
@@ -29,14 +31,18 @@ class Finding(NamedTuple):
 # Module, distribution names, what it is for, whether the package needs it.
 PACKAGES = (
     ("torch", ("torch",), "tensors", True),
-    ("transformers", ("transformers",), "models", True),
-    ("safetensors", ("safetensors",), "weights", True),
     ("numpy", ("numpy",), "arrays", True),
     ("scipy", ("scipy",), "maps and regions on the CPU", True),
     ("PIL", ("pillow",), "pictures", True),
-    ("matplotlib", ("matplotlib",), "figures", True),
-    ("typer", ("typer",), "the command line", True),
-    ("rich", ("rich",), "the command line", True),
+    ("transformers", ("transformers",), "models; extra [hide]", True),
+    ("tokenizers", ("tokenizers",), "texts; extra [hide]", True),
+    ("safetensors", ("safetensors",), "weights; extra [hide]", True),
+    ("typer", ("typer",), "the command line; extra [hide]", True),
+    ("rich", ("rich",), "the command line; extra [hide]", True),
+    ("matplotlib", ("matplotlib",), "figures; extra [hide]", True),
+    ("jinja2", ("jinja2",), "pages; extra [hide]", True),
+    ("filelock", ("filelock",), "result files; extra [hide]", True),
+    ("pyarrow", ("pyarrow",), "data sets in parquet; extra [hide]", True),
     ("triton", ("triton", "pytorch-triton"), "GPU kernels; comes with a CUDA build of PyTorch", False),
     ("flash_attn", ("flash-attn",), "FlashAttention in the model itself; extra [flash]", False),
     ("torchao", ("torchao",), "int8 and int4 weights; extra [quant]", False),
@@ -83,12 +89,12 @@ def _packages() -> list[Finding]:
     found = []
     for module, distributions, purpose, needed in PACKAGES:
         advice = ""
-        installed = next((name for name in distributions if _version(name)), distributions[0])
+        installed = next((name for name in distributions if version(name)), distributions[0])
         if importlib.util.find_spec(module) is None:
             state = f"not installed ({purpose})"
-            advice = f"pip install {distributions[0]}" if needed else ""
+            advice = (INSTALL if module in MODULES else f"pip install {distributions[0]}") if needed else ""
         else:
-            state = _version(installed) or "version unknown"
+            state = version(installed) or "version unknown"
             broken = _broken(module)
             if broken:
                 state, advice = f"{state}, does not import: {broken}", "reinstall it, or uninstall it"
@@ -100,7 +106,7 @@ def _torchvision() -> list[Finding]:
     if importlib.util.find_spec("torchvision") is None:
         return []
     broken = _broken("torchvision")
-    state = f"{_version('torchvision')}, {'does not import: ' + broken if broken else 'imports'}"
+    state = f"{version('torchvision')}, {'does not import: ' + broken if broken else 'imports'}"
     advice = "uninstall it: it is not needed, and while it is broken transformers cannot load models" if broken else ""
     return [Finding("packages", "torchvision", state, advice)]
 
@@ -168,13 +174,6 @@ def _backends() -> Any:
         return module
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _broken(module: str) -> str:
     """Why a module does not import; empty where it does."""
     try:
@@ -185,8 +184,7 @@ def _broken(module: str) -> str:
 
 
 def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
+    return f"{type(error).__name__}: {one_line(str(error), 160)}"
 
 
 def healthy(findings: list[Finding]) -> bool:

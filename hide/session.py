@@ -149,8 +149,8 @@ class Session:
     def chat(self, messages: Sequence[Message | Reply], *, max_new_tokens: int) -> Reply:
         """The greedy reply to a conversation: users' turns, and the replies to all but the last.
 
-        A conversation that goes on behind the last reply, with the same objects in `messages`, costs no more than what
-        is new in it.
+        A conversation that goes on behind the last reply, with the same image objects in `messages`, costs no more than
+        what is new in it.
         """
         raise self._lacks("chat")
 
@@ -416,5 +416,13 @@ def _decoded(image: ImageLike, run: RunSettings, device: torch.device) -> Tensor
 
 
 def _goes_on(said: tuple[Message | Reply, ...], messages: tuple[Message | Reply, ...]) -> bool:
-    """Whether a conversation has the same objects first: of images, equal tokens say nothing."""
-    return len(messages) > len(said) and all(old is new for old, new in zip(said, messages, strict=False))
+    """Whether a conversation begins with what was said: the same texts and replies, and the same objects for images, of
+    which equal tokens say nothing."""
+    return len(messages) > len(said) and all(_same(old, new) for old, new in zip(said, messages, strict=False))
+
+
+def _same(old: Message | Reply, new: Message | Reply) -> bool:
+    if isinstance(old, Reply) or isinstance(new, Reply):
+        return old == new
+    images = len(old.images) == len(new.images) and all(a is b for a, b in zip(old.images, new.images, strict=True))
+    return old.text == new.text and images

@@ -10,6 +10,7 @@ def main() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
     import hide
     import hide_kernels
+    from hide.present.pages import report_html
     from hide_kernels import native
 
     for package in (hide, hide_kernels):
@@ -20,6 +21,7 @@ def main() -> None:
     model = hide.HiDe.from_pretrained(home / "tiny" / "checkpoint", preset="tiny", device="cpu")
     result = model.ask(home / "examples" / "scene.jpg", "Is the heart on the left or right side of the circle?")
     assert (result.plain_answer, result.answer) == ("right", "left"), result.to_dict()
+    assert "Is the heart" in report_html(result, model.config), "the pages' templates are there"
     print(
         f"{folder.name}: the heart is {result.answer} of the circle; boxes {[boxes.tolist() for boxes in result.boxes]}"
     )

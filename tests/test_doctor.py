@@ -39,7 +39,7 @@ def test_nothing_but_torch_is_enough_to_be_told_what_is_missing():
     output = run_without(
         "numpy", "scipy", "transformers", "safetensors", "PIL", "matplotlib", "typer", "rich", "triton"
     )
-    assert "pip install transformers" in output and "pip install pillow" in output
+    assert "pip install 'hide-kernels[hide]'" in output and "pip install pillow" in output
     assert "torch: runs" in output
     assert "scipy is not installed" in output and "numpy is not installed" in output
     assert output.rstrip().endswith("code 1")

@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 import hide_kernels
+from hide import doctor
+from hide.extra import INSTALL, MODULES
 
 OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
 HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
@@ -30,20 +35,27 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 """
 
-# As on a machine where they are not installed: not found by imports nor by those who look first.
-WITHOUT_OPTIONAL = f"""
+
+def without(packages):
+    """As on a machine where they are not installed: not found by imports nor by those who look first."""
+    return f"""
 class Without:
     def __init__(self, finder):
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in {OPTIONAL} else self.finder.find_spec(name, path, target)
+        return None if name.partition(".")[0] in {packages} else self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
 """
+
+
+WITHOUT_OPTIONAL = without(OPTIONAL)
+# Installed with its dependencies alone, without the extra of the commands, torch being as it is.
+CORE_ALONE = without([*OPTIONAL, *MODULES, "huggingface_hub", "markupsafe"])
 
 
 def run(*scripts, command=()):
@@ -137,6 +149,68 @@ def test_without_anything_optional_the_public_names_are_there_and_compute_the_sa
     exec(COMPUTE, here)
     assert computed == here["compute"]()
     assert all(total for _, total in computed[:2])
+
+
+def test_the_extra_of_the_commands_is_what_the_project_says():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w-]+", one)[0] for one in project["optional-dependencies"]["hide"]]
+    assert sorted(names) == sorted(MODULES) and not set(names) & {one.split(">")[0] for one in project["dependencies"]}
+    needed = {module for module, _, _, needed in doctor.PACKAGES if needed}
+    assert needed == {*MODULES, "torch", "numpy", "scipy", "PIL"}
+
+
+OPERATORS = """
+import importlib, json, pkgutil
+import hide_kernels
+
+outcomes = {}
+for module in pkgutil.walk_packages(hide_kernels.__path__, "hide_kernels."):
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:
+        outcomes[module.name] = str(error)
+names = [getattr(hide_kernels, name) for name in hide_kernels.__all__]
+print(json.dumps([len(names), outcomes, compute()]))
+"""
+
+
+def test_the_operators_need_torch_numpy_scipy_and_pillow_alone():
+    names, failed, computed = json.loads(run(CORE_ALONE, COMPUTE, OPERATORS))
+    assert names == len(hide_kernels.__all__)
+    capture = failed.pop("hide_kernels.integrations.transformers")
+    assert capture == f"hide_kernels.integrations.transformers needs transformers: {INSTALL}"
+    assert failed == dict.fromkeys(NEED_TRITON, "No module named 'triton'")
+    here = {}
+    exec(COMPUTE, here)
+    assert computed == here["compute"]()
+
+
+HIDE = """
+import runpy
+import hide
+
+hide.HiDeConfig  # needs nothing
+try:
+    hide.HiDe
+except ImportError as error:
+    print(error)
+for command in (["--help"], ["models"]):
+    sys.argv[1:] = command
+    try:
+        runpy.run_module("hide", run_name="__main__")
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+@pytest.mark.parametrize("lacking, first", [(CORE_ALONE, "typer"), (without(["transformers"]), "")])
+def test_without_its_extra_hide_says_in_one_line_what_to_install(lacking, first):
+    package, *commands = run(lacking, HIDE).splitlines()
+    rest = f", which is not installed: {INSTALL}; python -m hide.doctor says what else is missing"
+    assert package.startswith("hide needs ") and package.endswith(rest)
+    said = [f"hide needs typer{rest}"] * 2 if first else ["0", f"hide needs transformers{rest}"]
+    assert [line for line in commands if line in said] == said
+    assert first == "" or commands == said, "nothing else is said"
 
 
 COMMANDS = """

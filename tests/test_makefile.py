@@ -117,6 +117,14 @@ def test_every_lock_is_one_that_make_upgrade_writes():
     assert {path.stem for path in LOCKS} == {"triton", *variable("LOCKS")}
 
 
+@needs_make
+@pytest.mark.parametrize("lock", [path.stem for path in LOCKS if path.stem != "triton"])
+def test_make_upgrade_resolves_what_the_commands_need_too(lock):
+    command = ["make", "--dry-run", "--old-file=build/uv", "--old-file=resolve-triton", f"resolve-{lock}"]
+    plan = subprocess.check_output(command, cwd=ROOT, text=True, timeout=60)
+    assert " pyproject.toml --extra hide " in plan
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
 def test_a_lock_has_one_exact_version_of_each_and_no_trace_of_where_it_was_made(lock):
     text, found = lock.read_text(), requirements(lock)
@@ -143,10 +151,10 @@ def test_torch_and_cuda_stand_in_no_lock(lock):
 @pytest.mark.parametrize(
     "names, extras",
     [
-        (("test", "triton"), ("test", "eval", "ray", "quant")),
-        (("kvpress",), ("peers",)),
-        (("vllm",), ()),
-        (("lmms-eval",), ()),
+        (("test", "triton"), ("hide", "test", "ray", "quant")),
+        (("kvpress",), ("hide", "peers")),
+        (("vllm",), ("hide",)),
+        (("lmms-eval",), ("hide",)),
     ],
 )
 def test_a_lock_holds_what_the_project_asks_for_in_its_ranges(names, extras):

@@ -9,13 +9,18 @@ import pytest
 import torch
 from random_models import randomise
 
-import hide.session
-from hide import HiDe, HiDeConfig
-from hide.engine.greedy import greedy_settings
+from hide import HiDe, HiDeConfig, Preset
+from hide.engine import prefix as engine
+from hide.engine.greedy import greedy_settings, prefers_static_decode, supports_static_decode
 from hide.engine.kv_cache import PreallocatedCache
-from hide.models.base import Picture, Pictures
+from hide.engine.memory_advice import out_of_memory
+from hide.engine.prefix import Prefix, encode
+from hide.engine.stock import forward_inputs, generate_ids
+from hide.methods.base import AnswerSettings
+from hide.models.inputs import ImageInput, ImageInputs
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.session import ImageSession, Prefix, SessionPool, encode, out_of_memory
+from hide.session import ImageSession, RunSettings
+from hide.session_pool import SessionPool
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
 from hide_kernels import rows_to_maps
@@ -54,26 +59,33 @@ def collage(adapter):
     return preprocessed(adapter, [(170, 120)], seed=9)
 
 
+def preset(**changes):
+    """Small images, entities by rules, short answers."""
+    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, entities_from="rules")
+    run = RunSettings(min_tokens=30, max_tokens=120)
+    return Preset(config, run, AnswerSettings(max_new_tokens=4)).changed(**changes)
+
+
 def stock_logits(adapter, ids, pictures):
     with torch.no_grad():
-        return adapter.model(**adapter._inputs(ids, pictures)).logits[:, -1].float()
+        return adapter.model(**forward_inputs(adapter, ids, pictures)).logits[:, -1].float()
 
 
 def bits(session):
-    return [layer.keys.clone() for layer in session.cache.layers] + [
-        layer.values.clone() for layer in session.cache.layers
-    ]
+    """Keys and values of the prefix; behind it may be what a reply left."""
+    states = [states for layer in session.cache.layers for states in (layer.keys, layer.values)]
+    return [each[:, :, : session.length].clone() for each in states]
 
 
 def test_rows_come_from_no_more_layers_than_are_asked_for(adapter, pictures, monkeypatch):
-    prompt = adapter.search_prompt("star", pictures)
     session = ImageSession(adapter, pictures)
+    turn = session.turn("star")
     ran = []
     for index, layer in enumerate(adapter.language_model.layers):
         monkeypatch.setattr(
             layer, "forward", lambda *a, _i=index, _f=layer.forward, **k: (ran.append(_i), _f(*a, **k))[1]
         )
-    session.search_rows(prompt, layers=(2, 0), causal=False)
+    session.attention(turn, layers=(2, 0), causal=False)
     assert ran == [0, 1, 2]
 
 
@@ -81,17 +93,17 @@ def test_rows_come_from_no_more_layers_than_are_asked_for(adapter, pictures, mon
 def test_the_prefix_keeps_its_bits_through_branches_also_failed_ones(adapter, pictures, collage):
     with ImageSession(adapter, pictures) as session:
         before = bits(session)
-        session.ask(QUESTION, collage, max_new_tokens=4)
-        session.search_rows(adapter.search_prompt("star", pictures), layers=(1,), causal=False)
+        session.ask(QUESTION, [draw_scene(9, 170, 120, objects=3).image], max_new_tokens=4)
+        session.attention(session.turn("star"), layers=(1,), causal=False)
         ids = adapter.input_ids(QUESTION, pictures)
         for static in (False, True):
             session.reply(ids, max_new_tokens=3, static=static)
         with pytest.raises(KeyError), session.branch(ids) as branch:
             branch.run(session.length + 3)
             raise KeyError
-        with pytest.raises(RuntimeError, match="left the decoder early"), session.branch(ids) as branch:
-            branch.run(session.length + 3, depth=2)
-            branch.run()
+        with pytest.raises(KeyError), session.branch(ids) as branch:
+            branch.run(session.length + 3, layers=range(2))
+            raise KeyError
         assert all(torch.equal(a, b) for a, b in zip(before, bits(session), strict=True))
         with session.branch(ids) as branch:
             assert (branch.logits() - stock_logits(adapter, ids, pictures)).abs().max() < 1e-4
@@ -102,7 +114,7 @@ def test_a_branch_longer_than_the_room_makes_the_cache_grow_once_and_stay_right(
     with ImageSession(adapter, pictures, room=1) as session:
         every = pictures + collage
         ids = adapter.input_ids(QUESTION, every)
-        assert session.reply(ids, collage, max_new_tokens=9) == adapter.generate_ids(ids, every, max_new_tokens=9)
+        assert session.reply(ids, collage, max_new_tokens=9) == generate_ids(adapter, ids, every, max_new_tokens=9)
         grown = session.nbytes
         pointers = [layer.keys.data_ptr() for layer in session.cache.layers]
         session.reply(ids, collage, max_new_tokens=9)
@@ -111,26 +123,23 @@ def test_a_branch_longer_than_the_room_makes_the_cache_grow_once_and_stay_right(
 
 def test_nothing_is_prefilled_or_encoded_twice(adapter, pictures, monkeypatch):
     encoded, sent = [], []
-    encode, extend = adapter.encode, adapter.extend
-    monkeypatch.setattr(adapter, "encode", lambda pictures: (encoded.append(pictures.grids), encode(pictures))[1])
+    encode, extend = adapter.encode, engine.extend
+    monkeypatch.setattr(adapter, "encode", lambda inputs: (encoded.append(inputs.grids), encode(inputs))[1])
     monkeypatch.setattr(
-        adapter, "extend", lambda cache, ids, *a, **k: (sent.append(ids.shape[1]), extend(cache, ids, *a, **k))[1]
+        engine, "extend", lambda m, cache, ids, *a, **k: (sent.append(ids.shape[1]), extend(m, cache, ids, *a, **k))[1]
     )
-    config = HiDeConfig(
-        layers=(0,), sigma=1, threshold=0.5, min_tokens=30, max_tokens=120, entities_from="rules", max_new_tokens=4
-    )
-    hide = HiDe(adapter, config)
+    hide = HiDe(adapter, preset())
     with hide.open(draw_scene(3, 300, 260, objects=3).image) as session:
         prefix = session.length
         results = [hide.ask(session, question) for question in (QUESTION, "Is the ring left of the moon?")]
     assert sent[0] == prefix and sum(sent[1:]) < 6 * prefix and max(sent[1:]) < prefix + 60
-    assert [len(grids) for grids in encoded] == [1] * (1 + sum(r.collages[0] is not None for r in results))
+    assert [len(grids) for grids in encoded] == [1] * (1 + sum(r.shown[0] is not None for r in results))
     assert "prefix" not in results[0].tokens
 
 
 def test_stale_positions_of_another_prompt_are_not_taken(adapter, pictures):
     ids = adapter.input_ids(QUESTION, pictures)
-    want = adapter.generate_ids(ids, pictures, max_new_tokens=6)
+    want = generate_ids(adapter, ids, pictures, max_new_tokens=6)
     with ImageSession(adapter, pictures) as session:
         adapter.model.model.rope_deltas = torch.tensor([[12345]])
         assert session.reply(ids, max_new_tokens=6, static=False) == want
@@ -139,22 +148,19 @@ def test_stale_positions_of_another_prompt_are_not_taken(adapter, pictures):
 
 
 def test_ask_is_the_same_with_a_session_and_with_the_picture(adapter):
-    config = HiDeConfig(
-        layers=(0,), sigma=1, threshold=0.5, min_tokens=30, max_tokens=120, entities_from="rules", max_new_tokens=6
-    )
-    hide = HiDe(adapter, config)
+    hide = HiDe(adapter, preset(max_new_tokens=6))
     image = draw_scene(5, 500, 300, objects=4).image
     with hide.open(image) as session:
         for question in (QUESTION, "Is the ring on the left or right side of the moon?"):
             shared, alone = hide.ask(session, question).to_dict(), hide.ask(image, question).to_dict()
-            assert alone["tokens"].pop("prefix") == session.length
+            assert alone["tokens"].pop("prefix") == session.length and alone["tokens"].pop("read and resize") == 0
             for result in (shared, alone):
                 result.pop("seconds")
             assert shared == alone
     with pytest.raises(RuntimeError, match="closed"):
         hide.ask(session, QUESTION)
     with pytest.raises(ValueError, match="another model"):
-        HiDe(Qwen25VL(*build()), config).ask(session, QUESTION)
+        HiDe(Qwen25VL(*build()), preset()).ask(session, QUESTION)
 
 
 # Many prompts side by side
@@ -164,7 +170,7 @@ def test_replies_side_by_side_are_those_one_by_one(adapter):
     texts = ["List: star", "List: a ring and a moon behind the very small heart, and nothing else", "List: x"]
     prompts = [adapter.input_ids(text) for text in texts]
     prefix = Prefix(adapter, prompts[0][:, :4])
-    want = [adapter.generate_ids(ids, max_new_tokens=15) for ids in prompts]
+    want = [generate_ids(adapter, ids, max_new_tokens=15) for ids in prompts]
     assert len({tuple(reply) for reply in want}) == 3
     assert prefix.replies(prompts, max_new_tokens=15) == want
     assert prefix.replies(prompts[1:2], max_new_tokens=1) == [want[1][:1]]
@@ -176,18 +182,18 @@ def test_each_reply_ends_at_its_own_end_token(adapter, monkeypatch):
     long = prefix.replies(prompts, max_new_tokens=12)
     end = long[0][3]
     monkeypatch.setattr(adapter.model.generation_config, "eos_token_id", [end, adapter.tokenizer.eos_token_id])
-    want = [adapter.generate_ids(ids, max_new_tokens=12) for ids in prompts]
+    want = [generate_ids(adapter, ids, max_new_tokens=12) for ids in prompts]
     got = prefix.replies(prompts, max_new_tokens=12)
     assert got == want and len(got[0]) == 1 + long[0].index(end)
 
 
 def test_entities_of_many_questions_are_those_of_each_and_are_remembered(adapter, monkeypatch):
-    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, max_entity_tokens=12)
+    config = preset(entities_from="model", max_entity_tokens=12)
     questions = [QUESTION, "Is the ring left of the moon?", QUESTION]
     hide = HiDe(adapter, config)
     alone = [HiDe(adapter, config).entities(question) for question in questions]
     assert hide.entities_of(questions) == alone
-    monkeypatch.setattr(hide, "_entity_replies", None)
+    monkeypatch.setattr(hide._extract, "_replies", None)
     assert hide.entities_of(questions) == alone
 
 
@@ -195,26 +201,26 @@ def test_a_generation_config_that_only_generate_serves_is_refused(adapter, monke
     monkeypatch.setattr(adapter.model.generation_config, "no_repeat_ngram_size", 2)
     with pytest.raises(ValueError, match="no_repeat_ngram_size"):
         greedy_settings(adapter.model.generation_config)
-    assert not adapter.greedy_by_steps
-    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, max_entity_tokens=5)
+    assert not supports_static_decode(adapter)
+    config = preset(entities_from="model", max_entity_tokens=5)
     assert len(HiDe(adapter, config).entities_of([QUESTION, "Where is the moon?"])) == 2
 
 
 # Robustness
 
 
-def failing_above(adapter, monkeypatch, most, error):
-    extend, sent = adapter.extend, []
+def failing_above(monkeypatch, most, error):
+    extend, sent = engine.extend, []
 
-    def limited(cache, ids, *args, **kwargs):
+    def limited(model, cache, ids, *args, **kwargs):
         if ids.shape[1] > most:
             # As on a device: some layers have written already.
-            extend(cache, ids, *args, **{**kwargs, "depth": 2})
+            extend(model, cache, ids, *args, **{**kwargs, "layers": kwargs["layers"][:2]})
             raise error
         sent.append(ids.shape[1])
-        return extend(cache, ids, *args, **kwargs)
+        return extend(model, cache, ids, *args, **kwargs)
 
-    monkeypatch.setattr(adapter, "extend", limited)
+    monkeypatch.setattr(engine, "extend", limited)
     return sent
 
 
@@ -229,34 +235,34 @@ def test_out_of_memory_halves_the_chunk_and_the_result_is_the_same(adapter, monk
     pictures = preprocessed(adapter, [(420, 390)])
     ids = adapter.input_ids(QUESTION, pictures)
     want = stock_logits(adapter, ids, pictures)
-    sent = failing_above(adapter, monkeypatch, 70, error)
-    with ImageSession(adapter, pictures, prefill_chunk=300) as session:
+    sent = failing_above(monkeypatch, 70, error)
+    with ImageSession(adapter, pictures, run=RunSettings(prefill_chunk=300)) as session:
         assert max(sent) <= 70 and sum(sent) == session.length and len(sent) > 1
         with session.branch(ids) as branch:
             assert (branch.logits() - want).abs().max() < 1e-4
 
 
 def test_out_of_memory_for_good_says_sizes_and_what_to_do(adapter, pictures, monkeypatch):
-    failing_above(adapter, monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
+    failing_above(monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"))
     with pytest.raises(MemoryError, match=r"tokens behind 0 do not fit .* 9 GiB\); lower max_tokens"):
         ImageSession(adapter, pictures)
     monkeypatch.undo()
     with ImageSession(adapter, pictures) as session:
-        failing_above(adapter, monkeypatch, 3, torch.OutOfMemoryError("x"))
+        failing_above(monkeypatch, 3, torch.OutOfMemoryError("x"))
         with pytest.raises(MemoryError):
-            session.search_rows(adapter.search_prompt("star", pictures), layers=(1,), causal=False)
+            session.attention(session.turn("star"), layers=(1,), causal=False)
         monkeypatch.undo()
-        session.search_rows(adapter.search_prompt("star", pictures), layers=(1,), causal=False)
+        session.attention(session.turn("star"), layers=(1,), causal=False)
 
 
 def test_other_errors_of_a_forward_are_not_taken_for_short_memory(adapter, pictures, monkeypatch):
-    failing_above(adapter, monkeypatch, 3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    failing_above(monkeypatch, 3, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         ImageSession(adapter, pictures)
 
 
 def test_pictures_without_pixels_for_the_encoder_to_fit_say_so(adapter, pictures, monkeypatch):
-    def encode(pictures):
+    def encode(inputs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(adapter, "encode", encode)
@@ -277,10 +283,10 @@ def test_wrong_prompts_are_named(adapter, pictures, collage):
     with pytest.raises(ValueError, match="one sequence"):
         Prefix(adapter, ids.expand(2, -1))
     with pytest.raises(ValueError, match="at least one in each"):
-        empty = Pictures((Picture(torch.zeros(0, 1176), (1, 0, 4), (0, 2), 0),))
+        empty = ImageInputs((ImageInput(torch.zeros(0, 1176), (1, 0, 4), (0, 2), 0),))
         ImageSession(adapter, empty)
     with pytest.raises(ValueError, match="prefill_chunk"):
-        ImageSession(adapter, pictures, prefill_chunk=0)
+        Prefix(adapter, adapter.image_prefix(pictures), pictures, prefill_chunk=0)
     session.close()
     with pytest.raises(RuntimeError, match="closed"), session.branch(ids):
         pass
@@ -321,7 +327,7 @@ def test_weight_only_quantised_layers_serve_a_session(pictures):
 def test_a_model_that_accelerate_moves_layer_by_layer_serves_a_session(adapter, pictures, collage):
     accelerate = pytest.importorskip("accelerate")
     ids = adapter.input_ids(QUESTION, pictures + collage)
-    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=6)
+    want = generate_ids(adapter, ids, pictures + collage, max_new_tokens=6)
     model, tokenizer, processor = build()
     randomise(model)
     model.generation_config.repetition_penalty = 1.05
@@ -415,9 +421,9 @@ def test_a_replayed_graph_decodes_what_generate_decodes(pictures, collage):
     randomise(model)
     model.generation_config.repetition_penalty = 1.05
     adapter = Qwen25VL(model.double().cuda(), tokenizer, processor)
-    assert adapter.static_decode
+    assert prefers_static_decode(adapter)
     ids = adapter.input_ids(QUESTION, pictures + collage)
-    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=21)
+    want = generate_ids(adapter, ids, pictures + collage, max_new_tokens=21)
     with ImageSession(adapter, pictures) as session:
         for _ in range(2):
             assert session.reply(ids, collage, max_new_tokens=21, static=True) == want
@@ -428,7 +434,7 @@ def test_a_replayed_graph_decodes_what_generate_decodes(pictures, collage):
 def test_a_model_spread_over_gpu_and_cpu_serves_a_session(adapter, pictures, collage):
     accelerate = pytest.importorskip("accelerate")
     ids = adapter.input_ids(QUESTION, pictures + collage)
-    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=6)
+    want = generate_ids(adapter, ids, pictures + collage, max_new_tokens=6)
     model, tokenizer, processor = build()
     randomise(model)
     model.generation_config.repetition_penalty = 1.05
@@ -436,7 +442,7 @@ def test_a_model_spread_over_gpu_and_cpu_serves_a_session(adapter, pictures, col
               "model.language_model.rotary_emb": 0}  # fmt: skip
     places |= {f"model.language_model.layers.{i}": 0 if i < 3 else "cpu" for i in range(6)}
     spread = Qwen25VL(accelerate.dispatch_model(model, places), tokenizer, processor)
-    assert not spread.static_decode
+    assert not prefers_static_decode(spread)
     with ImageSession(spread, pictures) as session:
         assert session.reply(ids, collage, max_new_tokens=6) == want
 
@@ -446,7 +452,7 @@ def test_a_model_spread_over_gpu_and_cpu_serves_a_session(adapter, pictures, col
 
 def test_one_branch_answers_any_questions_in_any_order(adapter, pictures):
     ids = adapter.input_ids(QUESTION, pictures)
-    want = adapter.generate_ids(ids, pictures, max_new_tokens=5)
+    want = generate_ids(adapter, ids, pictures, max_new_tokens=5)
     logits = stock_logits(adapter, ids, pictures)
     with ImageSession(adapter, pictures) as session, session.branch(ids) as branch:
         for static in (False, True):
@@ -465,12 +471,12 @@ def test_eager_attention_is_decoded_by_generate_alone(pictures):
     randomise(model).set_attn_implementation("eager")
     eager = Qwen25VL(model, tokenizer, processor)
     ids = eager.input_ids(QUESTION, pictures)
-    assert not eager.greedy_by_steps and not eager.static_decode
+    assert not supports_static_decode(eager) and not prefers_static_decode(eager)
     with ImageSession(eager, pictures) as session:
-        assert session.reply(ids, max_new_tokens=5) == eager.generate_ids(ids, pictures, max_new_tokens=5)
+        assert session.reply(ids, max_new_tokens=5) == generate_ids(eager, ids, pictures, max_new_tokens=5)
         with pytest.raises(ValueError, match="fixed shapes want SDPA"):
             session.reply(ids, max_new_tokens=5, static=True)
-    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, max_entity_tokens=6)
+    config = preset(entities_from="model", max_entity_tokens=6)
     questions = [QUESTION, "Where is the moon?"]
     assert HiDe(eager, config).entities_of(questions) == [HiDe(eager, config).entities(q) for q in questions]
 
@@ -485,11 +491,11 @@ def test_layers_with_a_sliding_window_keep_it(pictures, chunk):
     windowed = Qwen25VL(randomise(type(model)(model.config)), tokenizer, processor)
     windowed.model.generation_config = model.generation_config
     ids = windowed.input_ids(QUESTION, pictures)
-    assert not windowed.greedy_by_steps
-    with ImageSession(windowed, pictures, prefill_chunk=chunk) as session:
+    assert not supports_static_decode(windowed)
+    with ImageSession(windowed, pictures, run=RunSettings(prefill_chunk=chunk)) as session:
         with session.branch(ids) as branch:
             assert (branch.logits() - stock_logits(windowed, ids, pictures)).abs().max() < 1e-4
-        assert session.reply(ids, max_new_tokens=5) == windowed.generate_ids(ids, pictures, max_new_tokens=5)
+        assert session.reply(ids, max_new_tokens=5) == generate_ids(windowed, ids, pictures, max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -499,7 +505,7 @@ def test_settings_of_a_checkpoint_that_are_not_for_sessions_do_not_reach_them(
     adapter, pictures, monkeypatch, name, value
 ):
     ids = adapter.input_ids(QUESTION, pictures)
-    want = adapter.generate_ids(ids, pictures, max_new_tokens=6)
+    want = generate_ids(adapter, ids, pictures, max_new_tokens=6)
     monkeypatch.setattr(adapter.model.generation_config, name, value)
     with ImageSession(adapter, pictures) as session:
         assert session.reply(ids, max_new_tokens=6, static=False) == want
@@ -551,7 +557,7 @@ def test_what_this_machine_says_when_memory_is_short_is_understood():
 
 def test_a_cache_that_could_not_grow_serves_on(adapter, pictures, collage, monkeypatch):
     ids = adapter.input_ids(QUESTION, pictures + collage)
-    want = adapter.generate_ids(ids, pictures + collage, max_new_tokens=4)
+    want = generate_ids(adapter, ids, pictures + collage, max_new_tokens=4)
     with ImageSession(adapter, pictures, room=0) as session:
         real, calls = torch.Tensor.new_empty, []
 
@@ -569,30 +575,27 @@ def test_a_cache_that_could_not_grow_serves_on(adapter, pictures, collage, monke
 
 
 def test_more_prompts_than_go_side_by_side_are_all_answered(adapter, monkeypatch):
-    monkeypatch.setattr(hide.session, "SIDE_BY_SIDE", 2)
+    monkeypatch.setattr(engine, "MAX_BATCH", 2)
     prompts = [adapter.input_ids(f"List: {word}") for word in ("star", "ring", "a moon")]
     prefix = Prefix(adapter, prompts[0][:, :4])
-    assert prefix.replies(prompts, max_new_tokens=5) == [adapter.generate_ids(p, max_new_tokens=5) for p in prompts]
+    assert prefix.replies(prompts, max_new_tokens=5) == [generate_ids(adapter, p, max_new_tokens=5) for p in prompts]
     assert prefix.replies([], max_new_tokens=5) == []
 
 
-def test_another_extractor_is_asked_anew(adapter):
-    config = HiDeConfig(layers=(0,), sigma=1, threshold=0.5, entities_from="rules")
-    one = HiDe(adapter, config, extractor=lambda text: "star")
-    assert one.entities(QUESTION).items == ("star",)
-    one.extractor = lambda text: "moon"
-    assert one.entities(QUESTION).items == ("moon",)
+def test_an_extractor_of_the_users_is_not_mixed_up_with_another(adapter):
+    for word in ("star", "moon"):
+        assert HiDe(adapter, preset(), extractor=lambda text, word=word: word).entities(QUESTION).items == (word,)
 
 
 def test_a_capture_around_several_branches_holds_the_last_ones_rows(adapter, pictures):
-    prompt = adapter.search_prompt("star, ring", pictures)
-    span = [image.span for image in prompt.images]
     with ImageSession(adapter, pictures) as session:
-        want = session.search_rows(prompt, layers=(2,), causal=True)
-        with capture_attention(adapter.model, layers=[2], queries=prompt.rows, key_spans=span) as captured:
+        turn = session.turn("star, ring")
+        span = [image.span for image in turn.images]
+        want = session.attention(turn, layers=(2,), causal=True)
+        with capture_attention(adapter.model, layers=[2], queries=turn.rows, key_spans=span) as captured:
             for _ in range(2):
-                with session.branch(prompt.input_ids) as branch:
+                with session.branch(turn.input_ids) as branch:
                     branch.run()
-    got = rows_to_maps(captured[2].weights[0], prompt.images)
+    got = rows_to_maps(captured[2].weights[0], turn.images)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)

@@ -540,8 +540,8 @@ class Branch:
         given = positions.cpu()
         self._positions = torch.cat([self._positions[..., :start].to(given.dtype), given], dim=-1)
         if self._rope_delta is not None:
-            # Replies go on one behind the last token, on all axes.
-            following = given[..., -1].max() + 1 - self.ids.shape[1]
+            # Replies go on one behind the last token, on the three axes of images; before them may be one of the text.
+            following = given[-3:, ..., -1].max() + 1 - self.ids.shape[1]
             self._rope_delta = torch.full_like(self._rope_delta, 0, dtype=given.dtype) + following
 
     def _decoded(self, max_new_tokens: int) -> list[int]:

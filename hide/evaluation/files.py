@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hide.extra import INSTALL
+
 
 class Entry(NamedTuple):
     """A record of a file. number: from 0. place: the file, and the line, row or record, from 1. value: as it was read,
@@ -136,7 +138,7 @@ def _parquet(file: Path) -> tuple[list[str], Iterator[Entry]]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError("data: parquet files are read with pyarrow; pip install 'hide-kernels[eval]'") from None
+        raise ValueError(f"data: parquet files are read with pyarrow; {INSTALL}") from None
     try:
         opened = ParquetFile(file)
     except (ArrowException, OSError) as error:

@@ -96,19 +96,20 @@ MARKS = {True: "right", False: "wrong", None: "no answer read"}
 
 
 def _failure(record: dict[str, Any], sample: Sample, scorer: Scorer, about: str) -> dict[str, Any]:
-    """One question for the page: its record, what is thought of each reply, and pictures, or why there are none."""
+    """One question for the page: its record, what is thought of each reply, what the method says of it, and pictures,
+    or why there are none."""
     marks = {method: MARKS[verdict(record, method, scorer)] for method in record["replies"]}
-    pictures, unreadable = [], None
+    failure: dict[str, Any] = {"record": record, "marks": marks, "details": {}, "pictures": [], "unreadable": None}
+    if record["error"]:
+        return failure
+    details = record["details"].get(about, {})
+    failure["details"] = {name: value if isinstance(value, list) else [value] for name, value in details.items()}
     try:
-        shown = () if record["error"] else sample.image()
+        shown = sample.image()
         loaded = [load_image(picture) for picture in (shown if isinstance(shown, tuple) else (shown,))]
     except (OSError, ValueError) as error:
-        unreadable = str(error)
-    else:
-        pictures = _pictures(loaded, record, sample, about)
-    details = {} if record["error"] else record["details"].get(about, {})
-    listed = {name: value if isinstance(value, list) else [value] for name, value in details.items()}
-    return {"details": listed, "record": record, "marks": marks, "pictures": pictures, "unreadable": unreadable}
+        return failure | {"unreadable": str(error)}
+    return failure | {"pictures": _pictures(loaded, record, sample, about)}
 
 
 def _pictures(

@@ -105,7 +105,9 @@ class ChatPrompts(ABC):
         if len(replies) != len(turns) - 1:
             raise ValueError(f"turns: got {len(turns)} with {len(replies)} replies, want one reply between two turns")
         escaped = [(self.escape(text), images) for text, images in turns]
-        *before, rendered = self._render(escaped)
+        rendered = self._render(escaped)[-1]
+        # Before a reply stands what stood there when it was generated; templates may end it otherwise afterwards.
+        before = [self._render(escaped[: number + 1])[-1] for number in range(len(replies))]
         head, _, behind = self._render([*escaped[:-1], (PLACEHOLDER, escaped[-1][1])])[-1].rpartition(PLACEHOLDER)
         start, stop = len(head), len(rendered) - len(behind)
         tokens: list[int] = []

@@ -21,9 +21,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from transformers import AttentionInterface, PreTrainedModel
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ImportError(f"{__name__} needs transformers: pip install 'hide-kernels[hide]'") from None
 
 from hide_kernels.attention_rows.request import KeySpans
 from hide_kernels.integrations.generate import ThreadRecorder, changing, watched_generate

@@ -121,10 +121,14 @@ class MemoryReport:
 
         Raises:
             ValueError: nothing was recorded over time (a GPU without `owners`).
+            ImportError: matplotlib is not installed.
         """
         if not self.timeline:
             raise ValueError("plot: this report has no timeline; record with owners=True")
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError:
+            raise ImportError("plot: it draws with matplotlib; pip install 'hide-kernels[hide]'") from None
 
         steps = [sample.step for sample in self.timeline]
         names = sorted({name for sample in self.timeline for name in sample.groups})

@@ -1,30 +1,35 @@
 """HiDe's steps one by one and together, on a random-weight Qwen2.5-VL."""
 
-import dataclasses
+import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hide.pipeline import EntityMaps, EntityRows, preset_for
 from PIL import Image
 
-from hide import PRESETS, HiDe, HiDeConfig, pipeline
-from hide.images import on_colour, to_tensor
-from hide.methods.hide.entities import Entities
+import hide.session as sessions
+from hide import PRESETS, HiDe, HiDeConfig, Plain, Preset
+from hide.engine.prefix import Branch, Prefix
+from hide.images import on_colour, to_image, to_tensor
+from hide.methods.base import AnswerSettings, ask_all
+from hide.methods.hide.method import EntityRows, region_boxes
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.session import Branch, ImageSession, Prefix
+from hide.session import ImageSession, RunSettings
 from hide.tiny import CHECKPOINT
 from hide.tiny.model import build, save
 from hide.tiny.scenes import draw_scene
-from hide_kernels import collage_of_maps, token_maps
+from hide_kernels import collage_of_maps
+from hide_kernels.collage import collage as collage_of_boxes
 from hide_kernels.collage import collages_of_maps, from_maps
 from hide_kernels.host_read import host_read
 
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden").glob("case_*.npz"))
 QUESTION = "What is the color of the star?"
+WHITE = (255, 255, 255)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +39,7 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def config():
-    return dataclasses.replace(
-        PRESETS["tiny"],
+    return PRESETS["tiny"].changed(
         include_punctuation=True,
         include_end_token=True,
         threshold=0.7,
@@ -60,30 +64,32 @@ def test_ask_is_its_steps_one_after_another(hide, images, count):
     images = images[:count]
     steps = []
     result = hide.ask(images if count > 1 else images[0], QUESTION, progress=steps.append)
-    entities = hide.entities(QUESTION)
-    rows = hide.attention_rows(images, entities)
-    maps = hide.maps(rows)
-    collages, boxes = hide.collage(images, hide.boxes(maps, images))
-    assert entities.items == result.entities.items == ("star",)
-    assert sum(len(labels) for labels in maps.labels) >= 1
-    assert maps.labels == result.maps.labels
-    for mine, asked in zip(maps.maps, result.maps.maps, strict=True):
-        assert torch.equal(mine, asked)
-    for mine, asked in zip(boxes, result.boxes, strict=True):
-        assert torch.equal(mine, asked)
-    for mine, asked in zip(collages, result.collages, strict=True):
-        assert (mine is None) == (asked is None) and (mine is None or mine.tobytes() == asked.tobytes())
-    assert result.plain_answer == hide.answer(images, QUESTION).text
-    assert result.answer == hide.answer(images, QUESTION, [collages[index] for index in maps.order]).text
+    with hide.open(images) as session:
+        entities = hide.entities(QUESTION)
+        maps = hide.maps(hide.attention_rows(session, entities))
+        zoom = hide.zoom(session, maps)
+        shown = [zoom.collages[index].image for index in zoom.order if zoom.collages[index].image is not None]
+        reply = session.ask(QUESTION, shown, max_new_tokens=4)
+    assert entities.items == ("star",) and result.details["entities"] == ["star"]
+    assert sum(len(labels) for labels in zoom.labels) >= 1
+    for index, found in enumerate(result.evidence):
+        own_maps, own_labels = (part[index] for part in maps.by_image)
+        assert torch.equal(own_maps, found.maps) and torch.equal(zoom.maps[index], found.maps)
+        assert own_labels == zoom.labels[index] == found.labels
+        made = zoom.collages[index]
+        assert torch.equal(made.boxes, found.boxes)
+        assert (made.image is None) == (found.shown is None)
+        assert found.shown is None or to_image(made.image).tobytes() == found.shown.tobytes()
+        assert (found.shown is None) == (found.shown_tokens is None)
+    assert result.text == reply.text and result.method == "hide" and result.question.stem == QUESTION
     assert list(result.seconds) == steps and steps[0] == "read and resize" and steps[-1] == "answer"
-    assert len(result.image_tokens) == count + sum(collage is not None for collage in collages)
+    assert len(result.image_tokens) == count and sum(result.image_tokens) < result.tokens["prefix"]
 
 
 def test_boxes_are_regions_of_maps_in_pixels_and_the_collage_shows_their_pixels(hide, images):
-    result = hide.ask(images[0], QUESTION, plain=False)
-    assert result.plain_answer is None and "plain answer" not in result.seconds
-    (boxes,), (collage,), (maps,) = result.boxes, result.collages, result.maps.maps
-    high = (maps >= hide.config.threshold).any(0)
+    (found,) = hide.ask(images[0], QUESTION).evidence
+    boxes, collage, maps = found.boxes, found.shown, found.maps
+    high = (maps >= hide.settings.threshold).any(0)
     covered = torch.zeros(300, 400, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes.tolist():
         covered[y0:y1, x0:x1] = True
@@ -114,16 +120,24 @@ def test_the_steps_in_a_row_reproduce_the_published_boxes_and_collages(path):
         tuple(attention[:, a:b].unflatten(1, grid) for a, b, grid in spans), 8, ("",) * (len(attention) - 8)
     )
     config = HiDeConfig(layers=None, sigma=case["sigma"].item(), threshold=case["threshold"].item())
-    hide = HiDe(SimpleNamespace(num_layers=1, notes=()), config)
-    maps = hide.maps(rows)
-    collages, boxes = hide.collage(images, hide.boxes(maps, images))
+    model = SimpleNamespace(num_layers=1, notes=(), lock=nullcontext(), dtype=torch.float32)
+    hide = HiDe(model, Preset(config))
+    pixels = tuple(map(to_tensor, images))
+    zoom = hide.zoom(SimpleNamespace(pixels=pixels), hide.maps(rows))
+    boxes, made = [one.boxes for one in zoom.collages], [one.image for one in zoom.collages]
+    collages = [None if one is None else Image.fromarray(one.numpy()) for one in made]
+    for index, image in enumerate(images):
+        alone = collage_of_boxes(
+            pixels[index], region_boxes(zoom.maps[index], config.threshold, image.size), fill=WHITE
+        )
+        assert torch.equal(alone.boxes, boxes[index])
     got = {
         (index, *(np.array(box) / np.tile(images[index].size, 2)).tolist())
         for index in range(count)
         for box in boxes[index].tolist()
     }
     assert got == {tuple(box) for box in case["final_boxes"].tolist()}
-    shown = [collages[index] for index in maps.order]
+    shown = [collages[index] for index in zoom.order]
     assert len(shown) == case["n_compact"]
     for index, collage in enumerate(shown):
         published = on_colour(Image.fromarray(case[f"compact_{index}"]))
@@ -136,33 +150,32 @@ def test_attention_planted_in_the_rows_lands_in_the_boxes(hide):
     rows[:, 1, 1] += 3
     rows[8, 3:5, 5:8] += 1
     rows[9, 7:9, 10:13] += 1
-    config = dataclasses.replace(hide.config, sigma=0.0)
-    planted = HiDe(hide.model, config)
-    maps = planted.maps(EntityRows((rows,), 8, ("star", "ring")))
-    (boxes,) = planted.boxes(maps, Image.new("RGB", (1600, 1200)))
-    assert maps.labels == (("star", "ring"),)
+    (maps,), labels = hide.changed(sigma=0.0).maps(EntityRows((rows,), 8, ("star", "ring"))).by_image
+    boxes = region_boxes(maps, 0.7, (1600, 1200))
+    assert labels == (("star", "ring"),)
     assert sorted(boxes.tolist()) == [[500, 300, 800, 500], [1000, 700, 1300, 900]]
 
 
 def test_collages_are_shown_in_the_order_in_which_tokens_came_to_their_images(hide, images, monkeypatch):
     """As the published code appends them; the collages in the result stay in the order of the images."""
 
-    def planted(session, prompt, **kwargs):
+    def planted(session, turn, *, queries, **kwargs):
         rows = [
-            torch.rand(len(prompt.rows), *grid, generator=torch.Generator().manual_seed(0)) * 0.1
-            for grid in session.pictures.grids
+            torch.rand(len(queries), *grid, generator=torch.Generator().manual_seed(0)) * 0.1
+            for grid in session.inputs.grids
         ]
         rows[1][8, 1:3, 1:3] += 2
         rows[0][9, 2:4, 3:5] += 2
         return rows
 
-    monkeypatch.setattr(ImageSession, "search_rows", planted)
-    shown = []
-    monkeypatch.setattr(hide, "_collage_pictures", lambda collages, session: shown.append(collages))
-    result = hide.ask(images, "Is the star left of the ring?", plain=False)
-    assert result.maps.order == (1, 0)
-    assert [pixels.shape[1::-1] for pixels in shown[0]] == [result.collages[1].size, result.collages[0].size]
-    assert result.collages[0].size != result.collages[1].size
+    monkeypatch.setattr(ImageSession, "attention", planted)
+    shown, ask = [], ImageSession.ask
+    monkeypatch.setattr(
+        ImageSession, "ask", lambda s, text, images, **k: (shown.extend(images), ask(s, text, images, **k))[1]
+    )
+    first, second = hide.ask(images, "Is the star left of the ring?").evidence
+    assert [pixels.shape[1::-1] for pixels in shown] == [second.shown.size, first.shown.size]
+    assert first.shown.size != second.shown.size and first.shown_tokens and second.shown_tokens
 
 
 def test_every_form_of_a_picture_gives_the_same_result(hide, images, tmp_path):
@@ -178,10 +191,11 @@ def test_every_form_of_a_picture_gives_the_same_result(hide, images, tmp_path):
 
 
 def test_every_setting_reaches_what_it_sets(adapter, images, monkeypatch):
-    config = HiDeConfig(
-        layers=(1, 4), sigma=0.5, threshold=0.6, min_tokens=31, max_tokens=77, causal=True, include_end_token=False,
-        max_new_tokens=3, max_entity_tokens=5, search_prompt="Please look for: ", prefill_chunk=50,
+    settings = HiDeConfig(
+        layers=(1, 4), sigma=0.5, threshold=0.6, causal=True, include_end_token=False, max_entity_tokens=5,
+        search_prompt="Please look for: ",
     )  # fmt: skip
+    preset = Preset(settings, RunSettings(31, 77, prefill_chunk=50), AnswerSettings(max_new_tokens=3))
     calls = {}
 
     def spy(owner, name):
@@ -193,26 +207,27 @@ def test_every_setting_reaches_what_it_sets(adapter, images, monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    for owner, name in [(adapter, "preprocess"), (adapter, "search_prompt"), (ImageSession, "search_rows"),
-                        (Prefix, "reply"), (adapter, "extend")]:  # fmt: skip
+    method = sys.modules["hide.methods.hide.method"]
+    for owner, name in [(adapter, "preprocess"), (method, "search_prompt"), (ImageSession, "attention"),
+                        (Prefix, "reply"), (sys.modules["hide.engine.prefix"], "extend")]:  # fmt: skip
         spy(owner, name)
-    HiDe(adapter, config).ask(images[0], QUESTION)
+    HiDe(adapter, preset).ask(images[0], QUESTION)
     assert (
         all(call == {"min_tokens": 31, "max_tokens": 77} for call in calls["preprocess"])
         and len(calls["preprocess"]) == 2
     )
-    assert calls["search_prompt"] == [{"prompt": "Please look for: ", "include_end_token": False}]
-    assert calls["search_rows"] == [{"layers": (1, 4), "causal": True}]
-    assert [call["max_new_tokens"] for call in calls["reply"]] == [3, 5, 3]
-    # 77 tokens and the chat's around them in pieces of 50.
-    assert [call["depth"] for call in calls["extend"]].count(None) >= 5 and 5 in {
-        call["depth"] for call in calls["extend"]
-    }
+    (prompt,), (attention,) = calls["search_prompt"], calls["attention"]
+    assert prompt == {"prompt": "Please look for: ", "include_end_token": False, "family": adapter.family}
+    assert (attention["layers"], attention["causal"]) == ((1, 4), True)
+    assert [call["max_new_tokens"] for call in calls["reply"]] == [5, 3]
+    # 77 tokens and the chat's around them in chunks of 50.
+    layers = [call["layers"] for call in calls["extend"]]
+    assert layers.count(range(adapter.num_layers)) >= 4 and layers.count(range(5)) == 1
 
 
 def test_without_entities_the_questions_own_words_are_searched(adapter, config, images):
     result = HiDe(adapter, config, extractor=lambda text: " , ").ask(images[0], QUESTION)
-    assert result.entities.items == (QUESTION,)
+    assert result.details["entities"] == [QUESTION]
     assert any("none were found" in note for note in result.notes)
 
 
@@ -230,7 +245,7 @@ def test_a_users_extractor_is_given_the_options_and_is_believed(adapter, config,
 
     result = HiDe(adapter, config, extractor=extractor).ask(images[0], QUESTION, options=["red", "blue"])
     assert seen == [f"{QUESTION}\n(A) red\n(B) blue"]
-    assert result.entities == Entities(("red star", "ring"))
+    assert result.details["entities"] == ["red star", "ring"]
     assert result.question.options == ("red", "blue")
 
 
@@ -247,7 +262,7 @@ def test_the_model_itself_extracts_where_the_config_says_so(adapter, config, mon
         return adapter.tokenizer("<FINAL_OUTPUT>star</FINAL_OUTPUT>", add_special_tokens=False)["input_ids"]
 
     monkeypatch.setattr(Prefix, "reply", reply)
-    hide = HiDe(adapter, dataclasses.replace(config, entities_from="model", entity_prompt="List: {question}"))
+    hide = HiDe(adapter, config.changed(entities_from="model", entity_prompt="List: {question}"))
     for _ in range(2):  # The second time it is remembered.
         assert hide.entities(QUESTION).items == ("star",)
     assert [ids.tolist() for ids in asked] == [adapter.input_ids(f"List: {QUESTION}").tolist()]
@@ -255,46 +270,44 @@ def test_the_model_itself_extracts_where_the_config_says_so(adapter, config, mon
 
 @pytest.mark.parametrize("value, note", [(0.25, "no region was found"), (torch.nan, "NaN or inf")])
 def test_without_a_region_the_answer_is_the_plain_one(adapter, config, images, monkeypatch, value, note):
-    rows = ImageSession.search_rows
+    rows = ImageSession.attention
     monkeypatch.setattr(
-        ImageSession, "search_rows", lambda *a, **k: [torch.full_like(row, value) for row in rows(*a, **k)]
+        ImageSession, "attention", lambda *a, **k: [torch.full_like(row, value) for row in rows(*a, **k)]
     )
-    for plain in (True, False):
-        result = HiDe(adapter, config).ask(images[0], QUESTION, plain=plain)
-        assert result.collages == (None,) and len(result.boxes[0]) == 0
-        assert result.answer == result.plain_answer == HiDe(adapter, config).answer(images[0], QUESTION).text
-        assert any(note in text for text in result.notes)
+    plain, result = ask_all([Plain(adapter, config), HiDe(adapter, config)], images[0], QUESTION)
+    assert result.shown == (None,) and len(result.boxes[0]) == 0
+    assert result.text == plain.text
+    assert any(note in text for text in result.notes) and not any(note in text for text in plain.notes)
 
 
-def test_more_regions_than_slots_are_all_kept(hide):
+def test_more_regions_than_slots_are_all_kept():
     maps = torch.zeros(1, 60, 60)
     maps[0, ::2, ::2] = 1
-    (boxes,) = hide.boxes(EntityMaps((maps,), (("star",),), (0,)), Image.new("RGB", (60, 60)))
+    boxes = region_boxes(maps, 0.7, (60, 60))
     assert len(boxes) == 900 and len({tuple(box) for box in boxes.tolist()}) == 900
 
 
 def test_cells_within_rounding_of_the_threshold_are_reported(hide):
     row = torch.tensor([[[0.0, 0.7, 0.7 + 1e-5, 0.7 - 1e-5, 0.71, 1.0]]])
-    exact = HiDe(hide.model, dataclasses.replace(hide.config, sigma=0.0))
-    found = token_maps([row], prior_rows=0, sigma=0.0)
+    exact = hide.changed(sigma=0.0)
     with hide.open(Image.new("RGB", (60, 60))) as session:
-        maps, _, notes = exact._look_closer(session, EntityRows((row,), 0, ("star",)), found)
-    assert torch.equal(maps.maps[0], row)
-    assert notes == ["maps: 3 cells lie within 2e-05 of the threshold, the error of torch.float32"]
+        zoom = exact.zoom(session, exact.maps(EntityRows((row,), 0, ("star",))))
+    assert torch.equal(zoom.maps[0], row)
+    assert zoom.notes == ("maps: 3 cells lie within 2e-05 of the threshold, the error of torch.float32",)
 
 
 def test_a_collage_too_thin_for_the_model_gets_a_margin(hide, images):
     thin = Image.new("RGB", (2, 1400), "red")
-    assert hide.answer(images[0], QUESTION, [thin]).tokens > 0
+    with hide.open(images[0]) as session:
+        assert session.ask(QUESTION, [thin], max_new_tokens=2).tokens > 0
     with pytest.raises(ValueError, match="200 times"):
-        hide.answer(thin, QUESTION)
+        hide.open(thin)
 
 
 def test_a_saved_checkpoint_gives_what_the_parts_in_memory_give(adapter, config, images, tmp_path):
     save(tmp_path, adapter.model, adapter.tokenizer, adapter.image_processor, dtype=torch.float32)
-    changes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    loaded = HiDe.from_pretrained(tmp_path, preset="tiny", device="cpu", **changes)
-    assert loaded.config == config
+    loaded = HiDe.from_pretrained(tmp_path, preset="tiny", device="cpu", **config.to_dict())
+    assert loaded.preset == config
     first, second = (which.ask(images[0], QUESTION).to_dict() for which in (loaded, HiDe(adapter, config)))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
@@ -303,20 +316,21 @@ def test_half_precision_runs_and_says_what_it_cannot_decide(images, config):
     model, tokenizer, processor = build()
     hide = HiDe(Qwen25VL(model.bfloat16(), tokenizer, processor), config)
     result = hide.ask(images[0], QUESTION)
-    near = sum(int(((maps - 0.7).abs() <= 2.8e-2).sum()) for maps in result.maps.maps)
+    near = sum(int(((maps - 0.7).abs() <= 2.8e-2).sum()) for maps in (found.maps for found in result.evidence))
     assert near == 0 or any(note.startswith(f"maps: {near} cells") for note in result.notes)
 
 
 def test_presets_hold_the_published_values_and_other_depths_are_marked(adapter):
     published = PRESETS["qwen2.5-vl-7b"]
-    assert (published.layers, published.sigma, published.threshold) == ((14,), 3.0, 0.7)
-    assert (published.min_tokens, published.max_tokens, published.max_new_tokens) == (256, 16384, 1024)
-    assert (published.causal, published.include_end_token, published.alpha_threshold) == (False, True, 10)
-    config, notes = preset_for(adapter)
-    assert config.layers == (3,) and "6 layers" in notes[0]
-    assert preset_for(adapter, "qwen2.5-vl-7b") == (published, ())
+    settings, run, answer = published.settings, published.run, published.answer
+    assert (settings.layers, settings.sigma, settings.threshold) == ((14,), 3.0, 0.7)
+    assert (run.min_tokens, run.max_tokens, answer.max_new_tokens) == (256, 16384, 1024)
+    assert (settings.causal, settings.include_end_token, settings.alpha_threshold) == (False, True, 10)
+    preset, notes = HiDe.preset_for(adapter)
+    assert preset.settings.layers == (3,) and "6 layers" in notes[0]
+    assert HiDe.preset_for(adapter, "qwen2.5-vl-7b") == (published, ())
     with pytest.raises(ValueError, match="preset: got 'x'"):
-        preset_for(adapter, "x")
+        HiDe.preset_for(adapter, "x")
 
 
 @pytest.mark.parametrize(
@@ -332,27 +346,32 @@ def test_presets_hold_the_published_values_and_other_depths_are_marked(adapter):
 )  # fmt: skip
 def test_wrong_settings_are_named(changes, text):
     with pytest.raises(ValueError, match=text):
-        HiDeConfig(**{"layers": (1,), "sigma": 1.0, "threshold": 0.5, **changes})
+        Preset(HiDeConfig(layers=(1,), sigma=1.0, threshold=0.5)).changed(**changes)
+
+
+def test_a_change_of_a_setting_that_there_is_not_names_those_that_there_are(config):
+    with pytest.raises(TypeError, match="there is no sigmas; there are layers, sigma, .*max_tokens, .*letter_request"):
+        config.changed(sigmas=2)
 
 
 def test_layers_that_the_model_does_not_have_are_refused(adapter, config):
     with pytest.raises(ValueError, match="layers: got 14, want 0 to 5"):
-        HiDe(adapter, dataclasses.replace(config, layers=(14,)))
+        HiDe(adapter, config.changed(layers=(14,)))
 
 
 def test_wrong_numbers_of_images_are_named(hide, images):
     with pytest.raises(ValueError, match="empty list"):
         hide.ask([], QUESTION)
-    with pytest.raises(ValueError, match="images: got 2, want 1"):
-        hide.boxes(EntityMaps((torch.zeros(0, 3, 3),), ((),), ()), images)
-    with pytest.raises(ValueError, match="boxes: got 0"):
-        hide.collage(images, [])
+    with hide.open(images) as session, pytest.raises(ValueError, match="boxes: got 0"):
+        session.crop([])
 
 
 def test_commas_have_maps_as_published_unless_they_are_left_out(adapter, config, images):
     entities = "star, ring"
-    published = HiDe(adapter, config).attention_rows(images[0], entities)
-    worded = HiDe(adapter, dataclasses.replace(config, include_punctuation=False)).attention_rows(images[0], entities)
+    hide = HiDe(adapter, config)
+    with hide.open(images[0]) as session:
+        published = hide.attention_rows(session, entities)
+        worded = hide.changed(include_punctuation=False).attention_rows(session, entities)
     kept = [place for place, label in enumerate(published.labels) if label != ","]
     assert "," in published.labels and [published.labels[place] for place in kept] == list(worded.labels)
     prior = published.prior_rows
@@ -390,7 +409,7 @@ def test_collages_of_several_images_are_those_of_each(images):
 
 @pytest.mark.gpu
 def test_from_rows_to_the_encoders_input_a_gpu_is_waited_for_once(images, config, monkeypatch):
-    hide = HiDe(Qwen25VL(build()[0].cuda(), *build()[1:]), dataclasses.replace(config, threshold=0.5))
+    hide = HiDe(Qwen25VL(build()[0].cuda(), *build()[1:]), config.changed(threshold=0.5))
     reads = []
 
     def read(tensors):
@@ -401,18 +420,17 @@ def test_from_rows_to_the_encoders_input_a_gpu_is_waited_for_once(images, config
         return found
 
     with hide.open(images) as session:
-        rows, _ = hide._attention_rows(session, "star, ring")
+        rows = hide.attention_rows(session, "star, ring")
         for checked in (False, True):  # The first time kernels are compiled.
             if checked:
                 monkeypatch.setattr(from_maps, "host_read", read)
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=hide.config.sigma)
-                _, collages, _ = hide._look_closer(session, rows, found)
-                pictures = hide._collage_pictures([one.image for one in collages], session)
+                zoom = hide.zoom(session, hide.maps(rows))
+                inputs = session.prepare([one.image for one in zoom.collages])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    assert len(reads) == 1 and all(picture.pixels.is_cuda for picture in pictures.items)
+    assert len(reads) == 1 and all(item.pixels.is_cuda for item in inputs.items)
 
 
 @pytest.mark.gpu
@@ -426,14 +444,14 @@ def test_a_gpu_gives_what_the_cpu_gives(images, config):
 
 
 def test_a_collage_takes_no_more_tokens_than_the_model_has_positions_for(adapter, config, images, monkeypatch):
-    hide = HiDe(adapter, dataclasses.replace(config, min_tokens=4, max_tokens=120))
+    hide = HiDe(adapter, config.changed(min_tokens=4, max_tokens=120))
     large = Image.new("RGB", (560, 560))
     with hide.open(images[0]) as session:
-        (free,) = hide._collage_pictures([large], session).tokens
-        monkeypatch.setattr(pipeline, "QUESTION_ROOM", adapter.max_positions - session.length - 60)
-        (tight,) = hide._collage_pictures([large], session).tokens
-        assert len(hide._collage_pictures([large, large], session).tokens) == 2
-        assert sum(hide._collage_pictures([large, large], session).tokens) <= 60
+        (free,) = session.prepare([large]).tokens
+        monkeypatch.setattr(sessions, "QUESTION_ROOM", adapter.max_positions - session.length - 60)
+        (tight,) = session.prepare([large]).tokens
+        assert len(session.prepare([large, large]).tokens) == 2
+        assert sum(session.prepare([large, large]).tokens) <= 60
     assert free == 100 and 40 < tight <= 60
 
 
@@ -443,9 +461,9 @@ def test_nobody_holds_the_encoders_input_during_the_prefill(hide, images, monkey
     preprocess, run = Qwen25VL.preprocess, Branch.run
 
     def noted(self, *args, **kwargs):
-        pictures = preprocess(self, *args, **kwargs)
-        pixels.extend(weakref.ref(picture.pixels) for picture in pictures.items)
-        return pictures
+        inputs = preprocess(self, *args, **kwargs)
+        pixels.extend(weakref.ref(item.pixels) for item in inputs.items)
+        return inputs
 
     def looked(self, *args, **kwargs):
         alive.append([reference() is not None for reference in pixels])
@@ -453,7 +471,7 @@ def test_nobody_holds_the_encoders_input_during_the_prefill(hide, images, monkey
 
     monkeypatch.setattr(Qwen25VL, "preprocess", noted)
     monkeypatch.setattr(Branch, "run", looked)
-    hide.ask(images, QUESTION, plain=False) if way == "ask" else hide.open(images).close()
+    hide.ask(images, QUESTION) if way == "ask" else hide.open(images).close()
     assert alive[0] == [False, False]
 
 
@@ -464,19 +482,20 @@ def test_a_bound_on_new_tokens_of_one_call_is_for_answers_and_not_for_entities()
     real = hide.model.decode
     hide.model.decode = lambda tokens: lengths.append(len(tokens)) or real(tokens)
     hide.ask(image, question, max_new_tokens=1)
-    plain, entities, answer = lengths
-    assert plain == answer == 1 < entities
-    hide.answer(image, question, max_new_tokens=1)
-    hide.answer(image, question)
-    assert lengths[3] == 1 < lengths[4] <= hide.config.max_new_tokens
+    entities, answer = lengths
+    assert answer == 1 < entities
+    plain = Plain(hide.model)
+    plain.ask(image, question, max_new_tokens=1)
+    plain.ask(image, question)
+    assert lengths[2] == 1 < lengths[3] <= hide.preset.answer.max_new_tokens
 
 
 @pytest.mark.parametrize("bound, error", [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)])
 def test_a_bound_on_new_tokens_that_is_none_is_refused_before_anything_runs(bound, error):
     hide = HiDe.from_pretrained(CHECKPOINT, preset="tiny")
-    for call in (hide.ask, hide.answer):
+    for method in (hide, Plain(hide.model)):
         with pytest.raises(error, match=f"max_new_tokens: got {bound}"):
-            call("no such file", "What?", max_new_tokens=bound)
+            method.ask("no such file", "What?", max_new_tokens=bound)
 
 
 def test_what_was_guessed_about_a_picture_is_a_note_of_every_result_and_no_warning(hide, recwarn):
@@ -484,5 +503,5 @@ def test_what_was_guessed_about_a_picture_is_a_note_of_every_result_and_no_warni
     want = "image: values of -1 to 1 are read as -1 (black) to 1 (white)"
     assert want in hide.ask(ramp, QUESTION).notes
     with hide.open(ramp) as session:
-        assert want in hide.ask(session, QUESTION, plain=False).notes
+        assert want in hide.ask(session, QUESTION).notes
     assert not recwarn.list
