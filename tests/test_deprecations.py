@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from hide.console import quiet
 from torch import nn
 from transformers.utils import logging as their_logging
 from transformers.utils.deprecation import deprecate_kwarg
+
+from hide.cli.console import quiet
 
 
 class Renamed(nn.Module):
