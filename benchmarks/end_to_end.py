@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hide.pipeline import EntityRows, HiDeResult
 from PIL import Image
 from torch import Tensor
 
@@ -43,13 +42,17 @@ from benchmarks.shared_prefix import (
     seven_b,
     without_tf32,
 )
-from hide import HiDe, HiDeConfig
+from hide import Answer, HiDe, HiDeConfig, Plain, Preset
+from hide.engine.stock import generate
 from hide.images import to_tensor
+from hide.methods.base import AnswerSettings, NoSettings, ask_all
 from hide.methods.hide.entities import Entities, entity_request
-from hide.models.base import Picture, Pictures
+from hide.methods.hide.method import EntityRows
+from hide.methods.hide.search_prompt import search_prompt
+from hide.models.inputs import ImageInput, ImageInputs
 from hide.models.qwen2_5_vl import LOADER_CELL, LOADER_MIN_TOKENS, Qwen25VL, token_grid
 from hide.questions import Question
-from hide.session import ImageSession
+from hide.session import RunSettings, Session, Turn
 from hide.texts import named
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import boxes_to_pixels
@@ -66,8 +69,8 @@ SPREAD = 1 / 19
 QUESTIONS = 4
 # On a GPU: the largest first, and how often at most.
 PICTURES, RUNS = ("8K", "2K", "4K"), 5
-# Limits on a CPU: `ask` with and without the plain answer over the plain answer alone, each of four questions on one
-# session over it, and the published flow over `ask`, both with the plain answer.
+# Limits on a CPU: `ask` with and without the plain answer beside it over the plain answer alone, each of four questions
+# on one session over it, and the published flow over `ask`, both with the plain answer.
 WITH_PLAIN, WITHOUT_PLAIN, OF_FOUR, PUBLISHED = 1.35, 1.25, 0.55, 2.3
 # (model, picture, most image tokens) of the gate and of the CPU's table.
 SMALL = MID._replace(text={**MID.text, "num_hidden_layers": 4}, layer=2, entity_tokens=8)
@@ -168,17 +171,17 @@ class Planted(HiDe):
 
     rows: EntityRows
 
-    def _entities(self, questions: Sequence[Question]) -> tuple[list[Entities], int]:
+    def entities(self, question: str | Question) -> Entities:
         # Else a question's entities would be known from the run before.
-        self._known.clear()
-        _, tokens = super()._entities(questions)
-        return [ENTITIES] * len(questions), tokens
+        self._extract._known.clear()
+        super().entities(question)
+        return ENTITIES
 
-    def _attention_rows(self, session: ImageSession, entities: Entities | str) -> tuple[EntityRows, int]:
-        real, tokens = super()._attention_rows(session, entities)
+    def attention_rows(self, session: Session, entities: Entities | str) -> EntityRows:
+        real = super().attention_rows(session, entities)
         maps = tuple(of + planted(len(of), real.prior_rows, tuple(of.shape[1:]), of.device) for of in real.rows)
         self.rows = dataclasses.replace(real, rows=maps)
-        return self.rows, tokens
+        return self.rows
 
 
 class Numbered(Qwen25VL):
@@ -186,6 +189,16 @@ class Numbered(Qwen25VL):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(map(str, tokens))
+
+
+class Prompts(Session):
+    """The prompts of a session about images that no model has seen."""
+
+    def __init__(self, model: Qwen25VL, inputs: ImageInputs) -> None:
+        self._model, self._inputs = model, inputs
+
+    def turn(self, said: Any) -> Turn:
+        return self._model.turn(said, self._inputs)
 
 
 class Bench:
@@ -204,11 +217,13 @@ class Bench:
         """size: (height, width) of the picture. offload: ours keeps keys and values on the host."""
         self.adapter = Numbered(adapter.model, adapter.tokenizer, adapter.image_processor)
         self.scale, self.device, self.size, self.max_tokens = scale, device, size, max_tokens
-        self.config = HiDeConfig(
-            layers=(scale.layer,), sigma=SIGMA, threshold=THRESHOLD, max_tokens=max_tokens,
-            max_new_tokens=scale.answer_tokens, max_entity_tokens=scale.entity_tokens, offload_kv=offload,
-        )  # fmt: skip
-        self.hide = Planted(self.adapter, self.config)
+        preset = Preset(
+            HiDeConfig((scale.layer,), SIGMA, THRESHOLD, max_entity_tokens=scale.entity_tokens),
+            RunSettings(max_tokens=max_tokens, offload_kv=offload),
+            AnswerSettings(max_new_tokens=scale.answer_tokens),
+        )
+        self.hide = Planted(self.adapter, preset)
+        self.plain_answer = Plain(self.adapter, preset.with_settings(NoSettings()))
         self.image = Image.fromarray(picture(size).numpy())
         self.image_tokens = sum(self._processed([self.image]).tokens)
 
@@ -220,14 +235,25 @@ class Bench:
         marks("read and resize")
         shown = self._processed([self.image])
         marks("plain answer")
-        reply = self.adapter.generate(QUESTION, shown, max_new_tokens=self.scale.answer_tokens)
+        reply = generate(self.adapter, QUESTION, shown, max_new_tokens=self.scale.answer_tokens)
         return Run(marks.seconds(), reply.tokens)
 
-    def ask(self, plain: bool) -> Run:
+    def ask(self) -> Run:
         """(c) Ours."""
         marks = Marks(self.device)
-        result = self.hide.ask(self.image, QUESTION, plain=plain, progress=marks)
-        return Run(marks.seconds(), sum(result.tokens.values()), (_shown(result),))
+        answer = self.hide.ask(self.image, QUESTION, progress=marks)
+        return Run(marks.seconds(), sum(answer.tokens.values()), (_shown(answer),))
+
+    def ask_both(self) -> Run:
+        """(c) with the plain answer before it, on the same session."""
+        marks = Marks(self.device)
+
+        def progress(step: str) -> None:
+            marks("plain answer" if step == "plain: answer" else step.removeprefix("hide: "))
+
+        plain, answer = ask_all([self.plain_answer, self.hide], self.image, QUESTION, progress=progress)
+        tokens = plain.tokens["answer"] + sum(answer.tokens.values())
+        return Run(marks.seconds(), tokens, (_shown(answer, plain),))
 
     def questions(self) -> Run:
         """(c) for several questions on one session."""
@@ -236,9 +262,9 @@ class Bench:
         with self.hide.open(self.image) as session:
             tokens, shown = session.length, []
             for i in range(QUESTIONS):
-                result = self.hide.ask(session, f"{QUESTION} {i}", plain=False, progress=marks)
-                tokens += sum(result.tokens.values())
-                shown.append(_shown(result))
+                answer = self.hide.ask(session, f"{QUESTION} {i}", progress=marks)
+                tokens += sum(answer.tokens.values())
+                shown.append(_shown(answer))
         return Run(marks.seconds(), tokens, tuple(shown))
 
     def published(self, path: Path) -> Run:
@@ -255,21 +281,22 @@ class Bench:
         marks("read and resize")
         shown = self._processed([self.image])
         marks("plain answer")
-        plain = adapter.generate(QUESTION, shown, max_new_tokens=most)
+        plain = generate(adapter, QUESTION, shown, max_new_tokens=most)
         marks("entities")
-        request = entity_request(Question.parse(QUESTION), self.config.entity_prompt)
-        entities = adapter.generate(request, max_new_tokens=self.scale.entity_tokens)
+        request = entity_request(Question.parse(QUESTION), self.hide.settings.entity_prompt)
+        entities = generate(adapter, request, max_new_tokens=self.scale.entity_tokens)
         marks("read and resize")
         shown = self._processed([self.image])
         marks("attention rows")
-        prompt = adapter.search_prompt(ENTITIES.text, shown)
-        (maps,) = search_with_logits(adapter, prompt, shown, self.scale.layer)
+        prompt = search_prompt(Prompts(adapter, shown), ENTITIES.text)
+        turn = prompt.turn
+        (maps,) = search_with_logits(adapter, turn, prompt.rows, shown, self.scale.layer)
         maps = maps + planted(len(maps), prompt.prior_rows, tuple(maps.shape[1:]), maps.device)
-        (start, stop), length = prompt.images[0].span, prompt.input_ids.shape[1]
+        (start, stop), length = turn.images[0].span, turn.input_ids.shape[1]
         rows = np.pad(maps.flatten(1).cpu().numpy(), ((0, 0), (start, length - stop)))
         marks("boxes and collage")
         found = published_steps.from_img_and_att_get_cropbox(
-            {"input_ids": prompt.input_ids, "image_grid_thw": torch.tensor([shown.items[0].layout])},
+            {"input_ids": turn.input_ids, "image_grid_thw": torch.tensor([shown.items[0].layout])},
             [[[dict(zip(prompt.rows, rows, strict=True))]]],
             collections.defaultdict(str), [str(path)], [start], [stop], [SIGMA], [THRESHOLD],
         )[str(SIGMA)][str(THRESHOLD)]  # fmt: skip
@@ -278,26 +305,27 @@ class Bench:
         marks("read and resize")
         shown = self._processed([self.image, made])
         marks("answer")
-        answer = adapter.generate(QUESTION, shown, max_new_tokens=most)
+        answer = generate(adapter, QUESTION, shown, max_new_tokens=most)
         size = np.tile(self.image.size, 2)
         pixels = [np.rint(np.array(box) * size).astype(int).tolist() for box in boxes]
-        tokens = plain.tokens + entities.tokens + prompt.input_ids.shape[1] + answer.tokens
+        tokens = plain.tokens + entities.tokens + turn.input_ids.shape[1] + answer.tokens
         return Run(marks.seconds(), tokens, (Shown(sorted(pixels), to_tensor(made), plain.text, answer.text),))
 
-    def _processed(self, images: Sequence[Image.Image]) -> Pictures:
+    def _processed(self, images: Sequence[Image.Image]) -> ImageInputs:
         """What the vision encoder eats, as it is usually made: by Pillow and Hugging Face's processor, on the host."""
         processor, items = self.adapter.image_processor, []
         merge = processor.merge_size
         cell = processor.patch_size * merge
+        fewest = self.hide.preset.run.min_tokens
+        bounds = {"shortest_edge": fewest * cell**2, "longest_edge": self.max_tokens * cell**2}
         for image in images:
             rows, columns = token_grid(image.height, image.width, LOADER_CELL, LOADER_MIN_TOKENS, self.max_tokens)
             resized = image.resize((columns * LOADER_CELL, rows * LOADER_CELL), Image.Resampling.BICUBIC)
-            bounds = {"shortest_edge": self.config.min_tokens * cell**2, "longest_edge": self.max_tokens * cell**2}
             made = processor(images=[resized], size=bounds, return_tensors="pt")
             layout = tuple(made["image_grid_thw"][0].tolist())
             grid = (layout[1] // merge, layout[2] // merge)
-            items.append(Picture(made["pixel_values"], layout, grid, grid[0] * grid[1]))
-        return Pictures(tuple(items))
+            items.append(ImageInput(made["pixel_values"], layout, grid, grid[0] * grid[1]))
+        return ImageInputs(tuple(items))
 
     # -- what they must show ------------------------------------------------------------------------------------------
 
@@ -328,7 +356,7 @@ class Bench:
         found = regions(maps, THRESHOLD, valid=valid, backend="scipy")
         used = torch.arange(found.boxes.shape[1]) < found.counts[:, None]
         boxes = boxes_to_pixels(found.boxes[used], grid=(maps.shape[1], maps.shape[2]), size=self.size)
-        made = collage(to_tensor(self.image), boxes, fill=self.config.fill, backend="numpy").image
+        made = collage(to_tensor(self.image), boxes, fill=self.hide.settings.fill, backend="numpy").image
         assert made is not None
         return made
 
@@ -337,17 +365,17 @@ def _inside(box: list[int], other: list[int]) -> bool:
     return box[0] >= other[0] and box[1] >= other[1] and box[2] <= other[2] and box[3] <= other[3]
 
 
-def _shown(result: HiDeResult) -> Shown:
-    (made,) = result.collages
+def _shown(answer: Answer, plain: Answer | None = None) -> Shown:
+    (made,) = answer.shown
     pixels = torch.zeros(0, 0, 3, dtype=torch.uint8) if made is None else to_tensor(made)
-    return Shown(sorted(result.boxes[0].tolist()), pixels, result.plain_answer, result.answer)
+    return Shown(sorted(answer.boxes[0].tolist()), pixels, plain.text if plain else None, answer.text)
 
 
 def ways(bench: Bench, path: Path) -> dict[str, Callable[[], Run]]:
     """All, by name; ours first, whose rows the others are judged by."""
     return {
-        "HiDe.ask, no plain answer (c)": functools.partial(bench.ask, False),
-        "HiDe.ask (c)": functools.partial(bench.ask, True),
+        "HiDe.ask (c)": bench.ask,
+        "plain and HiDe on one session (c)": bench.ask_both,
         f"{QUESTIONS} questions on one session (c)": bench.questions,
         "plain answer (a)": bench.plain,
         "published flow (b)": functools.partial(bench.published, path),
@@ -359,12 +387,12 @@ def check(bench: Bench) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = _saved(bench.image, folder)
         runs = {name: way() for name, way in ways(bench, path).items()}
-    without, ours, questions, _, published = runs.values()
+    alone, both, questions, _, published = runs.values()
     wrong = [f"{name}: {text}" for name, run in runs.items() for text in bench.wrong(run)]
     for what, one, other in (
-        ("plain answers", ours.shown[0].plain_answer, published.shown[0].plain_answer),
-        ("answers", ours.shown[0].answer, published.shown[0].answer),
-        ("answers with and without the plain one", ours.shown[0].answer, without.shown[0].answer),
+        ("plain answers", both.shown[0].plain_answer, published.shown[0].plain_answer),
+        ("answers", both.shown[0].answer, published.shown[0].answer),
+        ("answers with and without the plain one", both.shown[0].answer, alone.shown[0].answer),
     ):
         if not one or one != other:
             wrong.append(f"{what} differ: {one!r} and {other!r}")
@@ -462,12 +490,12 @@ def whole_table(device: str, runs: int = 3) -> list[dict[str, Any]]:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of ours over a plain answer's, and of the published flow over ours."""
-    without, ours, questions, plain, published = (row["seconds"] for row in rows)
+    alone, both, questions, plain, published = (row["seconds"] for row in rows)
     return {
-        "ask over plain": ours / plain,
-        "ask without its plain answer over plain": without / plain,
+        "ask over plain": alone / plain,
+        "plain and ask over plain": both / plain,
         "each question on a session over plain": questions / QUESTIONS / plain,
-        "published over ask": published / ours,
+        "published over plain and ask": published / both,
     }
 
 
@@ -475,8 +503,8 @@ def within_limit(rows: list[dict[str, Any]]) -> bool:
     """Whether all ways ran and the ratios on a CPU are what they must be."""
     if not all("seconds" in row for row in rows):
         return False
-    ours, without, questions, published = ratios(rows).values()
-    return ours <= WITH_PLAIN and without <= WITHOUT_PLAIN and questions <= OF_FOUR and published >= PUBLISHED
+    alone, both, questions, published = ratios(rows).values()
+    return alone <= WITHOUT_PLAIN and both <= WITH_PLAIN and questions <= OF_FOUR and published >= PUBLISHED
 
 
 def line(row: dict[str, Any]) -> str:

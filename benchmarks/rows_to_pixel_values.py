@@ -26,9 +26,9 @@ from torch import Tensor
 
 from benchmarks import regions_to_collage
 from benchmarks.regions_to_collage import GRID, MAPS, SIZES, THRESHOLD, WHITE, measure, picture
+from hide.images import decode
 from hide.models.qwen2_5_vl import LOADER_MIN_TOKENS, token_grid
 from hide_kernels import collage_of_maps, pixel_values, resize, token_maps
-from hide_kernels.pixel_values import decode
 
 PRIOR = 8
 SIGMA = 3.0

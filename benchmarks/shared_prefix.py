@@ -21,9 +21,13 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.measure import count
-from hide.models.base import Picture, Pictures, SearchPrompt
+from hide.engine import stock
+from hide.engine.prefix import Prefix
+from hide.methods.hide.config import SEARCH_PROMPT
+from hide.models.inputs import ImageInput, ImageInputs
+from hide.models.prompts import Turn
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.session import ImageSession, Prefix
+from hide.session import ImageSession, RunSettings
 from hide.tiny.model import build
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention
@@ -124,20 +128,20 @@ def seven_b(device: str = "cuda") -> Qwen25VL:
     return model(SEVEN_B, device)
 
 
-def search_with_logits(adapter: Qwen25VL, prompt: SearchPrompt, shown: Pictures, layer: int) -> list[Tensor]:
+def search_with_logits(adapter: Qwen25VL, turn: Turn, rows: range, shown: ImageInputs, layer: int) -> list[Tensor]:
     """The published search pass: a layer's rows over each picture, and logits of all tokens for nobody."""
     with (
         torch.no_grad(),
         capture_attention(
             adapter.model,
             layers=[layer],
-            queries=prompt.rows,
-            key_spans=[image.span for image in prompt.images],
+            queries=rows,
+            key_spans=[image.span for image in turn.images],
             causal=False,
         ) as captured,
     ):
-        adapter.model(**adapter._inputs(prompt.input_ids, shown), use_cache=True)
-    return rows_to_maps(captured[layer].weights[0], prompt.images)
+        adapter.model(**stock.forward_inputs(adapter, turn.input_ids, shown), use_cache=True)
+    return rows_to_maps(captured[layer].weights[0], turn.images)
 
 
 @contextmanager
@@ -159,12 +163,12 @@ def clock(device: str) -> float:
     return time.process_time()
 
 
-def pictures(grid: tuple[int, int], seed: int) -> Pictures:
+def pictures(grid: tuple[int, int], seed: int) -> ImageInputs:
     """Noise of (rows, columns) image tokens."""
     rows, columns = grid
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(4 * rows * columns, 3 * 2 * 14 * 14, generator=generator)
-    return Pictures((Picture(pixels, (1, 2 * rows, 2 * columns), grid, rows * columns),))
+    return ImageInputs((ImageInput(pixels, (1, 2 * rows, 2 * columns), grid, rows * columns),))
 
 
 class Bench:
@@ -176,7 +180,7 @@ class Bench:
         self.model = adapter or model(scale, device)
         self.image, self.collage = pictures(scale.image, 0), pictures(scale.collage, 1)
         self.every = self.image + self.collage
-        self.prompt: SearchPrompt = self.model.search_prompt("star, ring", self.image)
+        self.turn = self.model.turn(f"{SEARCH_PROMPT}star, ring", self.image)
         self.questions = [f"{QUESTION} {i}" for i in range(5)]
         self._entity_prefix: Prefix | None = None
 
@@ -187,7 +191,7 @@ class Bench:
         """(a) One stock `generate`."""
         start = self._clock()
         ids = self.model.input_ids(self.questions[0], self.image)
-        new = self.model.generate_ids(ids, self.image, max_new_tokens=self.scale.answer_tokens)
+        new = stock.generate_ids(self.model, ids, self.image, max_new_tokens=self.scale.answer_tokens)
         return {"answer": self._clock() - start}, ids.shape[1] + len(new), [new]
 
     def published(self) -> tuple[dict[str, float], int, list[list[int]]]:
@@ -196,16 +200,16 @@ class Bench:
         start = self._clock()
         if self.scale.entity_tokens:
             ids = self.model.input_ids(ENTITY_PROMPT + self.questions[0])
-            new = self.model.generate_ids(ids, max_new_tokens=self.scale.entity_tokens)
+            new = stock.generate_ids(self.model, ids, max_new_tokens=self.scale.entity_tokens)
             tokens += ids.shape[1] + len(new)
             stages["entities"] = self._clock() - start
         start = self._clock()
-        search_with_logits(self.model, self.prompt, self.image, self.scale.layer)
-        tokens += self.prompt.input_ids.shape[1]
+        search_with_logits(self.model, self.turn, self.turn.rows, self.image, self.scale.layer)
+        tokens += self.turn.input_ids.shape[1]
         stages["rows"] = self._clock() - start
         start = self._clock()
         ids = self.model.input_ids(self.questions[0], self.every)
-        new = self.model.generate_ids(ids, self.every, max_new_tokens=self.scale.answer_tokens)
+        new = stock.generate_ids(self.model, ids, self.every, max_new_tokens=self.scale.answer_tokens)
         stages["answer"] = self._clock() - start
         return stages, tokens + ids.shape[1] + len(new), [new]
 
@@ -214,7 +218,7 @@ class Bench:
         stages: dict[str, float] = {}
         replies = []
         start = self._clock()
-        with ImageSession(self.model, self.image, offload=offload) as session:
+        with ImageSession(self.model, self.image, run=RunSettings(offload_kv=offload)) as session:
             stages["prefix"] = self._clock() - start
             tokens = session.length
 
@@ -227,8 +231,8 @@ class Bench:
             for question in self.questions[:questions]:
                 if self.scale.entity_tokens:
                     tokens += timed("entities", lambda question=question: self._entities(question))
-                timed("rows", lambda: session.search_rows(self.prompt, layers=[self.scale.layer], causal=False))
-                tokens += self.prompt.input_ids.shape[1] - session.length
+                timed("rows", lambda: session.attention(self.turn, layers=[self.scale.layer], causal=False))
+                tokens += self.turn.input_ids.shape[1] - session.length
                 ids = self.model.input_ids(question, self.every)
                 new = timed(
                     "answer",
@@ -257,9 +261,9 @@ class Bench:
 
     def rows(self) -> tuple[list[Tensor], list[Tensor]]:
         """The maps' rows, with and without a shared prefix."""
-        alone = self.model.search_rows(self.prompt, self.image, layers=[self.scale.layer], causal=False)
+        alone = stock.attention(self.model, self.turn, self.image, layers=[self.scale.layer], causal=False)
         with ImageSession(self.model, self.image) as session:
-            return alone, session.search_rows(self.prompt, layers=[self.scale.layer], causal=False)
+            return alone, session.attention(self.turn, layers=[self.scale.layer], causal=False)
 
 
 def check(bench: Bench) -> list[str]:

@@ -6,7 +6,6 @@ CPU, `--device cuda` the 7B about an 8K picture, and puts the memory of the flow
 
 from __future__ import annotations
 
-import functools
 import gc
 import sys
 import time
@@ -35,7 +34,7 @@ from hide.profiling.workload import Workload
 
 
 class Option(NamedTuple):
-    """weights: as `hide.models.load`, and "bf16" for the model's own. offload: `HiDeConfig.offload_kv`."""
+    """weights: as `hide.models.load`, and "bf16" for the model's own. offload: `RunSettings.offload_kv`."""
 
     weights: str = "bf16"
     offload: bool = False
@@ -57,7 +56,7 @@ ROUNDING = {"int8": 0.02, "int4": 0.2}
 OFFLOADED, INT8 = 1.25, 1.35
 
 NOTE = (
-    "The question and the model of end_to_end, `HiDe.ask` without the plain answer; on a GPU each with the flow `ours` "
+    "The question and the model of end_to_end, by `HiDe.ask`; on a GPU each with the flow `ours` "
     "of `hide profile` behind it."
 )
 
@@ -69,7 +68,7 @@ def failures(device: str) -> list[str]:
         with without_tf32():
             adapter = model(SMALL, device, torch.float32)
             benches = [Bench(adapter, SMALL, device, SIZES["2K"], GATE_TOKENS, offload=on) for on in (False, True)]
-            (plain,), (offloaded,) = (bench.ask(False).shown for bench in benches)
+            (plain,), (offloaded,) = (bench.ask().shown for bench in benches)
             if (plain.boxes, plain.answer) != (offloaded.boxes, offloaded.answer):
                 wrong.append("keys and values on the host: other boxes or another answer")
         for weights in formats(device):
@@ -134,7 +133,7 @@ def _table(
             adapter, held = _with_weights(scale, option.weights, device), option.weights
         bench = Bench(adapter, scale, device, SIZES[picture], max_tokens, offload=option.offload)
         share = (end - time.monotonic()) / (len(OPTIONS) - i)
-        rows += timed(bench, {f"{name} (c)": functools.partial(bench.ask, False)}, RUNS, share / 2)
+        rows += timed(bench, {f"{name} (c)": bench.ask}, RUNS, share / 2)
         if memory:
             dtype = str(adapter.dtype).removeprefix("torch.")
             settings = Settings(dtype, option.weights)

@@ -78,7 +78,7 @@ def test_a_question_on_an_open_session(benchmark: Any) -> None:
     with ImageSession(bench.model, bench.image) as session:
 
         def ask() -> list[int]:
-            session.search_rows(bench.prompt, layers=[bench.scale.layer], causal=False)
+            session.attention(bench.turn, layers=[bench.scale.layer], causal=False)
             return session.reply(ids, bench.collage, max_new_tokens=bench.scale.answer_tokens)
 
         timed(benchmark, ask)

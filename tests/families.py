@@ -17,8 +17,10 @@ from random_models import V5, randomise
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hide.models.base import Adapter
+from hide.models.inputs import ImageInputs
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.models.qwen3_vl import Qwen3VL
+from hide.session import Session, Turn
 from hide.tiny.model import build_tokenizer
 
 VIP_LLAVA_TEMPLATE = """\
@@ -90,6 +92,16 @@ FAMILIES: dict[str, Callable[[], Adapter]] = {
     "llava": families_tiles.llava,
     "llava_onevision": families_tiles.llava_onevision,
 }
+
+
+class Prompts(Session):
+    """The prompts of a session about images that no model has seen."""
+
+    def __init__(self, model: Adapter, inputs: ImageInputs) -> None:
+        self._model, self._inputs = model, inputs
+
+    def turn(self, said: Any) -> Turn:
+        return self._model.turn(said, self._inputs)
 
 
 def worked_example() -> Adapter:

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import FAMILIES, worked_example
-from hide.pipeline import preset_for
+from families import FAMILIES, Prompts, worked_example
 from PIL import Image
 from random_models import llm
 
 import hide.models
-from hide import PRESETS, HiDe, HiDeConfig
+from hide import PRESETS, HiDe, HiDeConfig, Plain, Preset
+from hide.engine import stock
+from hide.engine.greedy import prefers_static_decode
+from hide.methods.base import MODELS, AnswerSettings
 from hide.methods.hide.config import SEARCH_PROMPT
-from hide.session import ImageSession
+from hide.methods.hide.search_prompt import search_prompt
+from hide.session import ImageSession, RunSettings
 from hide_kernels.image_tokens import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention
 
@@ -42,10 +45,10 @@ def collage(adapter):
     return preprocessed(adapter, [(170, 121)], seed=9)
 
 
-def stock(adapter, ids, pictures, **arguments):
-    """The model's own forward."""
+def forward(adapter, ids, pictures, **arguments):
+    """The model's own."""
     with torch.no_grad():
-        return adapter.model(**adapter._inputs(ids, pictures), **arguments)
+        return adapter.model(**stock.forward_inputs(adapter, ids, pictures), **arguments)
 
 
 def test_every_family_that_is_known_is_tested_and_has_presets():
@@ -53,22 +56,31 @@ def test_every_family_that_is_known_is_tested_and_has_presets():
     for model_type in FAMILIES:
         known = hide.models.adapter_class(model_type)
         assert known.family == model_type and known.checkpoints
-        assert known.presets and set(known.presets) <= set(PRESETS)
+        for presets in (MODELS, PRESETS):
+            assert any(preset.family == model_type for preset in presets.values())
         assert getattr(transformers, known.model_class).config_class.model_type == model_type
 
 
-def test_other_depths_than_the_presets_are_marked(adapter, monkeypatch):
-    published = PRESETS[adapter.presets[0]]
-    config, (note,) = preset_for(adapter)
-    assert f"{adapter.num_layers} layers" in note and (config.sigma, config.threshold) == (
-        published.sigma,
-        published.threshold,
-    )
-    HiDe(adapter, config)
-    monkeypatch.setattr(type(adapter), "num_layers", adapter.preset_depth)
-    assert preset_for(adapter) == (published, ())
-    for name in adapter.presets:
-        HiDe(adapter, PRESETS[name])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_depths_than_the_presets_are_marked(family, monkeypatch):
+    adapter, own = FAMILIES[family](), [preset for preset in PRESETS.values() if preset.family == family]
+    preset, (note,) = HiDe.preset_for(adapter)
+    assert f"{adapter.num_layers} layers" in note
+    # All but the layers.
+    assert preset.changed(layers=own[0].settings.layers) == own[0]
+    HiDe(adapter, preset)
+    monkeypatch.setattr(type(adapter), "num_layers", own[0].depth)
+    assert HiDe.preset_for(adapter) == (own[0], ())
+    for preset in own:
+        HiDe(adapter, preset)
+
+
+def test_a_family_without_presets_wants_one_to_be_named():
+    adapter = worked_example()
+    for method in (HiDe, Plain):
+        with pytest.raises(ValueError, match=r"preset: there is none for vipllava; name one of qwen2\.5-vl-7b"):
+            method.preset_for(adapter)
+    assert HiDe.preset_for(adapter, "llava-1.5-7b") == (PRESETS["llava-1.5-7b"], ())
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -77,7 +89,7 @@ def test_the_prompt_has_the_tokens_that_the_model_takes_and_every_cell_has_its_o
     turn = adapter.turn(QUESTION, pictures)
     ids = turn.input_ids[0]
     # The model's own check of its features against the places in the prompt.
-    assert stock(adapter, turn.input_ids, pictures).logits.isfinite().all()
+    assert forward(adapter, turn.input_ids, pictures).logits.isfinite().all()
     assert len(turn.images) == len(sizes)
     covered = [position for image in turn.images for position in range(*image.span)]
     assert covered == torch.nonzero(ids == adapter.image_token).flatten().tolist()
@@ -93,8 +105,8 @@ def test_the_prompt_has_the_tokens_that_the_model_takes_and_every_cell_has_its_o
 
 def test_the_search_prompts_fixed_words_come_first_and_the_entities_after_them(adapter):
     pictures = preprocessed(adapter, [(401, 299), (90, 601)])
-    prompt = adapter.search_prompt("star, red ring", pictures, include_end_token=False)
-    text = adapter.tokenizer.decode(prompt.input_ids[0, prompt.rows.start : prompt.rows.start + prompt.prior_rows])
+    prompt = search_prompt(Prompts(adapter, pictures), "star, red ring", include_end_token=False)
+    text = adapter.tokenizer.decode(prompt.turn.input_ids[0, prompt.rows.start : prompt.rows.start + prompt.prior_rows])
     assert text.strip() == SEARCH_PROMPT.rstrip()
     assert "".join(prompt.labels) == "star,redring"
 
@@ -103,17 +115,17 @@ def test_the_search_prompts_fixed_words_come_first_and_the_entities_after_them(a
 def test_captured_rows_are_those_of_eager_attention(adapter, layers):
     """Also of a forward that ends after the first layer, before the vision features of later layers come in."""
     pictures = preprocessed(adapter, [(401, 299), (90, 601)])
-    prompt = adapter.search_prompt("star, ring", pictures)
-    rows = adapter.search_rows(prompt, pictures, layers=layers, causal=True)
+    turn = adapter.turn(f"{SEARCH_PROMPT}star, ring", pictures)
+    rows = stock.attention(adapter, turn, pictures, layers=layers)
     adapter.model.set_attn_implementation("eager")
     try:
-        attentions = stock(adapter, prompt.input_ids, pictures, output_attentions=True).attentions
+        attentions = forward(adapter, turn.input_ids, pictures, output_attentions=True).attentions
     finally:
         adapter.model.set_attn_implementation("sdpa")
     chosen = torch.stack([attentions[layer] for layer in layers or range(adapter.num_layers)])
-    chosen = chosen[:, 0, :, prompt.rows].mean((0, 1))
-    spans = torch.cat([chosen[:, image.start : image.stop] for image in prompt.images], 1)
-    for mine, theirs in zip(rows, rows_to_maps(spans, prompt.images), strict=True):
+    chosen = chosen[:, 0, :, turn.rows].mean((0, 1))
+    spans = torch.cat([chosen[:, image.start : image.stop] for image in turn.images], 1)
+    for mine, theirs in zip(rows, rows_to_maps(spans, turn.images), strict=True):
         assert theirs.max() > 1.5 * theirs.mean(), "flat rows show little"
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
@@ -133,14 +145,14 @@ def test_a_branch_is_the_unshared_forward_and_its_reply_that_of_generate(adapter
     # Random weights may well end a reply at once.
     monkeypatch.setattr(adapter.model.generation_config, "eos_token_id", None)
     pictures = preprocessed(adapter, sizes)
-    with ImageSession(adapter, pictures, prefill_chunk=chunk) as session:
+    with ImageSession(adapter, pictures, run=RunSettings(prefill_chunk=chunk)) as session:
         for more in (None, collage):
             every = pictures if more is None else pictures + more
             ids = adapter.input_ids(QUESTION, every)
-            want = stock(adapter, ids, every).logits[:, -1]
+            want = forward(adapter, ids, every).logits[:, -1]
             with session.branch(ids, more) as branch:
                 torch.testing.assert_close(branch.logits(), want, atol=1e-4, rtol=0)
-            reply = adapter.generate_ids(ids, every, max_new_tokens=16)
+            reply = stock.generate_ids(adapter, ids, every, max_new_tokens=16)
             assert len(set(reply)) > 3, "a reply that repeats itself shows little"
             assert session.reply(ids, more, max_new_tokens=16, static=False) == reply
             poison_room(session)
@@ -155,11 +167,11 @@ def test_a_branch_is_the_unshared_forward_and_its_reply_that_of_generate(adapter
 )
 def test_rows_of_a_session_are_those_of_the_unshared_forward(adapter, layers, causal, sizes, chunk):
     pictures = preprocessed(adapter, sizes)
-    prompt = adapter.search_prompt("star, ring", pictures)
-    want = adapter.search_rows(prompt, pictures, layers=layers, causal=causal)
-    with ImageSession(adapter, pictures, prefill_chunk=chunk) as session:
-        got = session.search_rows(prompt, layers=layers, causal=causal)
-    assert [rows.shape for rows in got] == [(len(prompt.rows), *grid) for grid in pictures.grids]
+    turn = adapter.turn(f"{SEARCH_PROMPT}star, ring", pictures)
+    want = stock.attention(adapter, turn, pictures, layers=layers, causal=causal)
+    with ImageSession(adapter, pictures, run=RunSettings(prefill_chunk=chunk)) as session:
+        got = session.attention(turn, layers=layers, causal=causal)
+    assert [rows.shape for rows in got] == [(len(turn.rows), *grid) for grid in pictures.grids]
     for mine, theirs in zip(got, want, strict=True):
         assert theirs.max() > 1.5 * theirs.mean(), "flat rows show little"
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)
@@ -175,7 +187,8 @@ def test_a_saved_checkpoint_is_loaded_by_its_type_and_answers_the_same(adapter, 
     pictures = [preprocessed(one, [(401, 299)]) for one in (adapter, loaded)]
     assert torch.equal(pictures[0].items[0].pixels, pictures[1].items[0].pixels)
     mine, theirs = (
-        one.generate(QUESTION, own, max_new_tokens=8) for one, own in zip((adapter, loaded), pictures, strict=True)
+        stock.generate(one, QUESTION, own, max_new_tokens=8)
+        for one, own in zip((adapter, loaded), pictures, strict=True)
     )
     assert mine == theirs
 
@@ -218,14 +231,14 @@ def plant(adapter, layer, entities, min_tokens, max_tokens):
             pictures = adapter.preprocess(
                 [Image.new("RGB", (640, 400), colour)], min_tokens=min_tokens, max_tokens=max_tokens
             )
-            prompts.append(adapter.search_prompt(entities, pictures, include_end_token=False))
-            stock(adapter, prompts[-1].input_ids, pictures)
+            prompts.append(search_prompt(Prompts(adapter, pictures), entities, include_end_token=False))
+            forward(adapter, prompts[-1].turn.input_ids, pictures)
         hook.remove()
         rows = prompts[0].rows
         sign = torch.ones(len(rows), dtype=torch.float64)
         sign[: prompts[0].prior_rows] = -1
         shown = [
-            own[prompt.images[0].start + int(prompt.images[0].cells[0, 0])]
+            own[prompt.turn.images[0].start + int(prompt.turn.images[0].cells[0, 0])]
             for own, prompt in zip(states, prompts, strict=True)
         ]
         attention = adapter.language_model.layers[layer].self_attn
@@ -243,17 +256,17 @@ def plant(adapter, layer, entities, min_tokens, max_tokens):
 @pytest.mark.parametrize("family", EVERY)
 def test_boxes_land_on_the_place_that_attention_was_planted_on(family):
     adapter = EVERY[family]()
-    config = HiDeConfig(
-        layers=(2,), sigma=0.0, threshold=0.5, min_tokens=60, max_tokens=300, include_end_token=False, max_new_tokens=2
-    )
-    plant(adapter, 2, "star", config.min_tokens, config.max_tokens)
-    hide = HiDe(adapter, config, extractor=lambda question: "star")
+    run = RunSettings(min_tokens=60, max_tokens=300)
+    plant(adapter, 2, "star", run.min_tokens, run.max_tokens)
+    config = HiDeConfig(layers=(2,), sigma=0.0, threshold=0.5, include_end_token=False)
+    preset = Preset(config, run, AnswerSettings(max_new_tokens=2))
+    hide = HiDe(adapter, preset, extractor=lambda question: "star")
     for place in PLACES:
         picture = Image.new("RGB", (640, 400), BLUE)
         picture.paste(RED, place)
-        result = hide.ask(picture, QUESTION)
-        (maps,), (boxes,), (collage,) = result.maps.maps, result.boxes, result.collages
-        rows, columns = maps.shape[1:]
+        (found,) = hide.ask(picture, QUESTION).evidence
+        boxes, collage = found.boxes, found.shown
+        rows, columns = found.maps.shape[1:]
         assert len(boxes) == 1, (place, boxes)
         # A cell that the field's edge runs through may count or not; boxes are cut to whole pixels.
         cell = torch.tensor([640 / columns, 400 / rows] * 2) + 1
@@ -284,10 +297,10 @@ def test_on_a_gpu_a_session_gives_the_forwards_logits_and_a_replayed_graph_gener
     adapter.model.double().cuda()
     pictures, collage = preprocessed(adapter, [(400, 300), (263, 421)]), preprocessed(adapter, [(170, 121)], seed=9)
     ids = adapter.input_ids(QUESTION, pictures + collage)
-    want = stock(adapter, ids, pictures + collage).logits[:, -1].float()
-    reply = adapter.generate_ids(ids, pictures + collage, max_new_tokens=21)
-    assert adapter.static_decode
-    with ImageSession(adapter, pictures, prefill_chunk=64) as session:
+    want = forward(adapter, ids, pictures + collage).logits[:, -1].float()
+    reply = stock.generate_ids(adapter, ids, pictures + collage, max_new_tokens=21)
+    assert prefers_static_decode(adapter)
+    with ImageSession(adapter, pictures, run=RunSettings(prefill_chunk=64)) as session:
         with session.branch(ids, collage) as branch:
             torch.testing.assert_close(branch.logits(), want, atol=1e-4, rtol=0)
         for static in (True, False):

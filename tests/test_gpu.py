@@ -8,6 +8,7 @@ from test_collage import assert_same_collage, noise, scattered
 from test_pixel_values import NORMALISE, SIZES, photo, stored
 from test_regions import PATTERNS, spiral
 
+from hide.images import decode
 from hide_kernels import (
     attention_rows,
     attention_rows_workspace,
@@ -24,7 +25,6 @@ from hide_kernels import (
 from hide_kernels.collage import compiled
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.pixel_values import compiled as patches
-from hide_kernels.pixel_values import decode
 from hide_kernels.testing.cases import CASES, SERVING_CASES, Case, ServingCase, error_of
 from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, map_error
 

@@ -15,9 +15,10 @@ import transformers
 from PIL import Image, ImageDraw, ImageOps
 from test_collage import noise
 
+from hide.images import decode
 from hide.models.qwen2_5_vl import token_grid
 from hide_kernels import native, pixel_values, resize
-from hide_kernels.pixel_values import compiled, decode, taps
+from hide_kernels.pixel_values import compiled, taps
 
 needs_extension = pytest.mark.skipif(native.missing("cpu") is not None, reason=str(native.missing("cpu")))
 backends = pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_extension), "pillow"])
@@ -265,7 +266,7 @@ def codec(monkeypatch):
     fake = Codec()
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=77 + index))
-    module = sys.modules["hide_kernels.pixel_values.decode"]
+    module = sys.modules["hide.images.decode"]
     module._nvimgcodec_decoder.cache_clear()
     # What Pillow decodes stays on the host: there may be no device.
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: tensor)
@@ -328,7 +329,7 @@ def test_pillow_is_used_where_it_was_asked_for_and_where_nvimgcodec_is_missing(c
     data = stored(photo())
     want = np.array(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(decode(data, device="cuda:0", decoder="pillow").numpy(), want)
-    monkeypatch.setattr(sys.modules["hide_kernels.pixel_values.decode"], "_installed", lambda: False)
+    monkeypatch.setattr(sys.modules["hide.images.decode"], "_installed", lambda: False)
     np.testing.assert_array_equal(decode(data, device="cuda:0").numpy(), want)
     with pytest.raises(ValueError, match=r"nvidia\.nvimgcodec is not installed"):
         decode(data, device="cuda:0", decoder="nvimgcodec")

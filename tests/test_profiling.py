@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks import memory
 from hide.cli import app
-from hide.models import FAMILIES
-from hide.models.qwen2_5_vl import Qwen25VL
+from hide.models import FAMILIES, load
 from hide.profiling import runs
 from hide.profiling.flows import FLOWS, flows_of, owner_group
 from hide.profiling.models import (
@@ -228,7 +227,7 @@ def test_a_picture_in_pixels_has_the_tokens_of_the_familys_rule():
     config = read_config(TINY)
     found = predict_flow(config, "ours", Workload((420, 830), collage=64), Settings("float32"), owners=False)
     picture = Image.new("RGB", (830, 420))
-    adapter = Qwen25VL.from_pretrained(CHECKPOINT, device="cpu")
+    adapter = load(CHECKPOINT, device="cpu")
     assert found.tokens == adapter.preprocess([picture], min_tokens=1, max_tokens=10**4).tokens[0] == 15 * 30
 
 

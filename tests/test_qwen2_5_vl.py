@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from families import Prompts
 from PIL import Image
 
+from hide.engine import stock
 from hide.engine.kv_cache import cache_keyword
 from hide.methods.hide.config import SEARCH_PROMPT
+from hide.methods.hide.search_prompt import PUBLISHED_PRIOR, search_prompt
 from hide.models import load
+from hide.models.loading import load_family
 from hide.models.qwen2_5_vl import Qwen25VL, token_grid
 from hide.tiny.model import build
 from hide_kernels.integrations.transformers import decoder_attention
@@ -98,33 +102,34 @@ def test_transparent_pixels_are_white_to_the_model(adapter):
 
 
 def test_image_spans_and_rows_lie_where_the_tokens_are(adapter, pictures):
-    prompt = adapter.search_prompt("star, red ring", pictures)
-    ids = prompt.input_ids[0].tolist()
+    prompt = search_prompt(Prompts(adapter, pictures), "star, red ring")
+    ids, images = prompt.turn.input_ids[0].tolist(), prompt.turn.images
     image, end = adapter.model.config.image_token_id, adapter.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    assert [image.stop - image.start for image in prompt.images] == [rows * columns for rows, columns in pictures.grids]
-    for start, stop in (image.span for image in prompt.images):
+    assert [image.stop - image.start for image in images] == [rows * columns for rows, columns in pictures.grids]
+    for start, stop in (image.span for image in images):
         assert set(ids[start:stop]) == {image} and ids[start - 1] != image and ids[stop] == end
-    assert prompt.rows.start == prompt.images[-1].stop + 1
+    assert prompt.rows.start == images[-1].stop + 1
     assert prompt.prior_rows == 8
     assert adapter.tokenizer.decode(ids[prompt.rows.start : prompt.rows.start + 8]) == SEARCH_PROMPT.rstrip()
     assert prompt.labels == ("star", ",", "red", "ring", "<|im_end|>")
     assert adapter.tokenizer.decode(ids[prompt.rows.stop :]) == "\n<|im_start|>assistant\n"
-    without = adapter.search_prompt("star", pictures, include_end_token=False)
+    without = search_prompt(Prompts(adapter, pictures), "star", include_end_token=False)
     assert without.labels == ("star",)
 
 
 def test_a_prompt_whose_words_melt_into_the_entities_is_refused(adapter, pictures):
     with pytest.raises(ValueError, match="keep its words as tokens"):
-        adapter.search_prompt("tar", pictures, prompt="Please find the s")
+        search_prompt(Prompts(adapter, pictures), "tar", prompt="Please find the s")
 
 
 def test_qwens_own_tokenizer_must_give_eight_prior_rows(adapter, pictures, monkeypatch):
     end = adapter.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    monkeypatch.setattr(Qwen25VL, "published_prior", (end, 8))
-    assert adapter.search_prompt("star", pictures).prior_rows == 8
-    monkeypatch.setattr(Qwen25VL, "published_prior", (end, 9))
+    assert PUBLISHED_PRIOR["qwen2_5_vl"] == PUBLISHED_PRIOR["qwen3_vl"] == (151653, 8)
+    monkeypatch.setitem(PUBLISHED_PRIOR, "qwen2_5_vl", (end, 8))
+    assert search_prompt(Prompts(adapter, pictures), "star", family=adapter.family).prior_rows == 8
+    monkeypatch.setitem(PUBLISHED_PRIOR, "qwen2_5_vl", (end, 9))
     with pytest.raises(ValueError, match="has 8 tokens, want 9"):
-        adapter.search_prompt("star", pictures)
+        search_prompt(Prompts(adapter, pictures), "star", family=adapter.family)
 
 
 def test_special_tokens_in_a_question_are_only_text(adapter, pictures):
@@ -134,52 +139,53 @@ def test_special_tokens_in_a_question_are_only_text(adapter, pictures):
     for token in ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_end|>"):
         number = adapter.tokenizer.convert_tokens_to_ids(token)
         assert ids.count(number) == plain.count(number)
-    assert adapter.search_prompt("a<|im_end|>b<|vision_end|>", pictures).prior_rows == 8
+    assert search_prompt(Prompts(adapter, pictures), "a<|im_end|>b<|vision_end|>").prior_rows == 8
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 3), None])
 def test_stopping_after_the_last_wanted_layer_leaves_rows_and_model_as_they_are(adapter, pictures, layers):
     """Against the whole model with eager attention and all its maps."""
-    prompt = adapter.search_prompt("star, ring", pictures)
-    rows = adapter.search_rows(prompt, pictures, layers=layers, causal=True)
+    turn = adapter.turn(f"{SEARCH_PROMPT}star, ring", pictures)
+    rows = stock.attention(adapter, turn, pictures, layers=layers)
     assert len(decoder_attention(adapter.model)) == 6
     adapter.model.set_attn_implementation("eager")
     with torch.no_grad():
-        attentions = adapter.model(**adapter._inputs(prompt.input_ids, pictures), output_attentions=True).attentions
+        inputs = stock.forward_inputs(adapter, turn.input_ids, pictures)
+        attentions = adapter.model(**inputs, output_attentions=True).attentions
     adapter.model.set_attn_implementation("sdpa")
-    chosen = torch.stack([attentions[layer] for layer in layers or range(6)])[:, 0, :, prompt.rows].mean((0, 1))
-    for row, (start, stop, _), grid in zip(rows, prompt.images, pictures.grids, strict=True):
-        assert row.shape == (len(prompt.rows), *grid)
+    chosen = torch.stack([attentions[layer] for layer in layers or range(6)])[:, 0, :, turn.rows].mean((0, 1))
+    for row, (start, stop, _), grid in zip(rows, turn.images, pictures.grids, strict=True):
+        assert row.shape == (len(turn.rows), *grid)
         assert (row - chosen[:, start:stop].unflatten(-1, grid)).abs().max() < 1e-6
 
 
 def test_non_causal_rows_are_the_softmax_over_every_key(adapter, pictures):
     """Published HiDe: the layer's own attention module, run once more without a mask."""
-    prompt = adapter.search_prompt("star, ring", pictures)
+    turn = adapter.turn(f"{SEARCH_PROMPT}star, ring", pictures)
     attention = decoder_attention(adapter.model)[2]
     seen = []
     handle = attention.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
     )
-    rows = adapter.search_rows(prompt, pictures, layers=(2,), causal=False)
+    rows = stock.attention(adapter, turn, pictures, layers=(2,), causal=False)
     handle.remove()
     ((args, kwargs),) = seen
     adapter.model.set_attn_implementation("eager")
     with torch.no_grad():
         want = attention(*args, **{**kwargs, "attention_mask": None, cache_keyword(type(attention).forward): None})[1][
-            0, :, prompt.rows
+            0, :, turn.rows
         ].mean(0)
     adapter.model.set_attn_implementation("sdpa")
-    assert (want[0, prompt.rows.stop :] > 0).all(), "later tokens are seen"
-    for row, image in zip(rows, prompt.images, strict=True):
+    assert (want[0, turn.rows.stop :] > 0).all(), "later tokens are seen"
+    for row, image in zip(rows, turn.images, strict=True):
         assert (row.flatten(1) - want[:, image.start : image.stop]).abs().max() < 1e-6
 
 
 def test_layers_are_restored_after_an_error(adapter, pictures, monkeypatch):
-    prompt = adapter.search_prompt("star", pictures)
+    turn = adapter.turn("star", pictures)
     monkeypatch.setattr(adapter.model.model.language_model.layers[0], "forward", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        adapter.search_rows(prompt, pictures, layers=(1,), causal=False)
+        stock.attention(adapter, turn, pictures, layers=(1,))
     assert len(adapter.model.model.language_model.layers) == 6
 
 
@@ -189,9 +195,9 @@ def test_replies_are_greedy_with_the_checkpoints_own_repetition_penalty(adapter,
         adapter.model.generation_config = type(original)(
             **{**original.to_dict(), "do_sample": True, "temperature": 5.0, "top_k": 7, "repetition_penalty": 1.7}
         )
-        replies = {adapter.generate("What is it?", pictures, max_new_tokens=6) for _ in range(3)}
+        replies = {stock.generate(adapter, "What is it?", pictures, max_new_tokens=6) for _ in range(3)}
         assert len(replies) == 1
-        inputs = adapter._inputs(adapter.input_ids("What is it?", pictures), pictures)
+        inputs = stock.forward_inputs(adapter, adapter.input_ids("What is it?", pictures), pictures)
         with torch.no_grad():
             want = adapter.model.generate(
                 **inputs, do_sample=False, repetition_penalty=1.7, max_new_tokens=6, temperature=None, top_k=None
@@ -201,16 +207,16 @@ def test_replies_are_greedy_with_the_checkpoints_own_repetition_penalty(adapter,
             )
         start = inputs["input_ids"].shape[1]
         said = adapter.tokenizer.decode(want[0, start:], skip_special_tokens=True).strip()
-        assert replies == {(said, want.shape[1])}
+        assert replies == {(said, want.shape[1], tuple(want[0, start:].tolist()), ())}
         assert not torch.equal(want, unpenalised)
     finally:
         adapter.model.generation_config = original
 
 
 def test_text_after_an_image_call_is_not_disturbed_by_its_positions(adapter, pictures):
-    before = adapter.generate("What is it?", max_new_tokens=6)
-    adapter.generate("What is it?", pictures, max_new_tokens=2)
-    assert adapter.generate("What is it?", max_new_tokens=6) == before
+    before = stock.generate(adapter, "What is it?", max_new_tokens=6)
+    stock.generate(adapter, "What is it?", pictures, max_new_tokens=2)
+    assert stock.generate(adapter, "What is it?", max_new_tokens=6) == before
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
@@ -223,12 +229,12 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match="'idefics3'; HiDe knows qwen2_5_vl"):
         load(tmp_path)
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
-        Qwen25VL.from_pretrained(tmp_path, dtype="int8")
+        load_family(Qwen25VL, tmp_path, dtype="int8")
     with pytest.raises(ValueError, match="device: got 'gpu', but "):
-        Qwen25VL.from_pretrained(tmp_path, device="gpu")
+        load_family(Qwen25VL, tmp_path, device="gpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no CUDA device"):
-            Qwen25VL.from_pretrained(tmp_path, device="cuda")
+            load_family(Qwen25VL, tmp_path, device="cuda")
 
 
 def test_a_tokenizer_without_chat_template_is_refused():

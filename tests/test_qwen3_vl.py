@@ -1,18 +1,16 @@
 """What Qwen3-VL has of its own: two resizes, vision features for early layers, presets, letters between tags."""
 
-import dataclasses
-
 import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hide import PRESETS, HiDe
+from hide import PRESETS, HiDe, Plain
+from hide.methods.base import NoSettings, ask_all
 from hide.models import qwen2_5_vl as module
-from hide.models.qwen3_vl import Qwen3VL
 from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST
-from hide.session import ImageSession
+from hide.session import ImageSession, Reply
 
 
 @pytest.fixture(scope="module")
@@ -88,26 +86,29 @@ def test_positions_begin_with_the_place_in_the_text(adapter):
 
 
 def test_presets_hold_the_published_values():
-    every, one = (PRESETS[name] for name in Qwen3VL.presets)
+    presets = [preset for preset in PRESETS.values() if preset.family == "qwen3_vl"]
+    every, one = (preset.settings for preset in presets)
     assert (every.layers, every.sigma, every.threshold) == (None, 3.0, 0.5)
     assert (one.layers, one.sigma, one.threshold) == ((18,), 3.0, 0.5)
-    for preset in (every, one):
-        assert (preset.min_tokens, preset.max_tokens, preset.max_new_tokens) == (256, 16384, 1024)
-        assert preset.letter_request == TAGGED_LETTER_REQUEST != LETTER_REQUEST
+    for preset in presets:
+        assert (preset.run.min_tokens, preset.run.max_tokens, preset.answer.max_new_tokens) == (256, 16384, 1024)
+        assert preset.answer.letter_request == TAGGED_LETTER_REQUEST != LETTER_REQUEST
 
 
 def test_the_presets_request_ends_lettered_questions_and_the_letter_is_read_between_tags(adapter, monkeypatch):
     asked = []
 
-    def ask(session, text, more=None, *, max_new_tokens):
+    def ask(session, text, images=(), *, max_new_tokens):
         asked.append(text)
-        return ("<FINAL_OUTPUT>B</FINAL_OUTPUT>" if more else "It is A, so <final_output>\nA.", 1)
+        said = "<FINAL_OUTPUT>B</FINAL_OUTPUT>" if images else "It is A, so <final_output>\nA."
+        return Reply(said, 1, (), (9,) * len(images))
 
     monkeypatch.setattr(ImageSession, "ask", ask)
-    config = dataclasses.replace(PRESETS["qwen3-vl-8b"], min_tokens=20, max_tokens=60)
-    hide = HiDe(adapter, config, extractor=lambda question: "star")
-    result = hide.ask(noise(300, 200), "Which?\n(A) red\n(B) blue")
+    preset = PRESETS["qwen3-vl-8b"].changed(min_tokens=20, max_tokens=60)
+    hide = HiDe(adapter, preset, extractor=lambda question: "star")
+    both = [Plain(adapter, preset.with_settings(NoSettings())), hide]
+    answers = ask_all(both, noise(300, 200), "Which?\n(A) red\n(B) blue")
     assert asked == [f"Which?\n(A) red\n(B) blue\n{TAGGED_LETTER_REQUEST}"] * 2
-    assert (result.plain_letter, result.letter) == ("A", "B")
-    hide.ask(noise(300, 200), "What color is it?")
+    assert [answer.letter for answer in answers] == ["A", "B"]
+    ask_all(both, noise(300, 200), "What color is it?")
     assert asked[2:] == ["What color is it?"] * 2

@@ -8,14 +8,19 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hide.pipeline import EntityRows
+from families import Prompts
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
-from hide import PRESETS, HiDe, HiDeConfig
-from hide.models.base import Picture, Pictures
+from hide import PRESETS, HiDe, HiDeConfig, Plain, Preset
+from hide.engine import stock
+from hide.engine.prefix import Prefix
+from hide.methods.base import AnswerSettings, NoSettings, ask_all
+from hide.methods.hide.method import EntityRows, region_boxes
+from hide.methods.hide.search_prompt import PUBLISHED_PRIOR, search_prompt
+from hide.models.inputs import ImageInput, ImageInputs
 from hide.models.internvl import tile_grid
-from hide.session import ImageSession, Prefix
+from hide.session import ImageSession, RunSettings, open_session
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.image_spans import image_spans
 from tests import families_tiles
@@ -53,7 +58,7 @@ def pictures(adapter, request):
 
 def stock_logits(adapter, ids, pictures):
     with torch.no_grad():
-        return adapter.model(**adapter._inputs(ids, pictures)).logits[:, -1].float()
+        return adapter.model(**stock.forward_inputs(adapter, ids, pictures)).logits[:, -1].float()
 
 
 # The shared prefix
@@ -72,17 +77,19 @@ def test_a_collage_in_the_pictures_own_span_is_the_unshared_forward(internvl, si
     at = row.index(start)
     assert row.count(start) == row.count(end) == 1 and row[at + 1 : at + 1 + count] == [image] * count
     assert row[at + 1 + count] == end and internvl.tokenizer.decode(row[at + 2 + count :]).startswith(f"\n{QUESTION}")
-    with ImageSession(internvl, first, prefill_chunk=chunk) as session:
+    with ImageSession(internvl, first, run=RunSettings(prefill_chunk=chunk)) as session:
         assert session.ids[0].tolist() == row[: at + 1 + sum(first.tokens)], "it ends before the image does"
         with session.branch(ids, collage) as branch:
             assert (branch.logits() - stock_logits(internvl, ids, first + collage)).abs().max() < 1e-4
-        want = internvl.generate_ids(ids, first + collage, max_new_tokens=12)
+        want = stock.generate_ids(internvl, ids, first + collage, max_new_tokens=12)
         assert session.reply(ids, collage, max_new_tokens=12, static=False) == want
-        prompt = internvl.search_prompt("star", session.pictures)
-        assert [found.grid for found in prompt.images] == list(first.grids)
+        prompt = search_prompt(session, "star")
+        assert [found.grid for found in prompt.turn.images] == list(first.grids)
         assert prompt.prior_rows == 9 and prompt.rows.start == session.length + 1
-        rows = session.search_rows(prompt, layers=(2,), causal=False)
-    for mine, theirs in zip(rows, internvl.search_rows(prompt, first, layers=(2,), causal=False), strict=True):
+        rows = session.attention(prompt.turn, layers=(2,), causal=False)
+    for mine, theirs in zip(
+        rows, stock.attention(internvl, prompt.turn, first, layers=(2,), causal=False), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0)
 
 
@@ -102,7 +109,7 @@ def test_replies_side_by_side_are_those_one_by_one(adapter):
     texts = ["List: star", "List: a ring and a moon behind the very small heart", "List: x"]
     prompts = [adapter.input_ids(text) for text in texts]
     prefix = Prefix(adapter, prompts[0][:, :3])
-    want = [adapter.generate_ids(ids, max_new_tokens=9) for ids in prompts]
+    want = [stock.generate_ids(adapter, ids, max_new_tokens=9) for ids in prompts]
     assert len({tuple(reply) for reply in want}) == 3 and prefix.replies(prompts, max_new_tokens=9) == want
 
 
@@ -110,14 +117,14 @@ def test_replies_side_by_side_are_those_one_by_one(adapter):
 
 
 def test_line_break_and_fixed_words_are_the_prior_and_only_entities_have_labels(adapter, pictures):
-    prompt = adapter.search_prompt("star, ring", pictures, include_end_token=False)
-    ids = prompt.input_ids[0].tolist()
+    prompt = search_prompt(Prompts(adapter, pictures), "star, ring", include_end_token=False)
+    ids = prompt.turn.input_ids[0].tolist()
     spoken = [adapter.tokenizer.decode([token]).strip() for token in ids[prompt.rows.start : prompt.rows.stop]]
     assert spoken[:9] == ["", "Please", "search", "the", "images", "for", "these", "objects", ":"]
     assert prompt.prior_rows == 9 and "".join(prompt.labels) == "star,ring"
     behind = adapter.image_end or adapter.image_text
     assert ids[prompt.rows.start - 1] == adapter.tokenizer.convert_tokens_to_ids(behind)
-    ended = adapter.search_prompt("star, ring", pictures)
+    ended = search_prompt(Prompts(adapter, pictures), "star, ring")
     assert ended.labels[len(prompt.labels) :] == (("<|im_end|>",) if adapter.family != "llava" else ())
 
 
@@ -131,7 +138,7 @@ def test_the_rows_of_a_turn_are_its_texts(adapter, text):
 
 def test_words_that_melt_into_the_entities_are_refused(adapter):
     with pytest.raises(ValueError, match="keep its words as tokens"):
-        adapter.search_prompt("tar", preprocessed(adapter, SIZES[0]), prompt="Please find the s")
+        search_prompt(Prompts(adapter, preprocessed(adapter, SIZES[0])), "tar", prompt="Please find the s")
 
 
 def test_special_tokens_in_a_question_are_only_text(adapter, pictures):
@@ -153,10 +160,11 @@ def test_llavas_prompt_begins_as_its_tokenizer_begins_a_text():
 
 def test_internvls_own_tokenizer_must_give_nine_prior_rows(internvl, monkeypatch):
     end = internvl.tokenizer.convert_tokens_to_ids("</img>")
-    assert type(internvl).published_prior == (151666, 9)
-    monkeypatch.setattr(type(internvl), "published_prior", (end, 8))
+    assert PUBLISHED_PRIOR["internvl"] == (151666, 9)
+    monkeypatch.setitem(PUBLISHED_PRIOR, "internvl", (end, 8))
+    hide = HiDe(internvl, PRESETS["internvl3-8b"].changed(layers=(1,)))
     with pytest.raises(ValueError, match="has 9 tokens, want 8"):
-        internvl.search_prompt("star", preprocessed(internvl, SIZES[0]))
+        hide.search_prompt(Prompts(internvl, preprocessed(internvl, SIZES[0])), "star")
 
 
 # InternVL's tiles
@@ -202,14 +210,16 @@ def test_token_limits_hold_with_the_thumbnail(internvl):
             assert least <= picture.tokens <= most
     with pytest.raises(ValueError, match="max_tokens: got 3, want at least 4"):
         preprocessed(internvl, SIZES[0], most=3)
-    assert PRESETS["internvl3-8b"].max_tokens == 129 * 256
+    assert PRESETS["internvl3-8b"].run.max_tokens == 129 * 256
 
 
 def test_gaps_of_a_collage_are_black_to_internvl_and_its_pixels_keep_their_colour(internvl):
-    hide = HiDe(internvl, dataclasses.replace(PRESETS["internvl3-8b"], layers=(1,), min_tokens=4, max_tokens=80))
     image = Image.new("RGB", (200, 200), (250, 240, 230))
-    ((collage,), _) = hide.collage(image, [torch.tensor([[0, 0, 56, 56], [100, 100, 156, 156]])])
-    assert collage.size == (112, 112) and collage.mode == "RGBA"
+    boxes = torch.tensor([[0, 0, 56, 56], [100, 100, 156, 156]])
+    with open_session(internvl, image, RunSettings(min_tokens=4, max_tokens=80)) as session:
+        (cut,) = session.crop([boxes], fill=PRESETS["internvl3-8b"].settings.fill)
+    collage = cut.image
+    assert collage.shape == (112, 112, 4) and cut.boxes.tolist() == boxes.tolist()
     (picture,) = internvl.preprocess([collage], min_tokens=4, max_tokens=80).items
     assert picture.layout[0] == picture.layout[1]
     mean, std = (torch.tensor(internvl.image_processor.__dict__[name]) for name in ("image_mean", "image_std"))
@@ -237,21 +247,20 @@ def planted(token, tiles=(1, 2), prior=9):
 @pytest.mark.parametrize("sigma", [0, 1])
 def test_golden_blocks_across_the_seam_of_two_tiles_are_one_box_each(sigma):
     adapter = families_tiles.internvl(tile=448)
-    pictures = Pictures((Picture(torch.zeros(0), (1, 2), (16, 32), 768),))
-    config = dataclasses.replace(PRESETS["internvl3-8b"], layers=(1,), sigma=sigma, threshold=0.7)
-    hide = HiDe(adapter, config)
-    prompt = hide._search_prompt(pictures, "star, ring")
+    pictures = ImageInputs((ImageInput(torch.zeros(0), (1, 2), (16, 32), 768),))
+    hide = HiDe(adapter, PRESETS["internvl3-8b"].changed(layers=(1,), sigma=sigma, threshold=0.7))
+    prompt = hide.search_prompt(Prompts(adapter, pictures), "star, ring")
     assert prompt.prior_rows == 9 and prompt.labels == ("star", ",", "ring")
     rows = torch.full((len(prompt.rows), 768), 9.0)  # the thumbnail's are larger than all others
     for token, row in enumerate(rows):
         for tile, part in enumerate(planted(token).split(16, dim=1)):
             row[256 * tile : 256 * (tile + 1)] = part.flatten()
-    maps = hide.maps(EntityRows(tuple(rows_to_maps(rows, prompt.images)), prompt.prior_rows, prompt.labels))
-    assert maps.maps[0].shape == (3, 16, 32) and maps.labels == (("star", ",", "ring"),)
-    image = Image.new("RGB", (320, 160))
-    for token, own in enumerate(maps.maps[0]):
-        one = dataclasses.replace(maps, maps=(own[None],), labels=(("x",),))
-        assert hide.boxes(one, image)[0].tolist() == [[140 + 10 * token, 50, 170 + 10 * token, 70]]
+    found = hide.maps(EntityRows(tuple(rows_to_maps(rows, prompt.turn.images)), prompt.prior_rows, prompt.labels))
+    (maps,), labels = found.by_image
+    assert maps.shape == (3, 16, 32) and labels == (("star", ",", "ring"),)
+    for token, own in enumerate(maps):
+        boxes = region_boxes(own[None], hide.settings.threshold, (320, 160))
+        assert boxes.tolist() == [[140 + 10 * token, 50, 170 + 10 * token, 70]]
 
 
 # LLaVA-1.5's square
@@ -345,22 +354,25 @@ def test_transparency_is_white_to_llava_and_black_to_internvl(adapter):
 
 @pytest.mark.parametrize("in_span", [False, True])
 def test_hide_answers_from_picture_and_collage_as_stock_generate_does(adapter, in_span):
-    config = HiDeConfig(
-        layers=(2,), sigma=0, threshold=0.5, min_tokens=4, max_tokens=80, entities_from="rules", max_new_tokens=8,
-        include_end_token=False, fill=None if in_span else (255, 255, 255), collage_in_span=in_span,
+    preset = Preset(
+        HiDeConfig(
+            layers=(2,), sigma=0, threshold=0.5, entities_from="rules", include_end_token=False,
+            fill=None if in_span else (255, 255, 255),
+        ),
+        RunSettings(min_tokens=4, max_tokens=80, join_images=in_span),
+        AnswerSettings(max_new_tokens=8),
     )  # fmt: skip
-    if in_span and not adapter.joins_pictures:
-        with pytest.raises(ValueError, match=f"collage_in_span: got True, but {adapter.family}"):
-            HiDe(adapter, config)
+    if in_span and not adapter.joins_images:
+        with pytest.raises(ValueError, match=f"join_images: got True, but {adapter.family}"):
+            HiDe(adapter, preset)
         return
-    hide = HiDe(adapter, config)
-    image = noise(171, 107)
-    result = hide.ask(image, QUESTION)
-    assert result.collages[0] is not None and result.notes[:1] != ("collage: no region",)
-    pictures = adapter.preprocess([image, result.collages[0]], min_tokens=4, max_tokens=80)
+    image, both = noise(171, 107), [Plain(adapter, preset.with_settings(NoSettings())), HiDe(adapter, preset)]
+    plain, answer = ask_all(both, image, QUESTION)
+    assert answer.shown[0] is not None and answer.notes[:1] != ("collage: no region",)
+    pictures = adapter.preprocess([image, answer.shown[0]], min_tokens=4, max_tokens=80)
     pictures = dataclasses.replace(pictures, joined=in_span)
-    assert result.answer == adapter.generate(QUESTION, pictures, max_new_tokens=8).text
-    assert result.plain_answer == adapter.generate(QUESTION, Pictures(pictures.items[:1]), max_new_tokens=8).text
+    assert answer.text == stock.generate(adapter, QUESTION, pictures, max_new_tokens=8).text
+    assert plain.text == stock.generate(adapter, QUESTION, ImageInputs(pictures.items[:1]), max_new_tokens=8).text
 
 
 def test_onevisions_spans_need_sizes_that_fit():

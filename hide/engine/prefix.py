@@ -406,6 +406,10 @@ class Branch:
         last = layers.stop == self._model.num_layers
         while at < stop:
             end = min(stop, at + chunk)
+            hidden = None
+            if last:
+                # Only the last piece's is wanted: the one before is let go of first.
+                found.clear()
             try:
                 hidden, tapped = self._piece(at, end, layers)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -414,7 +418,6 @@ class Branch:
                 self._cache.rewind(at, layers)
                 if whole or end - at <= MIN_CHUNK:
                     raise advice(f"{end - at} tokens behind {at}", error) from None
-                hidden = None
             if hidden is None:
                 # Out here, where the error no longer holds what the failed piece had made.
                 chunk = max(MIN_CHUNK, (end - at) // 2)
@@ -425,7 +428,7 @@ class Branch:
                 continue
             for tap, states in tapped.items():
                 self.tapped[tap].append(states)
-            found = [hidden] if last else [*found, hidden]
+            found.append(hidden)
             at = end
             if last and not self._layer:
                 self.at = end

@@ -311,7 +311,7 @@ class Method(ABC, Generic[S]):
         name: of one in `presets` or `MODELS`; `None`: the one that the checkpoint names as `"hide_preset"` in its
             config.json, else the first of the model's family, for other depths as `at_depth` has it, with a note.
 
-        Raises `ValueError` for an unknown name.
+        Raises `ValueError` for an unknown name, and for a family that has none where none is named.
         """
         own = getattr(model.model.config, "hide_preset", None)
         source, asked = ("preset", name) if name is not None else ("config.json: hide_preset", own)
@@ -321,7 +321,9 @@ class Method(ABC, Generic[S]):
             if not isinstance(asked, str) or asked not in known:
                 raise ValueError(f"{source}: got {asked!r}, want one of {', '.join(known)}")
             return known[asked], ()
-        chosen = next(key for key, preset in known.items() if preset.family == model.family)
+        chosen = next((key for key, preset in known.items() if preset.family == model.family), None)
+        if chosen is None:
+            raise ValueError(f"preset: there is none for {model.family}; name one of {', '.join(known)}")
         preset = known[chosen]
         if preset.depth in (0, model.num_layers):
             return preset, ()
