@@ -333,7 +333,13 @@ def transparent():
 @pytest.mark.parametrize(
     "images, tokens, words, collages",
     [
-        pytest.param([colourful(200, 120)], [[]], ["There is no map of this picture", "hide answer: from the picture alone"], 0, id="no map"),
+        pytest.param(
+            [colourful(200, 120)],
+            [[]],
+            ["There is no map of this picture", "hide answer: from the picture alone"],
+            0,
+            id="no map",
+        ),
         pytest.param(
             [transparent()],
             [[("x", planted((6, 10), (4, 7, 1, 2, 1.0)))]],

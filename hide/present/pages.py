@@ -36,8 +36,9 @@ class Seen:
     """What an answer says of one image.
 
     image: as it was given. tokens: its image tokens. maps: (T, rows, columns) float32 as parts of a peak, one for each
-    of `labels`; cells from `threshold` on are of a region. boxes: (K, 4) pixels, merged. shown: what the model got beside
-    the image, with `shown_tokens` image tokens. laid_out: whether that is the layout-preserving collage of the boxes.
+    of `labels`; cells from `threshold` on are of a region. boxes: (K, 4) pixels, merged. shown: what the model got
+    beside the image, with `shown_tokens` image tokens. laid_out: whether that is the layout-preserving collage of the
+    boxes.
     """
 
     image: Image.Image
