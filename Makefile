@@ -138,7 +138,7 @@ sanitize:  ## the kernels on blocks of real threads, looking for races, bad acce
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy hide_kernels hide
+	$(BIN)/mypy hide_kernels hide training
 
 format: $(STAMP)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

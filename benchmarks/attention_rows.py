@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import cuda_times, interleaved_cpu_times, new_memory
+from hide.texts import named
 from hide_kernels import attention_rows
 from hide_kernels.testing import error_budget
 from hide_kernels.testing.cases import CASES, SERVING_CASES, error_of
@@ -194,7 +195,7 @@ def _gpu_entry(name: str, call: Callable[[], Tensor], want: Tensor, budget: floa
         memory = new_memory(call, want.device.type)
         times = cuda_times(call, runs=50 if captured else 5, capture=captured)
     except Exception as failure:
-        return {verdict: f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"}
+        return {verdict: named(failure)}
     return {"microseconds": times, "graph": captured, "error": error, "new_bytes": memory}
 
 

@@ -53,6 +53,7 @@ from hide.models.inputs import ImageInput, ImageInputs
 from hide.models.qwen2_5_vl import LOADER_CELL, LOADER_MIN_TOKENS, Qwen25VL, token_grid
 from hide.questions import Question
 from hide.session import RunSettings, Session, Turn
+from hide.texts import named
 from hide_kernels import collage, regions, token_maps
 from hide_kernels.collage import boxes_to_pixels
 from hide_kernels.memory import profile
@@ -420,7 +421,7 @@ def timed(bench: Bench, callable_ways: dict[str, Callable[[], Run]], runs: int, 
                 first = way()
             wrong = bench.wrong(first)
         except Exception as error:
-            wrong = [f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]
+            wrong = [named(error)]
             # A way of others that does not fit, or wants a package that is not there, is a result.
             verdict = "failed" if name.endswith("(c)") else "skipped"
         if wrong:
@@ -478,7 +479,7 @@ def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
             rows += table(bench, RUNS, left / 2)
         except Exception as error:
             # What was measured before it stays.
-            rows.append({"what": name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+            rows.append({"what": name, "failed": named(error)})
     return rows
 
 

@@ -29,6 +29,7 @@ from benchmarks import (
 )
 from benchmarks.measure import environment, gpu_state, write
 from benchmarks.render import render
+from hide.texts import named
 
 DEVICE = "cuda"
 # Each has `failures(device)`, `gpu_table(seconds, device)` and `line(row)`; the quick ones first, those that share one
@@ -83,7 +84,7 @@ def _failures(name: str) -> list[str]:
     try:
         found: list[str] = OPERATORS[name].failures(DEVICE)
     except Exception as error:
-        found = [_text(error)]
+        found = [named(error, 500)]
     if found:
         print(f"{name}: {len(found)} checks failed, its speed is not reported", *found, sep="\n  ", flush=True)
     _free()
@@ -102,7 +103,7 @@ def _measure(name: str, entry: dict[str, Any], seconds: float) -> None:
         for row in entry["table"]:
             print(OPERATORS[name].line(row), flush=True)
     except Exception as error:
-        entry["error"] = _text(error)
+        entry["error"] = named(error, 500)
         print(f"{name}: {entry['error']}", flush=True)
     entry["seconds"] = time.monotonic() - begun
     _free()
@@ -110,10 +111,6 @@ def _measure(name: str, entry: dict[str, Any], seconds: float) -> None:
 
 def _failed(entry: dict[str, Any]) -> bool:
     return bool(entry["failures"]) or "error" in entry or any("failed" in row for row in entry.get("table", ()))
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _free() -> None:

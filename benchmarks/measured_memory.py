@@ -23,6 +23,7 @@ from hide.profiling.flows import FLOWS
 from hide.profiling.models import build, read_config
 from hide.profiling.runs import FlowRun, Settings, measure_flow, predict_flow
 from hide.profiling.workload import Workload
+from hide.texts import named
 
 NOTE = (
     "On top of a prediction a measurement has: cuBLAS's workspaces (8.1 MiB, from sm_90 on 32 MiB, for each stream); "
@@ -99,7 +100,7 @@ def compared(
                 rows.append({**row, **_beside(measure_flow(adapter, flow, work), predicted)})
             except RuntimeError as error:
                 # What was measured before it stays.
-                rows.append({**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+                rows.append({**row, "failed": named(error)})
     return rows
 
 

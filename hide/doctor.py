@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hide.extra import INSTALL, MODULES
-from hide.texts import one_line, version
+from hide.texts import named, version
 
 
 class Finding(NamedTuple):
@@ -59,7 +59,7 @@ def examine() -> list[Finding]:
         try:
             findings += probe()
         except Exception as error:
-            findings.append(Finding("machine", probe.__name__.strip("_"), f"cannot be examined: {_brief(error)}"))
+            findings.append(Finding("machine", probe.__name__.strip("_"), f"cannot be examined: {named(error, 160)}"))
     return findings
 
 
@@ -179,12 +179,8 @@ def _broken(module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as error:
-        return _brief(error)
+        return named(error, 160)
     return ""
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(str(error), 160)}"
 
 
 def healthy(findings: list[Finding]) -> bool:

@@ -13,6 +13,11 @@ def one_line(error: object, most: int = 240) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def named(error: BaseException, most: int = 200) -> str:
+    """An error of any type in one line, with its type."""
+    return f"{type(error).__name__}: {one_line(str(error), most)}"
+
+
 def version(distribution: str) -> str | None:
     """Of an installed distribution; `None` where it is not installed."""
     try:

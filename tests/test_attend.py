@@ -9,8 +9,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
+from hide.engine.stock import forward_inputs
 from hide.methods.attend import attend
 from hide.models.qwen2_5_vl import Qwen25VL
+from hide.present.pages import save_attention
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
 
@@ -35,7 +37,7 @@ def test_maps_of_prompt_and_reply_equal_eager_attention_of_a_model_with_grouped_
     eager = copy.deepcopy(adapter.model)
     eager.set_attn_implementation("eager")
     out = eager.generate(
-        **adapter._inputs(turn.input_ids, pictures), do_sample=False, max_new_tokens=5, output_attentions=True,
+        **forward_inputs(adapter, turn.input_ids, pictures), do_sample=False, max_new_tokens=5, output_attentions=True,
         return_dict_in_generate=True,
     )  # fmt: skip
     (image,) = turn.images
@@ -56,7 +58,7 @@ def test_maps_of_prompt_and_reply_equal_eager_attention_of_a_model_with_grouped_
 
 def test_saved_files_hold_the_maps_and_a_panel_for_each_token(adapter, picture, tmp_path):
     found = attend(adapter, picture, TEXT, layers=[0], new_tokens=2)
-    png, npz = found.save(tmp_path / "new")
+    png, npz = save_attention(found, tmp_path / "new")
     with np.load(npz) as archive:
         np.testing.assert_array_equal(archive["maps"], found.maps.numpy())
         assert archive["tokens"].tolist() == list(found.tokens)

@@ -1,6 +1,5 @@
 """Whatever users hand over, broken or odd: it is refused with its name and the cause, or answered as documented."""
 
-import dataclasses
 import io
 import struct
 import zlib
@@ -8,7 +7,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hide.pipeline import EntityRows
 from PIL import Image, ImageSequence
 
 from hide import PRESETS, HiDe
@@ -21,7 +19,7 @@ from hide.methods.hide.entities import (
     entity_request,
     parse_entities,
 )
-from hide.models.base import Reply
+from hide.methods.hide.method import EntityRows
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.questions import LETTER_REQUEST, Question
 from hide.tiny.model import build
@@ -40,7 +38,7 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def config():
-    return dataclasses.replace(PRESETS["tiny"], max_tokens=60, max_new_tokens=2)
+    return PRESETS["tiny"].changed(max_tokens=60, max_new_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +48,14 @@ def hide(adapter, config):
 
 def assert_whole(result):
     """Boxes lie in their pictures, and whoever has none has no collage."""
-    for image, boxes, collage in zip(result.images, result.boxes, result.collages, strict=True):
+    for image, boxes, collage in zip(result.images, result.boxes, result.shown, strict=True):
         assert all(0 <= x0 < x1 <= image.width and 0 <= y0 < y1 <= image.height for x0, y0, x1, y1 in boxes.tolist())
         assert (collage is None) == (len(boxes) == 0)
-    shown = [collage for collage in result.collages if collage is not None]
-    assert len(result.image_tokens) == len(result.images) + len(shown)
+    shown = [collage for collage in result.shown if collage is not None]
+    assert len(result.image_tokens) == len(result.images)
+    assert sum(found.shown_tokens is not None for found in result.evidence) == len(shown)
     assert bool(shown) != any("no region was found" in note for note in result.notes)
-    assert isinstance(result.answer, str)
+    assert isinstance(result.text, str)
 
 
 # Pictures
@@ -318,11 +317,15 @@ EXAMPLES |= {"bottle with tall size with glass material"}
 def test_odd_entity_replies_give_their_items_or_the_questions_own_words(
     adapter, config, monkeypatch, reply, items, note
 ):
-    hide = HiDe(adapter, dataclasses.replace(config, entities_from="model"))
-    monkeypatch.setattr(hide, "_entity_replies", lambda requests: [Reply(reply, 0)])
-    result = hide.ask(SCENE, QUESTION, plain=False)
-    assert result.entities.items == items
-    assert any(note in text for text in result.notes) if note else not result.entities.notes
+    hide = HiDe(adapter, config.changed(entities_from="model"))
+    monkeypatch.setattr(hide._extract, "_replies", lambda requests, settings: [reply])
+    result = hide.ask(SCENE, QUESTION)
+    assert tuple(result.details["entities"]) == items
+    assert (
+        any(note in text for text in result.notes)
+        if note
+        else not any(text.startswith("entities") for text in result.notes)
+    )
     assert_whole(result)
 
 
@@ -353,7 +356,7 @@ def test_a_reply_that_echoes_the_request_up_to_anywhere_names_none_of_its_exampl
 def test_questions_of_any_script_and_content_are_answered(hide, question):
     result = hide.ask(SCENE, question)
     assert result.question.prompt.split() == question.split()
-    assert all(item and len(item) <= MAX_LENGTH for item in result.entities.items)
+    assert all(item and len(item) <= MAX_LENGTH for item in result.details["entities"])
     assert_whole(result)
 
 
@@ -378,9 +381,9 @@ def test_options_that_are_not_unicode_are_refused():
 def test_a_question_of_fifty_thousand_characters_is_answered(hide):
     question = "background " * 4545 + "star or ring?"
     assert len(question) > 50_000
-    result = hide.ask(SCENE, question, plain=False)
+    result = hide.ask(SCENE, question)
     assert result.question.prompt == question.strip()
-    assert result.entities.items == ("star", "ring")
+    assert result.details["entities"] == ["star", "ring"]
     assert_whole(result)
 
 
@@ -431,10 +434,10 @@ def test_rows_that_are_not_finite_go_to_another_image_or_are_left_out_and_the_re
     for image, which in spoiled:
         rows[image][which, 0, 0] = value
     spoiled_rows = EntityRows(tuple(rows), 8, ("star", "dot", "ring"))
-    monkeypatch.setattr(hide, "_attention_rows", lambda *a: (spoiled_rows, 0))
+    monkeypatch.setattr(hide, "attention_rows", lambda *a: spoiled_rows)
     result = hide.ask([SCENE, SCENE], QUESTION)
-    assert [tuple(sorted(labels)) for labels in result.maps.labels] == left
-    assert all(bool(((maps >= 0) & (maps <= 1)).all()) for maps in result.maps.maps)
+    assert [tuple(sorted(labels)) for labels in (found.labels for found in result.evidence)] == left
+    assert all(bool(((maps >= 0) & (maps <= 1)).all()) for maps in (found.maps for found in result.evidence))
     assert any("NaN or inf" in note for note in result.notes)
     assert_whole(result)
 
@@ -442,22 +445,29 @@ def test_rows_that_are_not_finite_go_to_another_image_or_are_left_out_and_the_re
 # Boxes
 
 
+@pytest.fixture(scope="module")
+def session(hide):
+    with hide.open(SCENE) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("box", [[-1, 0, 4, 4], [0, 0, 121, 4], [0, 80, 4, 91], [4, 0, 2, 4], [0, 2**40, 4, 2**41]])
-def test_boxes_outside_the_picture_are_refused_by_number_and_limit(hide, box):
+def test_boxes_outside_the_picture_are_refused_by_number_and_limit(session, box):
     with pytest.raises(ValueError, match=r"^boxes\[1\]: got .*x1 <= 120 and 0 <= y0 <= y1 <= 90"):
-        hide.collage(SCENE, [torch.tensor([[0, 0, 4, 4], box])])
+        session.crop([torch.tensor([[0, 0, 4, 4], box])])
 
 
-def test_boxes_without_area_show_nothing(hide):
-    collages, boxes = hide.collage(SCENE, [torch.tensor([[0, 0, 0, 90], [120, 90, 120, 90], [5, 7, 9, 7]])])
-    assert collages == (None,) and len(boxes[0]) == 0
+def test_boxes_without_area_show_nothing(session):
+    (made,) = session.crop([torch.tensor([[0, 0, 0, 90], [120, 90, 120, 90], [5, 7, 9, 7]])])
+    assert made.image is None and len(made.boxes) == 0
 
 
-def test_thousands_of_boxes_are_shown_pixel_by_pixel(hide):
+def test_thousands_of_boxes_are_shown_pixel_by_pixel(session):
     random = np.random.default_rng(0)
     corners = np.stack([random.integers(0, 120, 20_000), random.integers(0, 90, 20_000)], axis=1)
     apart = corners[(corners % 3 == 0).all(axis=1)]
-    (collage,), (boxes,) = hide.collage(SCENE, [torch.from_numpy(np.concatenate([apart, apart + 1], axis=1))])
+    (made,) = session.crop([torch.from_numpy(np.concatenate([apart, apart + 1], axis=1))])
+    boxes, collage = made.boxes, Image.fromarray(made.image.numpy())
     assert len(boxes) == len(np.unique(apart, axis=0)) > 900
     assert collage.size == (40, 30)
     for x, y, *_ in boxes.tolist():

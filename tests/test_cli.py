@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hide.cli import app
 from hide.engine.kv_cache import OffloadedCache, PreallocatedLayer
+from hide.methods.base import MODELS
 from hide.models import FAMILIES, adapter_class
 from hide.tiny.scenes import draw_scene
 
@@ -29,15 +30,15 @@ def run(*arguments):
 def test_ask_prints_entities_boxes_answers_times_and_saves_pictures(picture, tmp_path):
     result = run("ask", picture, QUESTION, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    for text in ("embedded", "entities", "star", "boxes", "plain answer", "HiDe answer", "attention rows", "total"):
+    for text in ("embedded", "entities", "star", "boxes", "plain answer", "hide answer", "attention rows", "total"):
         assert text in result.output
     document = json.loads((tmp_path / "result.json").read_text())
     assert document["entities"] == ["star"] and document["model"] == "embedded"
-    for name in ("overview.png", "image_0_heat.png", "image_0_boxes.png", "image_0_collage.png"):
+    for name in ("overview.png", "image_0_heat.png", "image_0_boxes.png", "image_0_shown.png"):
         with Image.open(tmp_path / name) as image:
             assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 20, f"{name} shows nothing"
-    with Image.open(tmp_path / "image_0_collage.png") as collage:
-        assert list(collage.size) == document["collages"][0]
+    with Image.open(tmp_path / "image_0_shown.png") as collage:
+        assert list(collage.size) == document["shown"][0]
 
 
 def test_keys_and_values_on_the_host_give_the_same_answer(picture, tmp_path, monkeypatch):
@@ -102,7 +103,9 @@ def test_models_lists_each_family_with_its_class_checkpoints_and_presets():
     assert result.exit_code == 0, result.output
     for model_type in FAMILIES:
         family = adapter_class(model_type)
-        for text in (model_type, family.model_class, *family.checkpoints, *family.presets, family.tested):
+        presets = [name for name, preset in MODELS.items() if preset.family == model_type]
+        assert presets, "a family without a preset"
+        for text in (model_type, family.model_class, *family.checkpoints, *presets, family.tested):
             assert text in result.output, text
 
 

@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 import typer
-from hide.console import App, errors
 from PIL import Image
 
 from hide.cli import app
+from hide.cli.console import App, errors
 
 SHOWN = "星 ✓ ü 🅱 \udcff"
 
@@ -83,7 +83,7 @@ def test_questions_and_options_of_any_writing_are_answered_and_saved_on_any_cons
 def test_tables_are_on_the_disk_before_they_are_printed(monkeypatch, tmp_path):
     from rich.console import Console
 
-    from hide.evaluation import commands
+    from hide.cli import evaluate
 
     def fail(*_, **__):
         assert (tmp_path / "summary.md").is_file()
@@ -91,7 +91,7 @@ def test_tables_are_on_the_disk_before_they_are_printed(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Console, "print", fail)
     with pytest.raises(BrokenPipeError):
-        commands._finish(Console(), tmp_path, "title", [commands_table()], [])
+        evaluate._finish(Console(), tmp_path, "title", [commands_table()], [])
 
 
 def commands_table():
@@ -101,7 +101,7 @@ def commands_table():
 
 
 def test_a_closed_pipe_is_quiet():
-    code = "from hide.console import App; import rich.console as r\na = App()\n"
+    code = "from hide.cli.console import App; import rich.console as r\na = App()\n"
     code += "a.command()(lambda: [r.Console().print('x' * 70) for _ in range(9999)] and None)\na()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline()

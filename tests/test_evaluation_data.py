@@ -419,7 +419,7 @@ def test_the_command_tells_bad_records_from_failed_and_wrong_ones(tmp_path):
     assert by_id.keys() == {"0", "1", "2", "3", "4"}
     assert by_id["0"]["place"] == f"record 1 of {tmp_path / 'list.json'}" and "'Z'" in by_id["0"]["error"]
     assert "place" not in by_id["3"] and "no.png is not a file" in by_id["3"]["error"]
-    assert len(by_id["2"]["images"]) == len(by_id["2"]["boxes"]) == 2 and "tiles" in by_id["2"]["replies"]
+    assert len(by_id["2"]["images"]) == len(by_id["2"]["boxes"]["hide"]) == 2 and "tiles" in by_id["2"]["replies"]
     for name in ("summary.md", "report.html"):
         text = (tmp_path / "o" / name).read_text()
         assert "Bad records: 2" in text and "record 5 of" in text
@@ -459,7 +459,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_a_model_is_loaded(fol
     def load(*arguments, **keywords):
         raise AssertionError("a model is loaded")
 
-    for name in ("hide.cli.load_model", "hide.evaluation.commands.load_model", "hide.profiling.commands._profile"):
+    for name in ("hide.cli.loading.ModelOptions.load", "hide.cli.profile._profile"):
         monkeypatch.setattr(name, load)
     (folder / "file").write_text("")
     (folder / "taken").mkdir()

@@ -2,65 +2,76 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from hide.evaluation.views import METHODS, crop, masked, preserved, tiles
-from hide.pipeline import PRESETS, EntityRows, HiDe
 from PIL import Image
 from typer.testing import CliRunner
 
+from hide import PRESETS, HiDe
 from hide.cli import app
+from hide.cli.evaluate import forms_of_collage
 from hide.evaluation import calibrate, data
 from hide.evaluation.data import Sample
 from hide.evaluation.gallery import failures, save_gallery
 from hide.evaluation.runner import answer
 from hide.evaluation.scoring import score_groups, score_methods, strict
 from hide.evaluation.tables import group_table, markdown, method_table
+from hide.methods.ablations import Masked, OneCrop, Tiles
+from hide.methods.hide.method import EntityRows, region_boxes
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.present.table import ResultTable
 from hide.questions import Question
 from hide.tiny.model import build
 
 PIXELS = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+WHITE = (255, 255, 255)
+FORMS = {"plain", "hide", "tiles", "masked", "crop", "true-boxes"}
 BOXES = torch.tensor([[5, 4, 15, 10], [40, 20, 60, 40]])
 
 
 def test_forms_show_the_boxes_and_nothing_else():
     picture = Image.fromarray(PIXELS)
     first, second = PIXELS[4:10, 5:15], PIXELS[20:40, 40:60]
-    row = np.asarray(tiles(picture, BOXES))
+    row = np.asarray(Tiles.draw(picture, BOXES, WHITE))
     assert row.shape == (20, 30, 3) and (row[:, :20] == second).all() and (row[:6, 20:] == first).all()
     assert (row[6:, 20:] == 255).all()
-    white = np.asarray(masked(picture, BOXES))
+    white = np.asarray(Masked.draw(picture, BOXES, WHITE))
     kept = np.zeros((40, 60), bool)
     kept[4:10, 5:15] = kept[20:40, 40:60] = True
     assert (white[kept] == PIXELS[kept]).all() and (white[~kept] == 255).all()
-    assert (np.asarray(crop(picture, BOXES)) == PIXELS[4:40, 5:60]).all()
-    collage = np.asarray(preserved(picture, BOXES))
-    assert collage.shape == (26, 30, 3) and (collage[:6, :10] == first).all() and (collage[6:, 10:] == second).all()
+    assert (np.asarray(OneCrop.draw(picture, BOXES, None)) == PIXELS[4:40, 5:60]).all()
+    assert (np.asarray(Tiles.draw(picture, BOXES, None))[6:, 20:] == 0).all(), "no colour is black"
     see_through = Image.fromarray(np.dstack([PIXELS, np.zeros((40, 60), np.uint8)]))
-    assert (np.asarray(crop(see_through, BOXES)) == 255).all()
+    assert (np.asarray(OneCrop.draw(see_through, BOXES, WHITE)) == 255).all()
 
 
 @pytest.fixture(scope="module")
 def hide():
-    return HiDe(Qwen25VL(*build()), dataclasses.replace(PRESETS["tiny"], layers=(2,), max_new_tokens=2))
+    return HiDe(Qwen25VL(*build()), PRESETS["tiny"].changed(layers=(2,), max_new_tokens=2))
 
 
 def test_every_method_is_asked_and_paid_for(hide):
+    methods = forms_of_collage(hide)
     for sample in data.scenes(3, sizes=[(280, 196)]):
-        record = answer(hide, sample, list(METHODS))
+        record = answer(methods, sample)
         assert record["error"] is None
-        asked = set(METHODS)
-        assert record["replies"].keys() == record["tokens"].keys() == record["seconds"].keys() == asked
+        assert record["replies"].keys() == record["tokens"].keys() == record["seconds"].keys() == FORMS
         # The masked copy has as many tokens as the picture; the data set's boxes need no search.
         tokens = record["tokens"]
         assert tokens["masked"] == max(tokens.values()) and tokens["true-boxes"] < tokens["hide"]
-        without = answer(hide, dataclasses.replace(sample, boxes=()), ["plain", "hide", "true-boxes"])
-        assert without["replies"].keys() == {"plain", "hide"}
-    (share,) = [of for name, of, _ in score_groups([record, without], strict) if name == "all"]
+        assert (
+            record["boxes"]["tiles"] == record["boxes"]["hide"]
+            and record["boxes"]["true-boxes"] != record["boxes"]["hide"]
+        )
+        without = answer(methods, dataclasses.replace(sample, boxes=()))
+        assert without["replies"].keys() == FORMS - {"true-boxes"}
+        assert answer(methods[-1:], dataclasses.replace(sample, boxes=()))["error"].startswith(
+            "ValueError: methods: none"
+        )
+    (share,) = [shares for name, shares, _ in score_groups([record, without], strict) if name == "all"]
     assert share["true-boxes"].total == 1 and share["plain"].total == 2
 
 
@@ -69,7 +80,7 @@ def record_of(number, plain, ours, error=None, tokens=500):
         "id": f"q{number}", "split": "s", "question": "Where is it?", "options": ["left", "right"], "answer": "A",
         "error": error, "replies": {} if error else {"plain": plain, "hide": ours},
         "tokens": {} if error else {"plain": 10, "hide": 30}, "seconds": {} if error else {"plain": 1.0, "hide": 2.0},
-        "image_tokens": [tokens], "boxes": [[[1, 1, 9, 9]]], "entities": ["a<b"],
+        "image_tokens": [tokens], "boxes": {"hide": [[[1, 1, 9, 9]]]}, "details": {"hide": {"entities": ["a<b"]}},
     }  # fmt: skip
 
 
@@ -120,11 +131,13 @@ class Planted:
         num_layers = 3
 
     model = Model()
-    config = PRESETS["tiny"]
 
     def __init__(self, box):
         self.box = box
-        self.maps = HiDe(Qwen25VL.__new__(Qwen25VL), dataclasses.replace(self.config, layers=None, sigma=0.0)).maps
+        self.maps = HiDe(Qwen25VL.__new__(Qwen25VL), PRESETS["tiny"].changed(layers=None, sigma=0.0)).maps
+
+    def open(self, image):
+        return nullcontext(image)
 
     def attention_rows_by_layer(self, image, entities):
         generator = torch.Generator().manual_seed(0)
@@ -189,14 +202,15 @@ def test_the_grid_is_what_hide_itself_makes_of_the_rows(hide):
     samples = list(data.scenes(2, sizes=[(280, 196)]))
     grid = calibrate.settings_grid(hide, samples, sigmas=(0.0, 1.0), thresholds=(0.3, 0.7))
     assert len(grid) == 4
-    config = dataclasses.replace(hide.config, sigma=1.0, threshold=0.3)
+    ours = hide.changed(sigma=1.0, threshold=0.3)
     shares = []
     for sample in samples:
-        image = sample.image()
-        ours = HiDe(hide.model, config)
-        maps = ours.maps(ours.attention_rows(image, ", ".join(sample.entities)))
-        (made,), _ = ours.collage(image, ours.boxes(maps, image))
-        shares.append(0 if made is None else made.width * made.height / (image.width * image.height))
+        with ours.open(image := sample.image()) as session:
+            maps = ours.maps(ours.attention_rows(session, ", ".join(sample.entities)))
+            made = ours.zoom(session, maps).collages[0].image
+            (again,) = session.crop([region_boxes(maps.by_image[0][0], 0.3, image.size)])
+        assert (made is None and again.image is None) or torch.equal(made, again.image)
+        shares.append(0 if made is None else made.shape[0] * made.shape[1] / (image.width * image.height))
     assert grid[1.0, 0.3].collage == pytest.approx(np.mean(shares)) and max(shares) > 0
 
 
@@ -209,7 +223,7 @@ def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path):
     assert len(found["layers"]) == 6 and len(found["grid"]) == len(calibrate.SIGMAS) * len(calibrate.THRESHOLDS)
     assert found["layers"][best["layers"][0]]["purified"] == max(layer["purified"] for layer in found["layers"])
     assert f"threshold={best['threshold']}" in result.output and "recommended: HiDeConfig(" in result.output
-    assert set(found["answers"][0]["replies"]) == set(METHODS)
+    assert set(found["answers"][0]["replies"]) == FORMS
     for name in ("layers.png", "grid.png"):
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 8

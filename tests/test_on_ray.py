@@ -4,8 +4,8 @@ import functools
 import os
 import signal
 import sys
-import time
 
+import fake_methods
 import pytest
 from PIL import Image
 
@@ -16,31 +16,24 @@ from hide.evaluation.store import ResultFile
 from hide.questions import Question
 
 ray = pytest.importorskip("ray")
-# Workers cannot import a test module: send it with what is in it.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+# Workers cannot import test modules: send them with what is in them.
+for module in (sys.modules[__name__], fake_methods):
+    ray.cloudpickle.register_pickle_by_value(module)
 
 
 def load(folder):
-    """A stand-in for a model: it says who it is, and dies where the question tells it to."""
-    from contextlib import nullcontext
-    from types import SimpleNamespace
+    """A stand-in for methods on a model: it says who it is, and dies where the question tells it to."""
 
-    def ask(session, question, plain):
+    def ask(question):
         (folder / f"worker-{os.getpid()}").touch()
         if question.stem == "die?" or (question.stem == "die once?" and not (folder / "died").exists()):
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if question.stem == "fail?":
             raise ValueError("no")
-        time.sleep(0.05)
-        facts = {name: [] for name in ("images", "entities", "boxes", "collages", "image_tokens", "notes")}
-        spent = dict.fromkeys(("plain answer", "answer"), 0.0)
-        tokens = dict.fromkeys(("plain answer", "entities", "attention rows", "answer"), 1)
-        return SimpleNamespace(
-            plain_answer="a", answer=str(os.getpid()), seconds=spent, tokens=tokens, to_dict=lambda: facts
-        )
+        return str(os.getpid())
 
-    return SimpleNamespace(ask=ask, open=lambda image: nullcontext(SimpleNamespace(length=1)))
+    return [fake_methods.Fake("plain", seconds=0.05, ask=ask)]
 
 
 def sample(number, stem="what?"):

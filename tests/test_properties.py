@@ -1,6 +1,5 @@
 """What holds for every input, shown on random ones: 50 for each property, 600 with HYPOTHESIS_PROFILE=many."""
 
-import dataclasses
 import io
 import tempfile
 import warnings
@@ -493,7 +492,7 @@ def test_attention_rows_of_any_call_equal_the_textbook_expression(call, block):
 
 @pytest.fixture(scope="module")
 def hide():
-    config = dataclasses.replace(PRESETS["tiny"], min_tokens=4, max_tokens=30, max_new_tokens=1)
+    config = PRESETS["tiny"].changed(min_tokens=4, max_tokens=30, max_new_tokens=1)
     return HiDe(Qwen25VL(*build()), config, extractor=lambda text: replies.text)
 
 
@@ -512,9 +511,9 @@ def test_any_picture_question_and_entity_reply_is_answered_or_refused_by_name(
     replies.text = reply
     if parsed(text) is None:
         return
-    result = hide.ask(image, text, plain=False)
-    assert result.question == Question.parse(text) and result.entities.items
-    (boxes,), (shown,) = result.boxes, result.collages
+    result = hide.ask(image, text)
+    assert result.question == Question.parse(text) and result.details["entities"]
+    (boxes,), (shown,) = result.boxes, result.shown
     assert (shown is None) == (len(boxes) == 0)
     for x0, y0, x1, y1 in boxes.tolist():
         assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height

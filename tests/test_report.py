@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hide.pipeline import EntityMaps, HiDeResult
 from PIL import Image
 from typer.testing import CliRunner
 
 from hide.cli import app
 from hide.images import to_tensor
+from hide.methods.base import Answer, Evidence, Step
 from hide.methods.hide.config import PRESETS
-from hide.methods.hide.entities import Entities
 from hide.present import draw
 from hide.present.pages import report_html, save_pictures, save_report
 from hide.questions import Question
@@ -42,36 +41,38 @@ def planted(grid, *spots):
 
 def result_of(images, tokens, *, question="Where is it?", plain="left", answer="right", notes=(), options=None):
     """A result with boxes and collages as the method makes them; `tokens`: per image (label, map) pairs."""
-    boxes, collages = [], []
+    evidence, counts = [], iter(range(700 + len(images), 800))
     for image, own in zip(images, tokens, strict=True):
         pixels = torch.zeros(0, 4, dtype=torch.int64)
         if own:
-            found = regions(torch.stack([heat for _, heat in own]), CONFIG.threshold)
+            found = regions(torch.stack([heat for _, heat in own]), CONFIG.settings.threshold)
             used = torch.arange(found.boxes.shape[1]) < found.counts[:, None]
             pixels = boxes_to_pixels(found.boxes[used], grid=tuple(own[0][1].shape), size=(image.height, image.width))
         made = collage(to_tensor(image), pixels, fill=(255, 255, 255))
-        boxes.append(made.boxes)
-        collages.append(None if made.image is None else Image.fromarray(made.image.numpy()))
-    order = tuple(index for index, own in enumerate(tokens) if own)
-    shown = [index for index in order if collages[index] is not None]
-    return HiDeResult(
-        question=Question.parse(question, options),
-        entities=Entities(tuple(dict.fromkeys(label for own in tokens for label, _ in own))),
-        plain_answer=plain,
-        answer=answer,
-        images=tuple(images),
-        maps=EntityMaps(
-            tuple(torch.stack([heat for _, heat in own]) if own else torch.zeros(0, 1, 1) for own in tokens),
-            tuple(tuple(label for label, _ in own) for own in tokens),
-            order,
-        ),
-        boxes=tuple(boxes),
-        collages=tuple(collages),
-        notes=tuple(notes),
-        seconds={"read and resize": 0.25, "attention rows": 0.5, "answer": 1.25},
-        tokens={"attention rows": 720, "answer": 905},
-        image_tokens=tuple(700 + index for index in range(len(images) + len(shown))),
-    )
+        shown = None if made.image is None else Image.fromarray(made.image.numpy())
+        evidence.append(
+            Evidence(
+                made.boxes,
+                torch.stack([heat for _, heat in own]) if own else torch.zeros(0, 1, 1),
+                tuple(label for label, _ in own),
+                CONFIG.settings.threshold,
+                shown,
+                None if shown is None else next(counts),
+            )
+        )
+    common = {
+        "question": Question.parse(question, options),
+        "images": tuple(images),
+        "image_tokens": tuple(700 + index for index in range(len(images))),
+    }
+    steps = {"read and resize": Step(0.25, 0), "attention rows": Step(0.5, 720), "answer": Step(1.25, 905)}
+    details = {"entities": list(dict.fromkeys(label for own in tokens for label, _ in own))}
+    made = Answer(answer, tuple(evidence), tuple(notes), details, method="hide", steps=steps, **common)
+    return made, None if plain is None else Answer(plain, method="plain", **common)
+
+
+def page_of(result, model=""):
+    return report_html(result[0], plain=result[1], settings=CONFIG.to_dict(), model=model)
 
 
 def colourful(width, height, seed=0):
@@ -140,10 +141,10 @@ def decoded(source):
 
 
 def test_page_tells_question_answers_tokens_boxes_times_notes_and_settings(usual):
-    page = Page(report_html(usual, CONFIG, model="some/model"))
+    page = Page(page_of(usual, model="some/model"))
     assert page.inside["h1"] == ["Which colour has it?"]
     assert [item.strip() for item in page.inside["li"]] == [
-        "(A) redHiDe answer",
+        "(A) redhide answer",
         "(B) blueplain answer",
         "umbrella",
         "red",
@@ -152,15 +153,15 @@ def test_page_tells_question_answers_tokens_boxes_times_notes_and_settings(usual
     assert page.inside["code"] == ["umbrella", "red"]
     for text in (
         "from the picture alone (B) Option B.",
-        "from picture and collage It is red. Option A.",
+        "hide answer: from the picture and what was cut out of it It is red. Option A.",
         "some/model",
         "320 x 320 pixels, 700 image tokens, maps of 16 x 16 cells",
         "3 boxes",
         "160 of 320 columns are kept, in 3 runs. 120 of 320 rows are kept, in 3 runs.",
         "160 x 120 pixels, 701 image tokens: 18.8% of the picture's area",
         "read and resize 0.250 12%",
-        "attention rows 0.500 25%",
-        "total 2.000",
+        "attention rows 0.500 25% 720",
+        "total 2.000 1625",
         "threshold 0.7",
         "layers 14",
         "sigma 3.0",
@@ -184,7 +185,7 @@ def test_text_of_users_and_models_stays_text():
         answer=f"{nasty} h",
         notes=[f"{nasty} n"],
     )
-    page = Page(report_html(made, CONFIG, model=f"{nasty} m"))
+    page = Page(page_of(made, model=f"{nasty} m"))
     assert page.inside["h1"] == [nasty]
     for end in "abphnm":
         assert f"{nasty} {end}" in page.text
@@ -196,7 +197,7 @@ def test_text_of_users_and_models_stays_text():
 
 
 def test_page_refers_to_nothing_outside_and_its_pictures_are_whole(usual):
-    html = report_html(usual, CONFIG)
+    html = page_of(usual)
     page = Page(html)
     sizes = []
     for tag, attrs in page.elements:
@@ -217,7 +218,7 @@ def test_panels_share_one_scale_with_the_colour_bar():
         ("strong", planted(grid, (0, 0, 4, 6, 0.5), (5, 8, 2, 2, 1.0))),
         ("weak", planted(grid, (4, 6, 4, 6, 0.5), (0, 0, 2, 6, 0.25))),
     ]
-    page = Page(report_html(result_of([Image.new("RGB", (480, 320), (128, 128, 128))], [tokens]), CONFIG))
+    page = Page(page_of(result_of([Image.new("RGB", (480, 320), (128, 128, 128))], [tokens])))
     (strong,), (weak,) = page.images("'strong'"), page.images("'weak'")
     (bar,) = page.images("Colour scale")
 
@@ -263,11 +264,11 @@ def find(canvas, tag):
 
 
 def test_a_box_has_the_same_number_on_the_picture_and_in_the_collage(usual, tmp_path):
-    save_pictures(usual, tmp_path, 0.7)
-    layout = plan_layout(usual.boxes[0])
+    save_pictures(usual[0], tmp_path, plain=usual[1])
+    layout = plan_layout(usual[0].boxes[0])
     for name, boxes, full in (
-        ("boxes", usual.boxes[0], (320, 320)),
-        ("layout", layout.positions, usual.collages[0].size),
+        ("boxes", usual[0].boxes[0], (320, 320)),
+        ("layout", layout.positions, usual[0].shown[0].size),
     ):
         with Image.open(tmp_path / f"image_0_{name}.png") as canvas:
             scale = (canvas.width - 2 * draw.MARGIN) / full[0]
@@ -284,8 +285,8 @@ def test_a_box_has_the_same_number_on_the_picture_and_in_the_collage(usual, tmp_
 
 
 def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_what_is_kept(usual, tmp_path):
-    save_pictures(usual, tmp_path, 0.7)
-    source = np.asarray(usual.images[0], np.int64)
+    save_pictures(usual[0], tmp_path, plain=usual[1])
+    source = np.asarray(usual[0].images[0], np.int64)
     with Image.open(tmp_path / "image_0_boxes.png") as opened:
         canvas = np.asarray(opened.convert("RGB"), np.int64)
     m = draw.MARGIN
@@ -312,14 +313,14 @@ def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_wha
 
 
 def test_pictures_are_saved_and_the_collage_is_the_one_that_the_model_gets(usual, tmp_path):
-    paths = save_pictures(usual, tmp_path, 0.7)
-    names = {"heat", "tokens", "boxes", "layout", "collage"}
+    paths = save_pictures(usual[0], tmp_path, plain=usual[1])
+    names = {"heat", "tokens", "boxes", "layout", "shown"}
     assert {path.name for path in paths} == {"overview.png", *(f"image_0_{name}.png" for name in names)}
     for path in paths:
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 20, f"{path.name} shows nothing"
-    with Image.open(tmp_path / "image_0_collage.png") as picture:
-        assert picture.tobytes() == usual.collages[0].tobytes()
+    with Image.open(tmp_path / "image_0_shown.png") as picture:
+        assert picture.tobytes() == usual[0].shown[0].tobytes()
 
 
 def transparent():
@@ -332,11 +333,17 @@ def transparent():
 @pytest.mark.parametrize(
     "images, tokens, words, collages",
     [
-        pytest.param([colourful(200, 120)], [[]], ["No token has a map", "for want of a collage"], 0, id="no map"),
+        pytest.param(
+            [colourful(200, 120)],
+            [[]],
+            ["There is no map of this picture", "hide answer: from the picture alone"],
+            0,
+            id="no map",
+        ),
         pytest.param(
             [transparent()],
             [[("x", planted((6, 10), (4, 7, 1, 2, 1.0)))]],
-            ["No region", "for want of a collage", "on white"],
+            ["nothing was cut out of this picture", "hide answer: from the picture alone", "on white"],
             0,
             id="map, but nothing opaque in it",
         ),
@@ -364,7 +371,7 @@ def transparent():
         pytest.param(
             [colourful(400, 300)],
             [[(f"t{i}", planted((15, 20), (i // 20 * 4, i % 20, 1, 1, 1.0))) for i in range(30)]],
-            ["The first 24 of 30 tokens are shown", "t23", "Attention of 30 tokens"],
+            ["The first 24 of 30 maps are shown", "t23", "30 maps"],
             1,
             id="many tokens",
         ),
@@ -379,14 +386,14 @@ def transparent():
 )
 def test_odd_results_have_a_report_too(images, tokens, words, collages, tmp_path):
     made = result_of(images, tokens, question="Was? " + "Ärger über 猫 " * 400, plain=None, answer=" ")
-    page = Page(save_report(made, tmp_path / "new", CONFIG).read_text(encoding="utf-8"))
-    for text in (*words, "Not asked for.", "Empty.", "None."):
+    page = Page(save_report(made[0], tmp_path / "new", plain=made[1]).read_text(encoding="utf-8"))
+    for text in (*words, "Empty.", "None."):
         assert text in page.words, text
-    assert page.inside["h1"] == [made.question.stem]
+    assert page.inside["h1"] == [made[0].question.stem] and "Plain answer" not in page.words
     labels = [label for own in tokens for label, _ in own[: draw.MAX_PANELS]]
-    assert page.inside.get("code", []) == labels and len(page.images("Attention of token")) == len(labels)
-    assert len(page.images("The collage")) == collages
-    written = {path.name for path in save_pictures(made, tmp_path)}
+    assert page.inside.get("code", []) == labels and len(page.images("Map of")) == len(labels)
+    assert len(page.images("What was shown")) == collages
+    written = {path.name for path in save_pictures(made[0], tmp_path, plain=made[1])}
     assert sum(name.endswith("layout.png") for name in written) == collages
     assert sum(name.endswith("tokens.png") for name in written) == sum(bool(own) for own in tokens)
 
@@ -397,7 +404,7 @@ def test_page_of_an_8k_picture_stays_below_5_mb():
         np.asarray(picture) ^ np.random.default_rng(0).integers(0, 32, (4320, 7680, 1), np.uint8)
     )
     tokens = [(f"t{i}", torch.rand(95, 170, generator=torch.Generator().manual_seed(i)) * 0.71) for i in range(30)]
-    assert len(report_html(result_of([speckled], [tokens]), CONFIG)) < 5e6
+    assert len(page_of(result_of([speckled], [tokens]))) < 5e6
 
 
 @pytest.mark.parametrize(
@@ -439,7 +446,7 @@ def test_chromium_shows_every_picture_without_sideways_scrolling(tmp_path):
     image = Image.new("RGB", (600, 400), (0, 150, 60))
     tokens = [("word" * 90, planted((20, 30), (2, 3, 5, 6, 1.0), (12, 20, 4, 4, 0.8)))]
     made = result_of([image], [tokens], question="x" * 3000, answer="<script>document.title = 'run'</script>")
-    path = save_report(made, tmp_path, CONFIG)
+    path = save_report(made[0], tmp_path, plain=made[1])
     chromium(tmp_path, f"--screenshot={tmp_path / 'shot.png'}", path.as_uri())
     with Image.open(tmp_path / "shot.png") as shot:
         assert shot.width == 1200

@@ -6,8 +6,8 @@ import torch
 import transformers
 
 from hide.tiny import model as tiny
-from hide.tiny.batched import encode_images, image_positions, image_to_patches, run_text
 from hide.tiny.scenes import draw_scene
+from training.batched import encode_images, image_positions, image_to_patches, run_text
 
 
 @pytest.mark.parametrize(("grad", "frozen"), [(True, 0), (True, 12), (False, 0)])

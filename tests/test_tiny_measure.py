@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from hide.pipeline import HiDe
 
+from hide import HiDe
 from hide.tiny import measure, model
 
 

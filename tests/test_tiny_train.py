@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hide.tiny.data import IGNORED, Stage, make_batch, prefix_ids
 from hide.tiny.model import build, build_tokenizer, load
 from hide.tiny.scenes import COLORS, KINDS
-from hide.tiny.train import Heads, losses, train
+from training.data import IGNORED, Stage, make_batch, prefix_ids
+from training.train import Heads, losses, train
 
 STAGES = (
     Stage("vision", 2, 1e-3, 1e-4, (4, 5), (2, 3), 40, text=False),

@@ -1,5 +1,5 @@
 """The `hide` command."""
 
-from hide.cli.app import app
+from hide.cli.main import app
 
 __all__ = ["app"]

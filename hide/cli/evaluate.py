@@ -97,7 +97,7 @@ def evaluate(
             **load.facts(),
             "methods": names,
             "corrupt_entities": corrupt_entities,
-            "settings": {method.name: method.preset.to_dict() for method in asked},
+            **{f"{one.name}.{name}": value for one in asked for name, value in one.preset.to_dict().items()},
         }
         records: list[dict[str, Any]] = []
         with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:

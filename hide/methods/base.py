@@ -367,10 +367,16 @@ class Method(ABC, Generic[S]):
         them; `None` where it cannot do without and there are none."""
         return self
 
-    def open(self, images: ImageLike | Sequence[ImageLike]) -> ImageSession:
+    def open(
+        self, images: ImageLike | Sequence[ImageLike], *, taps: Sequence[int] | None = None, steps: Steps | None = None
+    ) -> ImageSession:
         """Encode and prefill images once, for many questions; every method with the same model takes the session in
-        place of the images. Close it, or use it in a `with` block, to free its keys and values."""
-        return open_session(self.model, images, self.preset.run, taps=self.taps)
+        place of the images. Close it, or use it in a `with` block, to free its keys and values.
+
+        taps: decoder layers whose inputs it keeps; `None`: those of this method. steps: times the opening.
+        """
+        kept = self.taps if taps is None else taps
+        return open_session(self.model, images, self.preset.run, taps=kept, step=steps or nullcontext)
 
     def ask(
         self,
@@ -397,7 +403,7 @@ class Method(ABC, Generic[S]):
         steps = Steps(self.model.model.device, progress)
         if isinstance(image, Session):
             return method._answered(image, question, steps)
-        with open_session(self.model, image, self.preset.run, taps=self.taps, step=steps) as session:
+        with self.open(image, steps=steps) as session:
             return method._answered(session, question, steps)
 
     @abstractmethod
@@ -468,7 +474,7 @@ def ask_all(
     steps = Steps(main.model.model.device, progress)
     question = as_question(question, options)
     answers = []
-    with open_session(main.model, images, main.preset.run, taps=taps, step=steps) as session:
+    with main.open(images, taps=taps, steps=steps) as session:
         for method in methods:
             label = f"{method.name}: " if len(methods) > 1 else ""
             said = None if progress is None else (lambda name, label=label, tell=progress: tell(label + name))

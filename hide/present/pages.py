@@ -35,9 +35,10 @@ MAX_LISTED = 24
 class Seen:
     """What an answer says of one image.
 
-    image: as it was given. tokens: its image tokens. maps: (T, rows, columns) float32 with a peak of 1, one for each of
-    `labels`; cells from `threshold` on are of a region. boxes: (K, 4) pixels, merged. shown: what the model got beside
-    the image, with `shown_tokens` image tokens. laid_out: whether that is the layout-preserving collage of the boxes.
+    image: as it was given. tokens: its image tokens. maps: (T, rows, columns) float32 as parts of a peak, one for each
+    of `labels`; cells from `threshold` on are of a region. boxes: (K, 4) pixels, merged. shown: what the model got
+    beside the image, with `shown_tokens` image tokens. laid_out: whether that is the layout-preserving collage of the
+    boxes.
     """
 
     image: Image.Image
@@ -59,7 +60,7 @@ def seen_in(answer: Answer) -> list[Seen]:
             image=image,
             tokens=tokens,
             boxes=one.boxes,
-            maps=_to_peak(one.maps.float().cpu().numpy()),
+            maps=_on_scale(one),
             labels=one.labels,
             threshold=one.threshold,
             shown=one.shown,
@@ -70,8 +71,12 @@ def seen_in(answer: Answer) -> list[Seen]:
     ]
 
 
-def _to_peak(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    peaks = maps.max(axis=(1, 2), keepdims=True, initial=0)
+def _on_scale(found: Evidence) -> NDArray[np.float32]:
+    """Maps with a threshold are parts of a peak already; others become so."""
+    maps: NDArray[np.float32] = found.maps.float().cpu().numpy()
+    if found.threshold is not None or not len(maps):
+        return maps
+    peaks = maps.max(axis=(1, 2), keepdims=True)
     return (maps / np.where(peaks > 0, peaks, 1)).astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m hide.tiny.train --output DIRECTORY`.
+"""Train the embedded model: `python -m training.train --output DIRECTORY`.
 
 First the vision encoder alone learns which kind and color covers each image token; then the whole model answers
 several questions about each picture, on pictures that grow. Linear heads, dropped at the end, keep teaching what
@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hide.tiny import model as tiny
-from hide.tiny.batched import encode_images, image_positions, image_to_patches, run_text
-from hide.tiny.data import IGNORED, TOKEN_SIDE, Batch, BatchStream, Stage, Text, prefix_ids
 from hide.tiny.scenes import COLORS, KINDS
+from training.batched import encode_images, image_positions, image_to_patches, run_text
+from training.data import IGNORED, TOKEN_SIDE, Batch, BatchStream, Stage, Text, prefix_ids
 
 __all__ = ["STAGES", "Heads", "losses", "main", "train"]
 

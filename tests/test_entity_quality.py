@@ -3,16 +3,22 @@
 import json
 
 import pytest
-from hide.evaluation.entity_test import Annotated, annotated_questions, content_words, corrupting, score_entities
 from typer.testing import CliRunner
 
 from hide.cli import app
+from hide.evaluation.entity_quality import (
+    LabelledQuestion,
+    content_words,
+    corrupting,
+    labelled_questions,
+    score_entities,
+)
 from hide.methods.hide.entities import Entities, entities_by_rules
 from hide.questions import Question
 
 
 def test_there_are_many_varied_questions_and_their_entities_come_from_them():
-    questions = annotated_questions()
+    questions = labelled_questions()
     assert len(questions) >= 60 and len({one.question for one in questions}) == len(questions)
     assert sum(bool(one.question.options) for one in questions) >= 4
     assert sum(not one.entities for one in questions) >= 3 and sum(len(one.entities) >= 2 for one in questions) >= 20
@@ -30,9 +36,9 @@ def test_the_same_thing_in_other_words_is_the_same():
 
 def test_precision_and_recall_are_counted_by_things_and_by_words():
     wanted = [
-        Annotated(Question("a"), ("red car", "tree")),
-        Annotated(Question("b"), ("old dog",)),
-        Annotated(Question("c"), ()),
+        LabelledQuestion(Question("a"), ("red car", "tree")),
+        LabelledQuestion(Question("b"), ("old dog",)),
+        LabelledQuestion(Question("c"), ()),
     ]
     replies = {"a": ("car with red color", "left side"), "b": ("dog",), "c": ()}
     scores = score_entities(lambda question: Entities(replies[question.stem]), wanted)
@@ -44,7 +50,7 @@ def test_precision_and_recall_are_counted_by_things_and_by_words():
 
 
 def test_rules_find_nearly_every_word_that_matters():
-    scores = score_entities(entities_by_rules, annotated_questions())
+    scores = score_entities(entities_by_rules, labelled_questions())
     assert scores.words.recall > 0.9 and scores.words.precision > 0.7
 
 
@@ -69,7 +75,7 @@ def test_corruption_errs_in_one_entity_and_repeats_itself():
 def test_command_prints_scores_and_misses_and_names_broken_lines(tmp_path):
     result = CliRunner().invoke(app, ["entities", "--misses"])
     assert result.exit_code == 0, result.output
-    assert f"Entities of {len(annotated_questions())} questions" in result.output and "wanted: mailbox" in result.output
+    assert f"Entities of {len(labelled_questions())} questions" in result.output and "wanted: mailbox" in result.output
     broken = tmp_path / "q.jsonl"
     good = json.dumps({"question": "Where is the cat?", "entities": ["cat"]})
     text = json.dumps({"question": "Where is the cat?", "entities": "cat"})
@@ -80,7 +86,7 @@ def test_command_prints_scores_and_misses_and_names_broken_lines(tmp_path):
     for line, reason in ((2, "not JSON"), (3, "want a list of texts"), (4, "TypeError")):
         assert f"left out entities: line {line} of" in said and reason in said
     with pytest.raises(ValueError, match="line 2 of .*q.jsonl: it is not JSON"):
-        annotated_questions(broken)
+        labelled_questions(broken)
     broken.write_text("{\n")
     result = CliRunner().invoke(app, ["entities", "--data", str(broken)])
     assert result.exit_code == 1 and "holds no question" in " ".join(result.output.split())
