@@ -62,6 +62,10 @@ def everything(adapter, pictures, collage, chunk, offload, room=256):
         found += bits(session)
         turn = session.turn("star, ring")
         plain, more = adapter.input_ids(QUESTION, pictures), adapter.input_ids(QUESTION, pictures + collage)
+        with session.branch(more, collage) as branch:
+            # First of all: later the host has these tokens from before.
+            for layers in (range(1), range(1, 3), range(3, adapter.num_layers)):
+                found.append(branch.run(layers=layers)[:, -1])
         for layers in ((0,), (1, 3), (0, 2)):
             # They leave the decoder early; the next one begins at its first layer again.
             found += session.attention(turn, layers=layers, causal=False)
@@ -69,10 +73,6 @@ def everything(adapter, pictures, collage, chunk, offload, room=256):
             found.append(branch.logits())
             found.append(torch.tensor(branch.reply(6, static=False)))
             found.append(branch.logits())
-        with session.branch(more, collage) as branch:
-            # Layers that others left out: their tokens come behind those of the prefix all the same.
-            for layers in (range(1), range(1, 3), range(3, adapter.num_layers)):
-                found.append(branch.run(layers=layers)[:, -1])
         with pytest.raises(KeyError), session.branch(plain) as branch:
             branch.run(session.length + 2)
             raise KeyError
