@@ -5,19 +5,21 @@ from typing import TYPE_CHECKING, Any
 from hide import upstream  # noqa: F401 (before anything that speaks at import)
 
 if TYPE_CHECKING:
-    from hide.methods.base import Answer, Evidence, Method, Preset
+    from hide.methods.base import Answer, Evidence, Method
     from hide.methods.hide.config import PRESETS, HiDeConfig
     from hide.methods.hide.method import HiDe
     from hide.methods.plain import Plain
+    from hide.presets import Preset
     from hide.session import open_session
 
 __all__ = ["PRESETS", "Answer", "Evidence", "HiDe", "HiDeConfig", "Method", "Plain", "Preset", "open_session"]
 
 _HOME = {
-    **dict.fromkeys(("Answer", "Evidence", "Method", "Preset"), "hide.methods.base"),
+    **dict.fromkeys(("Answer", "Evidence", "Method"), "hide.methods.base"),
     "HiDe": "hide.methods.hide.method",
     **dict.fromkeys(("HiDeConfig", "PRESETS"), "hide.methods.hide.config"),
     "Plain": "hide.methods.plain",
+    "Preset": "hide.presets",
     "open_session": "hide.session",
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from hide.images import ImageLike, decode, load_image, picture_notes, to_image, 
 from hide.models.base import Adapter
 from hide.models.inputs import Features, ImageInputs
 from hide.models.prompts import Turn
+from hide.presets import WHITE, RunSettings
 from hide_kernels.collage import Collage, collage
 
 __all__ = [
@@ -42,43 +43,8 @@ VERBS = ("attention", "chat", "crop", "ask", "branch", "hidden")
 """What a session may offer; a remote engine has the first four, or some of them."""
 # Positions that are left for a question and its reply where images would fill them all.
 QUESTION_ROOM = 1024
-WHITE = (255, 255, 255)
 
 Step = Callable[[str], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """How a session is run, whatever is asked of it.
-
-    min_tokens, max_tokens: image tokens that an image is resized to lie between.
-    join_images: whether images behind the session's join them as one image of the prompt, instead of following as
-        images of their own; only where the family can (InternVL).
-    prefill_chunk: tokens that go through the decoder at once: less memory beside a large image, the same result.
-    offload_kv: keys and values of the images lie in host memory, and two layers' at a time on the GPU: less memory, the
-        same result, and every step brings them all over the bus (docs/sessions.md).
-    decoder: "nvimgcodec" decodes JPEG files on the GPU where it is installed, a few levels off Pillow's.
-    """
-
-    min_tokens: int = 256
-    max_tokens: int = 16384
-    join_images: bool = False
-    prefill_chunk: int = 2048
-    offload_kv: bool = False
-    decoder: Literal["pillow", "nvimgcodec"] = "pillow"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min_tokens <= self.max_tokens:
-            raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
-        if self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk: got {self.prefill_chunk}, want at least 1")
-        if self.decoder not in ("pillow", "nvimgcodec"):
-            raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
-
-    def check(self, model: Adapter) -> None:
-        """`ValueError` for what the model's family cannot."""
-        if self.join_images and not model.joins_images:
-            raise ValueError(f"join_images: got True, but {model.family} shows every image as an image of its own")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+QUESTION = "Is the heart on the left or right side of the circle?"
+
 
 def main() -> None:
     folder = Path(sys.argv[1])
@@ -10,6 +12,7 @@ def main() -> None:
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
     import hide
     import hide_kernels
+    from hide.methods.base import NoSettings
     from hide.present.pages import report_html
     from hide_kernels import native
 
@@ -18,12 +21,15 @@ def main() -> None:
     compiled = "none-any" not in folder.name
     assert (native.missing("cpu") is None) == compiled, native.missing("cpu")
     home = Path(hide.__file__).parent
-    model = hide.HiDe.from_pretrained(home / "tiny" / "checkpoint", preset="tiny", device="cpu")
-    result = model.ask(home / "examples" / "scene.jpg", "Is the heart on the left or right side of the circle?")
-    assert (result.plain_answer, result.answer) == ("right", "left"), result.to_dict()
-    assert "Is the heart" in report_html(result, model.config), "the pages' templates are there"
+    method = hide.HiDe.from_pretrained(home / "tiny" / "checkpoint", preset="tiny", device="cpu")
+    plain = hide.Plain(method.model, method.preset.with_settings(NoSettings()))
+    with method.open(home / "examples" / "scene.jpg") as session:
+        before, answer = (one.ask(session, QUESTION) for one in (plain, method))
+    assert (before.text, answer.text) == ("right", "left"), answer.to_dict()
+    page = report_html(answer, plain=before, settings=method.preset.to_dict())
+    assert "Is the heart" in page, "the pages' templates are there"
     print(
-        f"{folder.name}: the heart is {result.answer} of the circle; boxes {[boxes.tolist() for boxes in result.boxes]}"
+        f"{folder.name}: the heart is {answer.text} of the circle; boxes {[boxes.tolist() for boxes in answer.boxes]}"
     )
 
 

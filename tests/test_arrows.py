@@ -13,6 +13,7 @@ FLOORS = [
     ["hide.images"],
     ["hide.models"],
     ["hide.engine"],
+    ["hide.presets"],
     ["hide.session", "hide.session_pool"],
     ["hide.methods"],
     ["hide.present"],

@@ -6,15 +6,14 @@ import shutil
 
 import pytest
 import torch
-from hide.pipeline import preset_for
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hide import PRESETS, HiDe
+from hide import PRESETS, HiDe, Plain
 from hide.cli import app
 from hide.models import load
-from hide.models.base import named_device
+from hide.models.devices import named_device
 from hide.tiny import CHECKPOINT
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7923920\n"
@@ -200,10 +199,14 @@ def test_settings_that_would_fail_in_the_first_answer_are_refused_while_loading(
 def test_settings_for_other_ways_of_generating_are_left_aside(folder):
     ways = {"temperature": 0.2, "top_p": 0.8, "top_k": 5, "do_sample": True, "num_beams": 2, "use_cache": False}
     picture = Image.new("RGB", (140, 140), "red")
-    plain = HiDe.from_pretrained(folder, device="cpu").ask(picture, "What color is the star?")
+
+    def said():
+        methods = [method.from_pretrained(folder, device="cpu") for method in (Plain, HiDe)]
+        return [method.ask(picture, "What color is the star?").text for method in methods]
+
+    plain = said()
     edit_json(folder / "generation_config.json", **ways)
-    result = HiDe.from_pretrained(folder, device="cpu").ask(picture, "What color is the star?")
-    assert (result.answer, result.plain_answer) == (plain.answer, plain.plain_answer)
+    assert said() == plain
 
 
 @pytest.mark.parametrize("path", ["", " ", "x" * 300, "\0"])
@@ -225,16 +228,16 @@ def test_on_the_command_line_damage_is_one_line(folder, tmp_path):
 
 def test_a_checkpoint_names_its_preset_wherever_it_lies(folder):
     hide = HiDe.from_pretrained(folder, device="cpu")
-    assert hide.config == PRESETS["tiny"] and hide._notes == ()
-    assert preset_for(hide.model, "qwen2.5-vl-7b") == (PRESETS["qwen2.5-vl-7b"], ())
+    assert hide.preset == PRESETS["tiny"] and hide.notes == ()
+    assert HiDe.preset_for(hide.model, "qwen2.5-vl-7b") == (PRESETS["qwen2.5-vl-7b"], ())
 
 
 def test_without_a_preset_of_its_own_a_checkpoint_takes_its_familys(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["hide_preset"]
     (folder / "config.json").write_text(json.dumps(config))
-    found, notes = preset_for(load(folder, device="cpu"))
-    assert found.layers == (3,) and "nothing was published for 6 layers" in notes[0]
+    found, notes = HiDe.preset_for(load(folder, device="cpu"))
+    assert found.settings.layers == (3,) and "nothing was published for 6 layers" in notes[0]
 
 
 @pytest.mark.parametrize("name", ["large", 5, ["tiny"]])

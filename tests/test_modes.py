@@ -1,16 +1,18 @@
 """Whatever mode of PyTorch a session is opened in and used in, and an operator is given tensors of, results are equal."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
 from random_models import qwen2_5_vl, randomise
 
-from hide import PRESETS, HiDe
+from hide import PRESETS, HiDe, Plain, open_session
 from hide.drop_in import process
 from hide.methods.attend import attend
+from hide.methods.base import NoSettings
+from hide.methods.hide.method import region_boxes
 from hide.models.qwen2_5_vl import Qwen25VL
+from hide.session import Message
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
 from hide_kernels import (
@@ -45,34 +47,40 @@ def image():
 
 
 def hide_of(adapter, **changes):
-    return HiDe(adapter, replace(PRESETS["tiny"], max_new_tokens=3, max_entity_tokens=6, **changes))
+    return HiDe(adapter, PRESETS["tiny"].changed(max_new_tokens=3, max_entity_tokens=6, **changes))
 
 
 def every_verb(hide, session, image):
     """What each verb makes of a session, as Python's own numbers."""
     adapter = hide.model
     rows = hide.attention_rows(session, "star, ring")
-    maps = hide.maps(rows)
-    boxes = hide.boxes(maps, image)
-    collages, merged = hide.collage(image, boxes)
-    ids = adapter.input_ids(QUESTION, session.pictures)
+    (maps,), _ = hide.maps(rows).by_image
+    boxes = region_boxes(maps, hide.settings.threshold, image.size)
+    (collage,) = session.crop([boxes])
+    ids = adapter.input_ids(QUESTION, session.inputs)
     # Long enough that the buffers grow, here or in the next mode.
-    longer = adapter.input_ids(f"{QUESTION} {'star ' * 200}", session.pictures)
+    longer = adapter.input_ids(f"{QUESTION} {'star ' * 200}", session.inputs)
     with session.branch(ids) as branch:
         logits = branch.logits()
-    asked = hide.ask(session, QUESTION)
+    with session.branch(ids) as branch:
+        half = branch.run(layers=range(3))
+    answer, plain = hide.ask(session, QUESTION), Plain(adapter, hide.preset.with_settings(NoSettings()))
+    talk = [Message(QUESTION), session.chat([Message(QUESTION)], max_new_tokens=3), Message("And the ring?", [image])]
     return [
         [of_image.tolist() for of_image in rows.rows],
-        [of_image.tolist() for of_image in maps.maps],
-        [of_image.tolist() for of_image in (*boxes, *merged)],
-        [picture.tobytes() for picture in collages if picture is not None],
+        maps.tolist(),
+        [boxes.tolist(), collage.boxes.tolist()],
+        collage.image.tolist(),
+        half.tolist(),
+        session.hidden(2).tolist(),
+        session.chat(talk, max_new_tokens=3),
         [of_layer.rows[0].tolist() for of_layer in hide.attention_rows_by_layer(session, "star")],
         logits.tolist(),
         session.replies([ids, ids], max_new_tokens=2) if not session.cache.offloaded else [],
         session.reply(longer, max_new_tokens=2),
-        hide.answer(session, QUESTION, [image]),
+        session.ask(QUESTION, [image], max_new_tokens=3),
         hide.entities_of([QUESTION, "Is the ring on the left?"]),
-        (asked.answer, asked.plain_answer, [of_image.tolist() for of_image in asked.maps.maps]),
+        (answer.text, plain.ask(session, QUESTION).text, [found.maps.tolist() for found in answer.evidence]),
         attend(adapter, image, QUESTION, layers=[1], new_tokens=2).maps.tolist(),
     ]
 
@@ -82,15 +90,15 @@ def every_verb(hide, session, image):
 )
 def test_a_session_of_any_mode_serves_every_verb_in_any_mode(adapter, image, offload, opened):
     hide = hide_of(adapter, offload_kv=offload)
-    want = every_verb(hide, hide.open(image), image)
+    want = every_verb(hide, open_session(adapter, image, hide.preset.run, taps=[2]), image)
     for opened_in in opened:
         hide = hide_of(adapter, offload_kv=offload)
         with MODES[opened_in]():
-            session = hide.open(image)
+            session = open_session(adapter, image, hide.preset.run, taps=[2])
             hide.entities(QUESTION)
         # One session through all modes: what one leaves behind is there for the next.
         for used_in, other in MODES.items():
-            hide._known.clear()
+            hide._extract._known.clear()
             with other():
                 got = every_verb(hide, session, image)
             for verb, (one, wanted) in enumerate(zip(got, want, strict=True)):

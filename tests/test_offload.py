@@ -13,12 +13,17 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hide.engine.kv_cache
-from hide import HiDe, HiDeConfig
+from hide import HiDe, HiDeConfig, Preset
 from hide.engine.kv_cache import CopyStream, HostLayer, OffloadedCache, PreallocatedCache
-from hide.session import ImageSession, Prefix, SessionPool
+from hide.engine.prefix import Prefix
+from hide.engine.stock import generate_ids
+from hide.methods.base import AnswerSettings
+from hide.session import ImageSession, RunSettings
+from hide.session_pool import SessionPool
 from hide_kernels.memory import predict, profile, stage
 
 QUESTION = "What is the color of the star?"
+OFFLOADED = RunSettings(offload_kv=True)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -44,30 +49,35 @@ def preprocessed(adapter, sizes, seed=0):
 
 def bits(session):
     """Of all keys and values, when copies to the host have come."""
-    for turns in getattr(session.cache, "_turns", {}).values():
-        turns.copies.finish()
+    for buffers in getattr(session.cache, "_double_buffers", {}).values():
+        buffers.copies.finish()
     return [states.clone() for layer in session.cache.layers for states in (layer.keys, layer.values)]
 
 
 def everything(adapter, pictures, collage, chunk, offload, room=256):
     """Logits, rows and replies of one session, in an order that leaves copies behind which nobody asks for."""
     found = []
-    with ImageSession(adapter, pictures, prefill_chunk=chunk, offload=offload, room=room) as session:
+    run = RunSettings(prefill_chunk=chunk, offload_kv=offload)
+    with ImageSession(adapter, pictures, run=run, room=room) as session:
         found += bits(session)
-        prompt = adapter.search_prompt("star, ring", pictures)
+        turn = session.turn("star, ring")
         plain, more = adapter.input_ids(QUESTION, pictures), adapter.input_ids(QUESTION, pictures + collage)
         for layers in ((0,), (1, 3), (0, 2)):
             # They leave the decoder early; the next one begins at its first layer again.
-            found += session.search_rows(prompt, layers=layers, causal=False)
+            found += session.attention(turn, layers=layers, causal=False)
         with session.branch(more, collage) as branch:
             found.append(branch.logits())
             found.append(torch.tensor(branch.reply(6, static=False)))
             found.append(branch.logits())
+        with session.branch(more, collage) as branch:
+            # Layers that others left out: their tokens come behind those of the prefix all the same.
+            for layers in (range(1), range(1, 3), range(3, adapter.num_layers)):
+                found.append(branch.run(layers=layers)[:, -1])
         with pytest.raises(KeyError), session.branch(plain) as branch:
             branch.run(session.length + 2)
             raise KeyError
         found.append(torch.tensor(session.reply(plain, max_new_tokens=5, static=False)))
-        found += session.search_rows(prompt, layers=None, causal=True)
+        found += session.attention(turn, layers=None)
         found += [torch.tensor(reply) for reply in session.replies([plain, plain[:, :-1]], max_new_tokens=4)]
         found += bits(session)
     return found
@@ -258,12 +268,12 @@ def test_a_session_without_races_gives_the_same_bits(qwen, machine, chunk, room)
 
 def test_two_layers_lie_on_the_device_and_all_on_the_host(qwen):
     pictures = preprocessed(qwen, [(400, 300)])
-    with ImageSession(qwen, pictures) as session, ImageSession(qwen, pictures, offload=True) as offloaded:
+    with ImageSession(qwen, pictures) as session, ImageSession(qwen, pictures, run=OFFLOADED) as offloaded:
         whole, layers = session.nbytes, qwen.num_layers
         assert offloaded.nbytes * layers == 2 * whole and offloaded.cache.host_nbytes == whole
         pool = SessionPool(whole)
         for name in range(5):
-            pool.get(name, lambda: ImageSession(qwen, pictures, offload=True))
+            pool.get(name, lambda: ImageSession(qwen, pictures, run=OFFLOADED))
         assert len(pool) == layers // 2 == 2
         pool.close()
     assert offloaded.nbytes == 0
@@ -292,15 +302,15 @@ def test_layers_of_other_shapes_have_pairs_of_their_own():
         for layer, heads in enumerate((2, 1, 1, 2)):
             new = torch.randn(2, 1, heads, tokens, 4)
             assert_same_bits(offloaded.update(*new, layer), plain.update(*new, layer))
-    assert len(offloaded._turns) == 2 and offloaded.nbytes == plain.nbytes
+    assert len(offloaded._double_buffers) == 2 and offloaded.nbytes == plain.nbytes
 
 
 @pytest.mark.parametrize("fails_at", range(1, 20, 3))
 def test_where_memory_is_too_short_to_grow_the_old_buffers_stay_in_force(qwen, monkeypatch, fails_at):
     pictures, collage = preprocessed(qwen, [(400, 300)]), preprocessed(qwen, [(170, 121)], seed=9)
     ids = qwen.input_ids(QUESTION, pictures + collage)
-    want = qwen.generate_ids(ids, pictures + collage, max_new_tokens=4)
-    with ImageSession(qwen, pictures, room=0, offload=True) as session:
+    want = generate_ids(qwen, ids, pictures + collage, max_new_tokens=4)
+    with ImageSession(qwen, pictures, run=OFFLOADED, room=0) as session:
         real, calls = hide.engine.kv_cache._token_by_token, []
 
         def short(*args, **kwargs):
@@ -321,7 +331,7 @@ def test_where_memory_is_too_short_to_grow_the_old_buffers_stay_in_force(qwen, m
 def test_a_prefill_that_does_not_fit_goes_on_in_smaller_pieces(qwen, monkeypatch):
     pictures = preprocessed(qwen, [(400, 300)])
     ids = qwen.input_ids(QUESTION, pictures)
-    want = qwen.generate_ids(ids, pictures, max_new_tokens=5)
+    want = generate_ids(qwen, ids, pictures, max_new_tokens=5)
     real = OffloadedCache.update
 
     def short(cache, key, value, layer, *args, **kwargs):
@@ -330,18 +340,18 @@ def test_a_prefill_that_does_not_fit_goes_on_in_smaller_pieces(qwen, monkeypatch
         return real(cache, key, value, layer, *args, **kwargs)
 
     monkeypatch.setattr(OffloadedCache, "update", short)
-    with ImageSession(qwen, pictures, offload=True) as session:
+    with ImageSession(qwen, pictures, run=OFFLOADED) as session:
         assert session.reply(ids, max_new_tokens=5) == want
 
 
 def test_fixed_shapes_are_refused_and_taken_by_nobody_who_did_not_ask(qwen, monkeypatch):
     pictures = preprocessed(qwen, [(400, 300)])
     ids = qwen.input_ids(QUESTION, pictures)
-    monkeypatch.setattr(type(qwen), "static_decode", True)
-    with ImageSession(qwen, pictures, offload=True) as session:
+    monkeypatch.setattr("hide.engine.prefix.prefers_static_decode", lambda model: True)
+    with ImageSession(qwen, pictures, run=OFFLOADED) as session:
         with pytest.raises(ValueError, match="keys and values are in host memory"):
             session.reply(ids, max_new_tokens=4, static=True)
-        assert session.reply(ids, max_new_tokens=4) == qwen.generate_ids(ids, pictures, max_new_tokens=4)
+        assert session.reply(ids, max_new_tokens=4) == generate_ids(qwen, ids, pictures, max_new_tokens=4)
         with pytest.raises(ValueError, match="one after another"):
             session.cache.copy_for(2, 999)
 
@@ -349,7 +359,7 @@ def test_fixed_shapes_are_refused_and_taken_by_nobody_who_did_not_ask(qwen, monk
 def test_prompts_are_answered_one_after_another(qwen):
     prompts = [qwen.input_ids(f"List: {word}") for word in ("star", "ring", "a moon")]
     with Prefix(qwen, prompts[0][:, :4], offload=True) as prefix:
-        want = [qwen.generate_ids(ids, max_new_tokens=5) for ids in prompts]
+        want = [generate_ids(qwen, ids, max_new_tokens=5) for ids in prompts]
         assert prefix.replies(prompts, max_new_tokens=5) == want
 
 
@@ -357,11 +367,9 @@ def test_the_pipeline_answers_the_same(qwen):
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (300, 260, 3), dtype=np.uint8))
     results = []
     for offload_kv in (False, True):
-        config = HiDeConfig(
-            layers=(1,), sigma=1, threshold=0.5, min_tokens=30, max_tokens=120, entities_from="rules",
-            max_new_tokens=6, offload_kv=offload_kv,
-        )  # fmt: skip
-        hide_ = HiDe(qwen, config)
+        config = HiDeConfig(layers=(1,), sigma=1, threshold=0.5, entities_from="rules")
+        run = RunSettings(min_tokens=30, max_tokens=120, offload_kv=offload_kv)
+        hide_ = HiDe(qwen, Preset(config, run, AnswerSettings(max_new_tokens=6)))
         with hide_.open(image) as session:
             assert session.cache.offloaded == offload_kv
             results.append(hide_.ask(session, QUESTION).to_dict())
@@ -438,7 +446,7 @@ def test_on_a_gpu_two_layers_are_held_and_the_host_has_pinned_memory():
     adapter = FAMILIES["qwen2_5_vl"]()
     adapter.model.cuda()
     pictures = preprocessed(adapter, [(400, 300)])
-    with ImageSession(adapter, pictures, room=20_000, offload=True) as session:
+    with ImageSession(adapter, pictures, run=OFFLOADED, room=20_000) as session:
         assert all(buffer.is_pinned() for layer in session.cache.layers for buffer in layer._buffers)
         before, held = torch.cuda.memory_allocated(), session.nbytes
         session.close()
@@ -454,13 +462,15 @@ def test_a_model_spread_over_devices_serves_an_offloaded_session(qwen, other):
         pytest.skip("needs two CUDA devices")
     pictures, collage = preprocessed(qwen, [(400, 300)]), preprocessed(qwen, [(170, 121)], seed=9)
     ids = qwen.input_ids(QUESTION, pictures + collage)
-    want = qwen.generate_ids(ids, pictures + collage, max_new_tokens=6)
+    want = generate_ids(qwen, ids, pictures + collage, max_new_tokens=6)
     spread = FAMILIES["qwen2_5_vl"]()
     spread.model.generation_config.eos_token_id = None
     places = {"model.visual": 0, "model.language_model.embed_tokens": 0, "model.language_model.norm": other,
               "lm_head": other, "model.language_model.rotary_emb": 0}  # fmt: skip
     places |= {f"model.language_model.layers.{i}": 0 if i < 2 else other for i in range(4)}
     accelerate.dispatch_model(spread.model, places)
-    with ImageSession(spread, pictures, offload=True) as session:
+    with ImageSession(spread, pictures, run=OFFLOADED) as session:
         assert session.reply(ids, collage, max_new_tokens=6) == want
-        assert len(session.cache._turns) == (1 if other == "cpu" else 2), "accelerate computes on a GPU where it can"
+        assert len(session.cache._double_buffers) == (1 if other == "cpu" else 2), (
+            "accelerate computes on a GPU where it can"
+        )

@@ -16,8 +16,10 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import hide.models
-from hide import HiDe
+from hide import PRESETS, HiDe
 from hide.cli import app
+from hide.engine import stock
+from hide.engine.greedy import prefers_static_decode
 from hide.models.quantised import INT4_GROUP, WEIGHTS, check, quantise, quantised_layers
 from hide.models.vision_slices import in_slices
 from hide.profiling.models import Int4Linear, Int8Linear, build, read_config
@@ -98,7 +100,7 @@ def test_every_layer_but_the_head_is_quantised_and_takes_the_bytes_of_codes_and_
         assert bytes_of(layers[name]) - 4 * rows * (layers[name].bias is not None) == codes + scales, name
         saved += 4 * rows * columns - codes - scales
     assert bytes_of(plain.model) - bytes_of(adapter.model) == saved
-    assert adapter.dtype == plain.dtype == torch.float32 and adapter.static_decode is False
+    assert adapter.dtype == plain.dtype == torch.float32 and prefers_static_decode(adapter) is False
     assert layers["lm_head"].weight is adapter.language_model.embed_tokens.weight
 
 
@@ -130,9 +132,9 @@ def test_a_familys_checkpoint_is_quantised_where_its_layers_are_named(family, we
     # The same as quantised in place, and as computed with the weights that they stand for.
     quantise(adapter.model, weights, CPU)
     pictures = preprocessed(adapter)
-    prompt = adapter.search_prompt("star, moon.", pictures)
+    turn = adapter.turn("star, moon.", pictures)
     rows = [
-        one.search_rows(prompt, pictures, layers=[1, 3], causal=False)[0]
+        stock.attention(one, turn, pictures, layers=[1, 3], causal=False)[0]
         for one in (found, adapter, with_model(adapter, dequantised(adapter.model)))
     ]
     assert torch.equal(rows[0], rows[1])
@@ -142,10 +144,10 @@ def test_a_familys_checkpoint_is_quantised_where_its_layers_are_named(family, we
         reply = session.reply(ids, max_new_tokens=6)
         with session.branch(ids) as branch:
             logits = branch.logits()
-    assert reply == found.generate_ids(ids, pictures, max_new_tokens=6)
+    assert reply == stock.generate_ids(found, ids, pictures, max_new_tokens=6)
     with torch.no_grad():
-        stock = dequantised(found.model)(**found._inputs(ids, pictures)).logits[:, -1]
-    assert (logits.flatten() - stock.flatten()).abs().max() < 2e-4
+        want = dequantised(found.model)(**stock.forward_inputs(found, ids, pictures)).logits[:, -1]
+    assert (logits.flatten() - want.flatten()).abs().max() < 2e-4
 
 
 # -- what runs on it --------------------------------------------------------------------------------------------------
@@ -157,9 +159,9 @@ def test_the_demo_question_has_the_same_answer_and_rows_close_by(plain):
     scene = draw_scene(3, 420, 300, objects=3).image
     rows = {}
     for name, adapter in (("plain", plain), ("int8", eight), ("rounded", with_model(plain, dequantised(eight.model)))):
-        rows[name] = HiDe(adapter, HiDe.from_pretrained(CHECKPOINT, preset="tiny").config).attention_rows(
-            scene, "star."
-        )
+        own = HiDe(adapter, PRESETS["tiny"])
+        with own.open(scene) as session:
+            rows[name] = own.attention_rows(session, "star.")
     plain_rows, int8_rows, rounded = (rows[name].rows[0] for name in ("plain", "int8", "rounded"))
     torch.testing.assert_close(int8_rows, rounded, atol=1e-6, rtol=1e-4)
     assert 1e-6 < (int8_rows - plain_rows).abs().max() < 0.05 * plain_rows.max()
@@ -167,7 +169,7 @@ def test_the_demo_question_has_the_same_answer_and_rows_close_by(plain):
     said = HiDe.from_pretrained(CHECKPOINT, preset="tiny", weights="int8", device="cpu", max_tokens=500).ask(
         demo, "Is the heart on the left or right side of the circle?"
     )
-    assert said.answer == "left" and len(said.boxes[0])
+    assert said.text == "left" and len(said.boxes[0])
 
 
 def test_a_step_of_fixed_shapes_decodes_what_generate_does(loaded):
@@ -175,8 +177,8 @@ def test_a_step_of_fixed_shapes_decodes_what_generate_does(loaded):
     pictures = preprocessed(adapter)
     ids = adapter.input_ids(QUESTION, pictures)
     with ImageSession(adapter, pictures) as session:
-        assert session.reply(ids, max_new_tokens=5, static=True) == adapter.generate_ids(
-            ids, pictures, max_new_tokens=5
+        assert session.reply(ids, max_new_tokens=5, static=True) == stock.generate_ids(
+            adapter, ids, pictures, max_new_tokens=5
         )
 
 
@@ -353,12 +355,12 @@ def test_on_a_gpu_layers_have_the_predicted_bytes_and_a_graph_replays_generates_
     named = {name for name, layer in adapter.model.named_modules() if is_quantised(layer)}
     assert named == set(quantised_layers(full.model, weights)) and adapter.dtype is torch.bfloat16
     assert bytes_of(adapter.model.model.visual.blocks[0].mlp.down_proj) == bytes_of(expected)
-    assert adapter.static_decode
+    assert prefers_static_decode(adapter)
     pictures = preprocessed(adapter)
     ids = adapter.input_ids(QUESTION, pictures)
     with ImageSession(adapter, pictures) as session:
         replies = [session.reply(ids, max_new_tokens=6, static=static) for static in (True, False)]
     assert replies[0] == replies[1]
-    prompt = adapter.search_prompt("star.", pictures)
-    rows, exact = (one.search_rows(prompt, pictures, layers=[0], causal=False)[0].cpu() for one in (adapter, full))
+    turn = adapter.turn("star.", pictures)
+    rows, exact = (stock.attention(one, turn, pictures, layers=[0], causal=False)[0].cpu() for one in (adapter, full))
     assert (rows - exact).abs().max() < (0.05 if weights == "int8" else 0.15) * exact.max()

@@ -5,20 +5,21 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from random_models import qwen2_5_vl, randomise
 
-from hide import PRESETS, HiDe
+from hide import PRESETS, HiDe, Plain
+from hide.engine.stock import attention, generate_ids
 from hide.methods.attend import attend
+from hide.methods.base import NoSettings
 from hide.models.qwen2_5_vl import Qwen25VL
-from hide.session import SessionPool
+from hide.session_pool import SessionPool
 from hide.tiny.model import build
 from hide.tiny.scenes import draw_scene
-from hide_kernels.integrations.transformers import capture_attention, decoder_attention
+from hide_kernels.integrations.transformers import capture_attention, capturing, decoder_attention
 
 QUESTIONS = ["What is the color of the star?", "Is the ring on the left?", "What color is the moon?"]
 # Long enough for the slowest machine; reached only where a thread waits for ever.
@@ -45,12 +46,24 @@ def images():
 
 
 def hide_of(adapter):
-    return HiDe(adapter, replace(PRESETS["tiny"], max_new_tokens=3, max_entity_tokens=6))
+    return HiDe(adapter, PRESETS["tiny"].changed(max_new_tokens=3, max_entity_tokens=6))
 
 
-def said(result):
-    boxes = [boxes.tolist() for boxes in result.boxes]
-    return result.plain_answer, result.answer, result.entities, boxes, [maps.sum().item() for maps in result.maps.maps]
+def plain_of(hide):
+    return Plain(hide.model, hide.preset.with_settings(NoSettings()))
+
+
+def asked(hide, session, question):
+    """What two methods say on one session, in one form that can be compared."""
+    plain, answer = (method.ask(session, question) for method in (plain_of(hide), hide))
+    found = [(one.boxes.tolist(), one.labels, one.maps.sum().item()) for one in answer.evidence]
+    return plain.text, answer.text, answer.details, found
+
+
+def said(hide, image, question):
+    """The same of a picture that is opened for it."""
+    with hide.open(image) as session:
+        return asked(hide, session, question)
 
 
 def at_once(*calls):
@@ -71,14 +84,14 @@ def elsewhere(call):
 
 
 def test_questions_from_several_threads_are_answered_as_one_after_the_other(adapter, images, monkeypatch):
-    monkeypatch.setattr("hide.pipeline.MEMO", 1)
-    want = [said(hide_of(adapter).ask(*asked)) for asked in zip(images, QUESTIONS, strict=True)]
+    monkeypatch.setattr("hide.methods.hide.extract.MEMO", 1)
+    want = [said(hide_of(adapter), *given) for given in zip(images, QUESTIONS, strict=True)]
     layers = list(adapter.language_model.layers)
     # One HiDe for two threads, and another around another adapter of the same model.
     one, other = hide_of(adapter), hide_of(Qwen25VL(adapter.model, adapter.tokenizer, adapter.image_processor))
 
     def asking(hide, index):
-        return lambda: [said(hide.ask(images[index], QUESTIONS[index])) for _ in range(3)]
+        return lambda: [said(hide, images[index], QUESTIONS[index]) for _ in range(3)]
 
     got = at_once(asking(one, 0), asking(one, 1), asking(other, 2))
     assert got == [[answer] * 3 for answer in want]
@@ -88,14 +101,18 @@ def test_questions_from_several_threads_are_answered_as_one_after_the_other(adap
 def test_every_step_can_run_beside_every_other(adapter, images):
     image, question = images[0], QUESTIONS[0]
     pictures = adapter.preprocess([image], min_tokens=4, max_tokens=60)
-    prompt = adapter.search_prompt("star, ring", pictures)
+    turn = adapter.turn("star, ring", pictures)
+
+    def rows(hide):
+        with hide.open(image) as session:
+            return [of_image.tolist() for of_image in hide.attention_rows(session, "star, ring").rows]
 
     def calls(hide):
         return [
-            lambda: [rows.tolist() for rows in hide.attention_rows(image, "star, ring").rows],
-            lambda: hide.answer(image, question),
+            lambda: rows(hide),
+            lambda: plain_of(hide).ask(image, question).text,
             lambda: attend(adapter, image, question, layers=[1, 3], new_tokens=3).maps.tolist(),
-            lambda: adapter.search_rows(prompt, pictures, layers=[0], causal=True)[0].tolist(),
+            lambda: attention(adapter, turn, pictures, layers=[0])[0].tolist(),
             lambda: hide.entities_of(QUESTIONS),
         ]
 
@@ -107,16 +124,16 @@ def test_every_step_can_run_beside_every_other(adapter, images):
 def test_one_session_serves_several_threads(adapter, images):
     hide = hide_of(adapter)
     with hide.open(images[0]) as session:
-        want = [said(hide.ask(session, question)) for question in QUESTIONS]
+        want = [asked(hide, session, question) for question in QUESTIONS]
         hide = hide_of(adapter)
-        got = at_once(*(lambda question=question: said(hide.ask(session, question)) for question in QUESTIONS))
+        got = at_once(*(lambda question=question: asked(hide, session, question) for question in QUESTIONS))
     assert got == want
 
 
 def test_a_branch_that_is_open_keeps_other_threads_waiting_and_its_own_from_another(adapter, images):
     hide = hide_of(adapter)
     with hide.open(images[0]) as session:
-        ids = adapter.input_ids(QUESTIONS[0], session.pictures)
+        ids = adapter.input_ids(QUESTIONS[0], session.inputs)
         want = session.reply(ids, max_new_tokens=4)
         with ThreadPoolExecutor(1) as pool:
             with session.branch(ids) as branch:
@@ -125,7 +142,7 @@ def test_a_branch_that_is_open_keeps_other_threads_waiting_and_its_own_from_anot
                 with pytest.raises(RuntimeError, match="open already"), session.branch(ids):
                     pass
                 # The model itself is free meanwhile: another session is served.
-                assert elsewhere(lambda: hide.answer(images[1], QUESTIONS[1]))
+                assert elsewhere(lambda: plain_of(hide).ask(images[1], QUESTIONS[1]).text)
                 assert not waiting.done()
                 torch.testing.assert_close(branch.logits(), first, atol=1e-4, rtol=0)
             assert waiting.result(PATIENCE) == want
@@ -133,7 +150,7 @@ def test_a_branch_that_is_open_keeps_other_threads_waiting_and_its_own_from_anot
 
 def test_a_session_that_is_closed_in_another_thread_serves_its_open_branch_to_the_end(adapter, images):
     session = hide_of(adapter).open(images[0])
-    ids = adapter.input_ids(QUESTIONS[0], session.pictures)
+    ids = adapter.input_ids(QUESTIONS[0], session.inputs)
     want = session.reply(ids, max_new_tokens=4)
     with session.branch(ids) as branch:
         elsewhere(session.close)
@@ -143,8 +160,7 @@ def test_a_session_that_is_closed_in_another_thread_serves_its_open_branch_to_th
 
 
 def test_after_an_exception_in_one_thread_the_others_go_on(adapter, images, monkeypatch):
-    hide = hide_of(adapter)
-    want = said(hide.ask(images[0], QUESTIONS[0]))
+    want = said(hide_of(adapter), images[0], QUESTIONS[0])
     layer = adapter.language_model.layers[2]
     forward, culprit = layer.forward, threading.Event()
 
@@ -157,7 +173,7 @@ def test_after_an_exception_in_one_thread_the_others_go_on(adapter, images, monk
     monkeypatch.setattr(layer, "forward", fails_once)
     with pytest.raises(ZeroDivisionError):
         elsewhere(lambda: hide_of(adapter).ask(images[1], QUESTIONS[1]))
-    assert elsewhere(lambda: said(hide_of(adapter).ask(images[0], QUESTIONS[0]))) == want
+    assert elsewhere(lambda: said(hide_of(adapter), images[0], QUESTIONS[0])) == want
 
 
 def test_a_lock_for_calls_of_the_model_by_hand_is_the_same_for_all_adapters_and_does_not_outlive_the_model():
@@ -212,14 +228,14 @@ def test_captures_of_two_threads_overlap_and_each_records_its_own():
 
 
 def test_a_capture_that_is_held_open_changes_nothing_for_others_and_keeps_nobody_waiting(adapter, images):
-    want = said(hide_of(adapter).ask(images[0], QUESTIONS[0]))
+    want = said(hide_of(adapter), images[0], QUESTIONS[0])
     pictures = adapter.preprocess([images[1]], min_tokens=4, max_tokens=60)
     ids = adapter.input_ids(QUESTIONS[1], pictures)
     with capture_attention(adapter.model, layers=[0, 3]) as captured:
-        assert adapter.captured and not elsewhere(lambda: adapter.captured)
-        assert elsewhere(lambda: said(hide_of(adapter).ask(images[0], QUESTIONS[0]))) == want
+        assert capturing(adapter.model) and not elsewhere(lambda: capturing(adapter.model))
+        assert elsewhere(lambda: said(hide_of(adapter), images[0], QUESTIONS[0])) == want
         assert not captured
-        adapter.generate_ids(ids, pictures, max_new_tokens=1)
+        generate_ids(adapter, ids, pictures, max_new_tokens=1)
     assert captured[3].weights.shape[-1] == ids.shape[1]
 
 
@@ -249,13 +265,13 @@ def test_threads_that_want_one_picture_open_it_once(adapter, images):
 
 def test_a_pool_without_room_answers_every_thread(adapter, images):
     hide = hide_of(adapter)
-    want = [said(hide.ask(*asked)) for asked in zip(images, QUESTIONS, strict=True)]
+    want = [said(hide, *given) for given in zip(images, QUESTIONS, strict=True)]
     hide, pool = hide_of(adapter), SessionPool(0)
 
     def serving(index):
         def serve():
             session = pool.get(index, lambda: hide.open(images[index]))
-            return said(hide.ask(session, QUESTIONS[index]))
+            return asked(hide, session, QUESTIONS[index])
 
         return lambda: [serve() for _ in range(3)]
 
@@ -268,7 +284,7 @@ def test_a_pool_lets_go_of_what_others_use_and_closes_what_is_its_own_threads(ad
     ours = pool.get("ours", lambda: hide.open(images[0]))
     theirs = elsewhere(lambda: pool.get("theirs", lambda: hide.open(images[1])))
     assert len(pool) == 1 and not ours.closed, "another thread's get does not close it"
-    assert hide.ask(ours, QUESTIONS[0]).answer
+    assert hide.ask(ours, QUESTIONS[0]).text
     pool.get("new", lambda: hide.open(images[2]))
     assert len(pool) == 1 and not theirs.closed
     held = weakref.ref(theirs.cache)

@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 
-from hide import HiDe
+from hide import HiDe, Plain
 from hide.engine.kv_cache import cache_keyword
 from hide.methods.attend import attend
+from hide.methods.base import NoSettings
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import draw_scene
 
@@ -38,10 +39,11 @@ def test_a_question_warns_of_nothing(static, caplog, monkeypatch):
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         hide = HiDe.from_pretrained(CHECKPOINT, preset="tiny")
-        monkeypatch.setattr(type(hide.model), "static_decode", static)
+        monkeypatch.setattr("hide.engine.prefix.prefers_static_decode", lambda model: static)
+        plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
         with hide.open(image) as session:
-            assert hide.ask(session, QUESTION).answer
+            assert hide.ask(session, QUESTION).text and plain.ask(session, QUESTION).text
             assert hide.entities_of([QUESTION, "Is the ring on the left?"])
-            assert session.reply(hide.model.input_ids(QUESTION, session.pictures), max_new_tokens=2, static=static)
+            assert session.reply(hide.model.input_ids(QUESTION, session.inputs), max_new_tokens=2, static=static)
             attend(hide.model, image, QUESTION, layers=[1], new_tokens=2)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []

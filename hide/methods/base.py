@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -25,9 +25,26 @@ from hide.images import ImageLike
 from hide.models import load
 from hide.models.base import Adapter
 from hide.models.quantised import Weights
-from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST, Question
-from hide.session import VERBS, ImageSession, Reply, RunSettings, Session, open_session
+from hide.presets import MODELS, AnswerSettings, NoSettings, Preset, S, presets_of
+from hide.questions import Question
+from hide.session import VERBS, ImageSession, Reply, Session, open_session
 from hide_kernels.memory import profile, stage
+
+__all__ = [
+    "MODELS",
+    "Answer",
+    "AnswerSettings",
+    "Evidence",
+    "ImagesOrSession",
+    "Method",
+    "NoSettings",
+    "Preset",
+    "Step",
+    "Steps",
+    "as_question",
+    "ask_all",
+    "presets_of",
+]
 
 ImagesOrSession = ImageLike | Sequence[ImageLike] | Session
 """Images, or a session of `Method.open` that has seen them already."""
@@ -166,88 +183,6 @@ class Steps:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-
-# -- settings ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How questions are put.
-
-    letter_request: what a question with lettered options ends with; its reply may stand between tags (`hide.tags`).
-    max_new_tokens: bound on a generated answer.
-    """
-
-    letter_request: str = LETTER_REQUEST
-    max_new_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """Of a method that has none."""
-
-
-S = TypeVar("S")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Preset(Generic[S]):
-    """A method's settings in their three parts: its own, those of the run, those of the answer.
-
-    family, depth: the `model_type` and the number of decoder layers of the model that they are for; 0: any number.
-    """
-
-    settings: S
-    run: RunSettings = field(default_factory=RunSettings)
-    answer: AnswerSettings = field(default_factory=AnswerSettings)
-    family: str = ""
-    depth: int = 0
-
-    def changed(self, **changes: Any) -> Preset[S]:
-        """With other values of some fields, whichever part they belong to; `TypeError` for a field of none."""
-        parts = {}
-        for name in ("settings", "run", "answer"):
-            part = getattr(self, name)
-            own = {one.name for one in dataclasses.fields(part)} & changes.keys()
-            parts[name] = dataclasses.replace(part, **{one: changes.pop(one) for one in own})
-        if changes:
-            raise TypeError(f"settings: there is no {', '.join(changes)}; there are {', '.join(self.to_dict())}")
-        return dataclasses.replace(self, **parts)
-
-    def with_settings(self, settings: T) -> Preset[T]:
-        """For another method: its settings, with the same other parts."""
-        return Preset(settings, self.run, self.answer, self.family, self.depth)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields of the three parts."""
-        return {name: value for part in (self.settings, self.run, self.answer) for name, value in vars(part).items()}
-
-
-_TAGGED = AnswerSettings(letter_request=TAGGED_LETTER_REQUEST)
-# InternVL3-8B: 33,024 tokens are 128 tiles and a thumbnail, more than half of the positions that the model has; with
-# two images, 62 tiles each always fit. Which a family takes by itself: its first.
-MODELS: dict[str, Preset[NoSettings]] = {
-    "qwen2.5-vl-7b": Preset(NoSettings(), family="qwen2_5_vl", depth=28),
-    "qwen3-vl-8b": Preset(NoSettings(), answer=_TAGGED, family="qwen3_vl", depth=36),
-    "qwen3-vl-8b-layer-18": Preset(NoSettings(), answer=_TAGGED, family="qwen3_vl", depth=36),
-    "internvl3-8b": Preset(NoSettings(), RunSettings(max_tokens=33024, join_images=True), family="internvl", depth=28),
-    "internvl3-8b-two-images": Preset(NoSettings(), RunSettings(max_tokens=16128), family="internvl", depth=28),
-    "llava-1.5-7b": Preset(NoSettings(), family="llava", depth=32),
-    "llava-onevision-7b": Preset(NoSettings(), family="llava_onevision", depth=28),
-    "tiny": Preset(NoSettings(), RunSettings(min_tokens=36), AnswerSettings(max_new_tokens=8)),
-}
-"""What published code uses for a model whatever the method: budgets and the form of questions."""
-
-
-def presets_of(settings: Mapping[str, S]) -> dict[str, Preset[S]]:
-    """A method's presets: its own settings for models of `MODELS`, with the other two parts from there."""
-    return {name: MODELS[name].with_settings(own) for name, own in settings.items()}
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------

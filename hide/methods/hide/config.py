@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hide.methods.base import Preset, presets_of
-from hide.session import WHITE
+from hide.presets import WHITE, Preset, presets_of
 from hide_kernels.collage.api import check_look
 from hide_kernels.token_maps.api import MAX_SIGMA
 

@@ -1,0 +1,131 @@
+"""Settings of a run and of answers, and presets: what is known of a model's budgets whatever the method.
+
+Nothing here needs transformers, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST
+
+if TYPE_CHECKING:
+    from hide.models.base import Adapter
+
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a session is run, whatever is asked of it.
+
+    min_tokens, max_tokens: image tokens that an image is resized to lie between.
+    join_images: whether images behind the session's join them as one image of the prompt, instead of following as
+        images of their own; only where the family can (InternVL).
+    prefill_chunk: tokens that go through the decoder at once: less memory beside a large image, the same result.
+    offload_kv: keys and values of the images lie in host memory, and two layers' at a time on the GPU: less memory, the
+        same result, and every step brings them all over the bus (docs/sessions.md).
+    decoder: "nvimgcodec" decodes JPEG files on the GPU where it is installed, a few levels off Pillow's.
+    """
+
+    min_tokens: int = 256
+    max_tokens: int = 16384
+    join_images: bool = False
+    prefill_chunk: int = 2048
+    offload_kv: bool = False
+    decoder: Literal["pillow", "nvimgcodec"] = "pillow"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
+        if self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk: got {self.prefill_chunk}, want at least 1")
+        if self.decoder not in ("pillow", "nvimgcodec"):
+            raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
+
+    def check(self, model: Adapter) -> None:
+        """`ValueError` for what the model's family cannot."""
+        if self.join_images and not model.joins_images:
+            raise ValueError(f"join_images: got True, but {model.family} shows every image as an image of its own")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How questions are put.
+
+    letter_request: what a question with lettered options ends with; its reply may stand between tags (`hide.tags`).
+    max_new_tokens: bound on a generated answer.
+    """
+
+    letter_request: str = LETTER_REQUEST
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a method that has none."""
+
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Preset(Generic[S]):
+    """A method's settings in their three parts: its own, those of the run, those of the answer.
+
+    family, depth: the `model_type` and the number of decoder layers of the model that they are for; 0: any number.
+    """
+
+    settings: S
+    run: RunSettings = field(default_factory=RunSettings)
+    answer: AnswerSettings = field(default_factory=AnswerSettings)
+    family: str = ""
+    depth: int = 0
+
+    def changed(self, **changes: Any) -> Preset[S]:
+        """With other values of some fields, whichever part they belong to; `TypeError` for a field of none."""
+        parts = {}
+        for name in ("settings", "run", "answer"):
+            part = getattr(self, name)
+            own = {one.name for one in dataclasses.fields(part)} & changes.keys()
+            parts[name] = dataclasses.replace(part, **{one: changes.pop(one) for one in own})
+        if changes:
+            raise TypeError(f"settings: there is no {', '.join(changes)}; there are {', '.join(self.to_dict())}")
+        return dataclasses.replace(self, **parts)
+
+    def with_settings(self, settings: T) -> Preset[T]:
+        """For another method: its settings, with the same other parts."""
+        return Preset(settings, self.run, self.answer, self.family, self.depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields of the three parts."""
+        return {name: value for part in (self.settings, self.run, self.answer) for name, value in vars(part).items()}
+
+
+_TAGGED = AnswerSettings(letter_request=TAGGED_LETTER_REQUEST)
+# InternVL3-8B: 33,024 tokens are 128 tiles and a thumbnail, more than half of the positions that the model has; with
+# two images, 62 tiles each always fit. Which a family takes by itself: its first.
+MODELS: dict[str, Preset[NoSettings]] = {
+    "qwen2.5-vl-7b": Preset(NoSettings(), family="qwen2_5_vl", depth=28),
+    "qwen3-vl-8b": Preset(NoSettings(), answer=_TAGGED, family="qwen3_vl", depth=36),
+    "qwen3-vl-8b-layer-18": Preset(NoSettings(), answer=_TAGGED, family="qwen3_vl", depth=36),
+    "internvl3-8b": Preset(NoSettings(), RunSettings(max_tokens=33024, join_images=True), family="internvl", depth=28),
+    "internvl3-8b-two-images": Preset(NoSettings(), RunSettings(max_tokens=16128), family="internvl", depth=28),
+    "llava-1.5-7b": Preset(NoSettings(), family="llava", depth=32),
+    "llava-onevision-7b": Preset(NoSettings(), family="llava_onevision", depth=28),
+    "tiny": Preset(NoSettings(), RunSettings(min_tokens=36), AnswerSettings(max_new_tokens=8)),
+}
+"""What published code uses for a model whatever the method: budgets and the form of questions."""
+
+
+def presets_of(settings: Mapping[str, S]) -> dict[str, Preset[S]]:
+    """A method's presets: its own settings for models of `MODELS`, with the other two parts from there."""
+    return {name: MODELS[name].with_settings(own) for name, own in settings.items()}
