@@ -343,6 +343,8 @@ def test_nothing_fits_or_everything_does():
 
 def test_a_fit_is_the_largest_picture_that_the_prediction_allows():
     config, settings = read_config(TINY), Settings("float32")
+    # As many predictions, of fewer layers.
+    config.text_config.num_hidden_layers = config.vision_config.depth = 1
     work = Workload(1, collage=16)
     (fit,) = fits(config, ["eager, one layer alive"], 60 * 10**6, work, settings, ["bf16"])
     width, height = fit.size
