@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -45,6 +46,16 @@ def compile_kernels(architectures: Sequence[int]) -> list[Resources]:
     return sorted(found)
 
 
+def made_of() -> str:
+    """The compiler's version and a hash of the sources, as the page states what its figures are of. Needs nvcc."""
+    version = re.search(r"release [\d.]+, V([\d.]+)", subprocess.check_output(["nvcc", "--version"], text=True))
+    assert version is not None
+    digest = hashlib.sha256()
+    for file in sorted(SOURCES.glob("*")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return f"nvcc {version[1]} of sources `{digest.hexdigest()[:12]}`"
+
+
 def _resources(text: str, architecture: int) -> Resources:
     def number(pattern: str) -> int:
         return sum(int(value) for value in re.findall(pattern, text))
@@ -65,8 +76,6 @@ def main() -> int:
     if shutil.which("nvcc") is None:
         print("nvcc is not on PATH")
         return 1
-    version = re.search(r"release [\d.]+, V([\d.]+)", subprocess.check_output(["nvcc", "--version"], text=True))
-    assert version is not None
     found = compile_kernels(ARCHITECTURES)
     by_kernel: dict[str, list[Resources]] = {}
     for one in found:
@@ -74,7 +83,7 @@ def main() -> int:
     lines = [
         "# Kernel resources",
         "",
-        f"Registers per thread, as `ptxas` of nvcc {version[1]} says; made by `python -m benchmarks.kernel_resources`.",
+        f"Registers per thread, as `ptxas` says: {made_of()}; made by `python -m benchmarks.kernel_resources`.",
         f"Stack, spills and static shared memory: {sum(sum(one[3:]) for one in found)} bytes in all of them. Dynamic "
         "shared memory stands in hide_kernels/geometry.py.",
         "",

@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import logging
 import os
 import re
@@ -28,6 +29,15 @@ class DeprecationsLogged(logging.Handler):
 
 
 logging.getLogger("transformers").addHandler(DeprecationsLogged(logging.WARNING))
+
+
+def pytest_collection_finish():
+    # What was imported stays: without this every collection of garbage, many of them asked for, looks through it.
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item):

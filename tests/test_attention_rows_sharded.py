@@ -1,5 +1,6 @@
 """attention_rows over two processes that each hold a part of the heads or of the keys."""
 
+import multiprocessing
 import os
 import socket
 from functools import partial
@@ -111,7 +112,11 @@ def run_on_two_ranks(check):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port, check), nprocs=2)
+    # Ranks begin as copies of a process that has imported what they need, once for all of them.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["hide_kernels.integrations.transformers", "transformers.models.llama.modeling_llama", "torch.distributed"]
+    )
+    mp.start_processes(work, (port, check), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("check", [sharded_heads, sharded_keys], ids=lambda check: check.__name__)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import runpy
 import subprocess
 import sys
 from itertools import islice
@@ -52,13 +53,24 @@ def test_the_calls_for_a_batch_of_requests_give_the_same_rows():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.tune_attention_rows"])
-def test_without_a_gpu_there_is_one_line_and_an_exit_code(module):
+def test_without_a_gpu_there_is_one_line_and_an_exit_code():
     pytest.importorskip("triton")
+    module = "benchmarks.tune_attention_rows"
     done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     # Packages that are imported may have something to say too.
     assert "needs a CUDA device" in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.filterwarnings("ignore:'benchmarks.gpu' found in sys.modules:RuntimeWarning")
+def test_without_a_gpu_all_benchmarks_are_one_line_and_an_exit_code(monkeypatch, capfd):
+    """As `python -m` runs it, in this process: a fresh one would import everything once more."""
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 2
+    assert capfd.readouterr() == ("", "benchmarks.gpu needs a CUDA device, and PyTorch sees none\n")
 
 
 def test_the_gate_names_the_calls_that_a_broken_implementation_gets_wrong(monkeypatch):
@@ -332,7 +344,8 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     monkeypatch.setattr(end_to_end, "RUNS", 1)
     monkeypatch.setattr(shared_prefix, "RUNS", 1)
     monkeypatch.setattr(measured_memory, "FLOWS", {"published": None, "ours": None})
-    monkeypatch.setattr(measured_memory, "SIZES", (144,))
+    # As large as those of `smaller_cards`, whose predictions are then quick.
+    monkeypatch.setattr(measured_memory, "SIZES", (400,))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(sys, "argv", ["gpu", "--seconds", "60"])
     code = gpu.main()
@@ -409,11 +422,16 @@ def test_what_was_measured_before_an_error_is_kept(monkeypatch):
 
 def test_the_gate_of_measured_memory_names_the_flow_that_takes_more(monkeypatch):
     monkeypatch.setattr(measured_memory, "FLOWS", {"ours": None, "published": None})
+    real, predicted = measured_memory.predict_flow, {}
+
+    def kept(config, flow, *rest, **how):
+        return predicted.setdefault(flow, real(config, flow, *rest, **how))
+
+    monkeypatch.setattr(measured_memory, "predict_flow", kept)
     assert measured_memory.failures("cpu") == []
-    real = measured_memory.predict_flow
 
     def less(config, flow, *rest, **how):
-        found = real(config, flow, *rest, **how)
+        found = predicted[flow]
         return dataclasses.replace(found, report=dataclasses.replace(found.report, peak=found.report.peak * 9 // 10))
 
     monkeypatch.setattr(measured_memory, "predict_flow", less)
@@ -423,6 +441,7 @@ def test_the_gate_of_measured_memory_names_the_flow_that_takes_more(monkeypatch)
 
 def test_the_gate_of_whole_questions_notices_boxes_pixels_and_replies(monkeypatch):
     monkeypatch.setattr(end_to_end, "SMALL", TINY)
+    monkeypatch.setitem(regions_to_collage.SIZES, "2K", (400, 700))
     assert end_to_end.failures("cpu") == []
     made, reply, rows = method.collages_of_maps, ImageSession.reply, method.HiDe.attention_rows
 

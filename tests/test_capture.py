@@ -16,7 +16,6 @@ from hide_kernels.integrations.masks import first_position, visible_keys
 from hide_kernels.integrations.transformers import (
     IMPLEMENTATION,
     capture_attention,
-    capture_attention_rows,
     decoder_attention,
 )
 
@@ -468,16 +467,6 @@ def test_a_mask_of_one_key_is_one_of_all_keys_as_a_model_adds_it():
         visible = visible_keys(mask, 13)
         assert visible.shape == (2, 1, 13) and visible.all()
         assert first_position(visible, 1, 13) == 12
-
-
-def test_the_names_of_version_0_1_give_the_same():
-    model, ids = qwen2_5_vl(), text_inputs()
-    arguments = {"layers": [1], "key_spans": [(2, 9)], "causal": False, "head_reduction": "kv_group"}
-    with torch.no_grad(), capture_attention(model, queries=[3, 8], **arguments) as captured:
-        model(input_ids=ids)
-    with torch.no_grad(), capture_attention_rows(model, rows=[3, 8], **arguments) as before:
-        model(input_ids=ids)
-    assert torch.equal(before[1].rows, captured[1].weights)
 
 
 def test_a_mask_of_fewer_keys_is_refused():

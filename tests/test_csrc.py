@@ -28,13 +28,19 @@ def test_blocks_of_real_threads_do_what_the_definitions_say(tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_every_kernel_compiles_without_stack_and_spills_and_stands_in_the_table():
-    found = kernel_resources.compile_kernels((80, 90, 100))
-    assert len(found) == 3 * 11
+    """A sample; all that the table has, of three generations, where sources or compiler are not those of the table."""
+    table = kernel_resources.TABLE.read_text()
+    architectures = (90,) if kernel_resources.made_of() in table else (80, 90, 100)
+    found = kernel_resources.compile_kernels(architectures)
+    assert len(found) == len(architectures) * 11
     for one in found:
         assert one.stack == one.spills == one.static_shared == 0
         assert one.registers * geometry.MAX_THREADS <= 65536 / 2
-    table = re.findall(r"^\| `(\w+)`", kernel_resources.TABLE.read_text(), re.MULTILINE)
-    assert sorted(set(table)) == sorted({one.kernel for one in found})
+    assert sorted(set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))) == sorted({one.kernel for one in found})
+    if len(architectures) == 1:
+        column = 2 + kernel_resources.ARCHITECTURES.index(90)
+        rows = {line.split("`")[1]: line.split("|") for line in table.splitlines() if line.startswith("| `")}
+        assert all(int(rows[one.kernel][column]) == one.registers for one in found)
 
 
 def test_the_device_code_is_one_text_that_includes_nothing():

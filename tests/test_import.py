@@ -15,6 +15,9 @@ import hide_kernels
 from hide import doctor
 from hide.extra import INSTALL, MODULES
 
+# One process: several tests look at what a fresh process said.
+pytestmark = pytest.mark.xdist_group("imports")
+
 OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
 HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
 NEED_TRITON = {
@@ -57,20 +60,23 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 WITHOUT_OPTIONAL = without(OPTIONAL)
 # Installed with its dependencies alone, without the extra of the commands, torch being as it is.
 CORE_ALONE = without([*OPTIONAL, *MODULES, "huggingface_hub", "markupsafe"])
+NEXT = "-- the next script --"
 
 
-def run(*scripts, command=()):
-    """What a fresh process without GPU and network prints, which says nothing else."""
+def run(*scripts):
+    """What each script prints in one fresh process without GPU and network, which says nothing else."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join((NO_NETWORK, *scripts)), *command],
+        [sys.executable, "-c", f"\nprint({NEXT!r})\n".join((NO_NETWORK, *scripts))],
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr + done.stdout
-    return done.stdout
+    before, *printed = done.stdout.split(f"{NEXT}\n")
+    assert before == ""
+    return printed
 
 
 LAZY = """
@@ -95,13 +101,18 @@ print(json.dumps(found))
 """
 
 
-def test_what_is_heavy_is_loaded_by_those_who_use_it():
-    found = json.loads(run(f"HEAVY = {HEAVY}", LAZY))
+@pytest.fixture(scope="module")
+def whole():
+    """What `LAZY` and `SAID` print where everything is installed."""
+    return run(f"HEAVY = {HEAVY}\n{LAZY}", SAID)
+
+
+def test_what_is_heavy_is_loaded_by_those_who_use_it(whole):
+    found = json.loads(whole[0])
     assert found == {"hide": [], "hide --help": [], "hide_kernels": [], "settings": [], "device": False}
 
 
-def test_nothing_is_said_while_models_are_loaded_and_what_matters_is_heard():
-    said = """
+SAID = """
 import logging
 import hide.models.base
 logging.getLogger("torchao").warning("Failed to load /x/torchao/_C_mxfp8.so: Could not load this library")
@@ -115,7 +126,10 @@ for name in ("torchao", "torch.utils._pytree", "transformers.modeling_utils"):
     logger.warning("a weight is missing")
     print(len(heard))
 """
-    assert run(said).split() == ["1", "1", "1"]
+
+
+def test_nothing_is_said_while_models_are_loaded_and_what_matters_is_heard(whole):
+    assert whole[1].split() == ["1", "1", "1"]
 
 
 COMPUTE = """
@@ -143,8 +157,14 @@ print(json.dumps([len(names), compute()]))
 """
 
 
-def test_without_anything_optional_the_public_names_are_there_and_compute_the_same():
-    names, computed = json.loads(run(WITHOUT_OPTIONAL, COMPUTE, PUBLIC))
+@pytest.fixture(scope="module")
+def bare():
+    """What `PUBLIC`, `COMMANDS` and `EACH_ALONE` print where nothing optional is installed."""
+    return run("\n".join((WITHOUT_OPTIONAL, COMPUTE, PUBLIC)), COMMANDS, EACH_ALONE if hasattr(os, "fork") else "")
+
+
+def test_without_anything_optional_the_public_names_are_there_and_compute_the_same(bare):
+    names, computed = json.loads(bare[0])
     assert names == len(hide_kernels.__all__) + len(hide.__all__)
     here = {}
     exec(COMPUTE, here)
@@ -176,7 +196,7 @@ print(json.dumps([len(names), outcomes, compute()]))
 
 
 def test_the_operators_need_torch_numpy_scipy_and_pillow_alone():
-    names, failed, computed = json.loads(run(CORE_ALONE, COMPUTE, OPERATORS))
+    names, failed, computed = json.loads(run("\n".join((CORE_ALONE, COMPUTE, OPERATORS)))[0])
     assert names == len(hide_kernels.__all__)
     capture = failed.pop("hide_kernels.integrations.transformers")
     assert capture == f"hide_kernels.integrations.transformers needs transformers: {INSTALL}"
@@ -206,7 +226,7 @@ for command in (["--help"], ["models"]):
 
 @pytest.mark.parametrize("lacking, first", [(CORE_ALONE, "typer"), (without(["transformers"]), "")])
 def test_without_its_extra_hide_says_in_one_line_what_to_install(lacking, first):
-    package, *commands = run(lacking, HIDE).splitlines()
+    package, *commands = run(f"{lacking}\n{HIDE}")[0].splitlines()
     rest = f", which is not installed: {INSTALL}; python -m hide.doctor says what else is missing"
     assert package.startswith("hide needs ") and package.endswith(rest)
     said = [f"hide needs typer{rest}"] * 2 if first else ["0", f"hide needs transformers{rest}"]
@@ -217,7 +237,7 @@ def test_without_its_extra_hide_says_in_one_line_what_to_install(lacking, first)
 COMMANDS = """
 from hide.cli import app
 
-for command in sys.argv[1:]:
+for command in ("--help", "doctor"):
     try:
         app([command])
     except SystemExit as end:
@@ -225,8 +245,8 @@ for command in sys.argv[1:]:
 """
 
 
-def test_without_anything_optional_the_command_line_answers():
-    output = " ".join(run(WITHOUT_OPTIONAL, COMMANDS, command=["--help", "doctor"]).split())
+def test_without_anything_optional_the_command_line_answers(bare):
+    output = " ".join(bare[1].split())
     for text in ("Say what this machine has", "triton not installed"):
         assert text in output
 
@@ -265,8 +285,8 @@ print(json.dumps(outcomes))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported():
-    outcomes = json.loads(run(WITHOUT_OPTIONAL, EACH_ALONE).splitlines()[-1])
+def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported(bare):
+    outcomes = json.loads(bare[2].splitlines()[-1])
     failed = {name: outcome for name, outcome in outcomes.items() if outcome != "imported"}
     assert failed == dict.fromkeys(NEED_TRITON, "No module named 'triton'")
     assert len(outcomes) > 100

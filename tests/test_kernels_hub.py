@@ -88,12 +88,17 @@ from kernels import get_local_kernel
 folder, order, backend = sys.argv[1:]
 if order == "package first":
     import hide_kernels
+if backend == "triton":
+    # Half of the interpreter's time goes into checks whose outcome it drops.
+    from dataclasses import replace
+    from triton.runtime.interpreter import interpreter_builder
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 kernel = get_local_kernel(Path(folder))
 import hide_kernels
 
 assert kernel is not hide_kernels and Path(kernel.__file__).is_relative_to(folder)
 torch.manual_seed(0)
-query, key = torch.randn(2, 6, 5, 40), torch.randn(2, 2, 163, 40)
+query, key = torch.randn(1, 6, 5, 40), torch.randn(1, 2, 163, 40)
 weights = torch.rand(6)
 answers = []
 for module in (kernel, hide_kernels):
@@ -108,9 +113,8 @@ for module in (kernel, hide_kernels):
     rows = module.attention_rows(leaf, key, backend=backend).rows  # through torch.library
     rows.square().sum().backward()
     answer += [rows.detach(), leaf.grad]
-    if backend == "torch":
-        compiled = torch.compile(module.attention_rows, backend="eager", fullgraph=True)
-        answer.append(compiled(query, key, backend=backend).rows)
+    compiled = torch.compile(module.attention_rows, backend="eager", fullgraph=True)
+    answer.append(compiled(query, key, backend="torch").rows)
     maps = module.token_maps(
         [rows.detach()[0][:, :161].reshape(5, 7, 23)], prior_rows=2, sigma=1.5,
         backend="scipy" if backend == "torch" else backend,
@@ -127,9 +131,7 @@ print(json.dumps({
 
 
 @needs_client
-@pytest.mark.parametrize(
-    "order, backend", [("package first", "torch"), ("kernel first", "torch"), ("kernel first", "triton")]
-)
+@pytest.mark.parametrize("order, backend", [("package first", "torch"), ("kernel first", "triton")])
 def test_beside_the_package_the_kernel_gives_the_same_bits_from_operators_of_its_own(layout, order, backend):
     if backend == "triton":
         pytest.importorskip("triton")

@@ -50,6 +50,9 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens that each answer may have, at least 1; default: the preset's.")
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure each step's memory as well; slower on a CPU.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the pictures and result.json; default: the one of --report, or hide-out."),
@@ -79,7 +82,13 @@ def ask(
         names = ["plain", method] if plain and method != "plain" else [method]
         methods = load.methods(names)
         answers = ask_all(
-            methods, image, question, options=option or None, max_new_tokens=max_new_tokens, progress=status.update
+            methods,
+            image,
+            question,
+            options=option or None,
+            max_new_tokens=max_new_tokens,
+            progress=status.update,
+            memory=memory,
         )
         answer, beside = answers[-1], answers[0] if len(answers) > 1 else None
         status.update("drawing")
@@ -133,11 +142,15 @@ def _times(answer: Answer, plain: Answer | None) -> Table:
     if plain is not None:
         steps = {"plain answer": plain.steps["answer"], **steps}
     total = sum(step.seconds for step in steps.values())
-    times = Table("step", "seconds", "share", "tokens", title="Time", title_justify="left")
+    measured = any(step.peak is not None for step in steps.values())
+    columns = ["step", "seconds", "share", "tokens", *(["peak memory"] if measured else [])]
+    times = Table(*columns, title="Time", title_justify="left")
     for column in times.columns[1:]:
         column.justify = "right"
-    for name, (seconds, tokens) in steps.items():
-        times.add_row(escape(name), f"{seconds:.3f}", f"{seconds / (total or 1):.0%}", f"{tokens:,}" if tokens else "")
+    for name, (seconds, tokens, peak) in steps.items():
+        memory = [] if not measured else ["" if peak is None else f"{peak / 1e9:.3f} GB"]
+        share = f"{seconds / (total or 1):.0%}"
+        times.add_row(escape(name), f"{seconds:.3f}", share, f"{tokens:,}" if tokens else "", *memory)
     times.add_row("total", f"{total:.3f}", "", f"{sum(step.tokens for step in steps.values()):,}", style="bold")
     return times
 

@@ -28,7 +28,7 @@ from hide.models.quantised import Weights
 from hide.presets import MODELS, AnswerSettings, NoSettings, Preset, S, presets_of
 from hide.questions import Question
 from hide.session import VERBS, ImageSession, Reply, Session, open_session
-from hide_kernels.memory import stage
+from hide_kernels.memory import profile, stage
 
 __all__ = [
     "MODELS",
@@ -71,10 +71,12 @@ class Evidence:
 
 
 class Step(NamedTuple):
-    """Wall time of a step, and the tokens that went through the language model in it (`hide.engine.usage`)."""
+    """Wall time of a step, the tokens that went through the language model in it (`hide.engine.usage`), and the most
+    bytes of the model's device that were allocated in it, weights included, where that was measured (`ask_all`)."""
 
     seconds: float
     tokens: int
+    peak: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Answer:
             "notes": list(self.notes),
             "seconds": {name: round(step.seconds, 4) for name, step in self.steps.items()},
             "tokens": self.tokens,
+            "peak_bytes": {name: step.peak for name, step in self.steps.items() if step.peak is not None},
         }
 
 
@@ -398,24 +401,41 @@ def ask_all(
     options: Sequence[str] | None = None,
     max_new_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
+    memory: bool = False,
 ) -> list[Answer]:
     """Several methods with one model on one session; the steps of opening it are among those of each answer.
 
     The session is run as the first method but the plain one has it. progress: called with "method: step" where there
-    are several. Otherwise as `Method.ask`.
+    are several. memory: also measure each step's, which on a CPU takes time (`hide_kernels.memory.profile`). Otherwise
+    as `Method.ask`.
     """
     main = next((method for method in methods if method.name != "plain"), methods[0])
     taps = sorted({tap for method in methods for tap in method.taps})
     steps = Steps(main.model.model.device, progress)
     question = as_question(question, options)
-    answers = []
-    with main.open(images, taps=taps, steps=steps) as session:
+    answers: list[Answer] = []
+    with (
+        profile(main.model.model) if memory else nullcontext() as recording,
+        main.open(images, taps=taps, steps=steps) as session,
+    ):
         for method in methods:
             label = f"{method.name}: " if len(methods) > 1 else ""
             said = None if progress is None else (lambda name, label=label, tell=progress: tell(label + name))
-            answers.append(method.ask(session, question, max_new_tokens=max_new_tokens, progress=said))
+            # Methods may have steps of the same name.
+            with stage(method.name):
+                answers.append(method.ask(session, question, max_new_tokens=max_new_tokens, progress=said))
     opened = steps.finished()
-    return [dataclasses.replace(answer, steps={**opened, **answer.steps}) for answer in answers]
+    peaks = {} if recording is None else {one.name: one.peak for one in recording.report.stages}
+    return [
+        dataclasses.replace(
+            answer,
+            steps={
+                name: step._replace(peak=peaks.get(name if name in opened else f"{answer.method}/{name}"))
+                for name, step in {**opened, **answer.steps}.items()
+            },
+        )
+        for answer in answers
+    ]
 
 
 def as_question(question: str | Question, options: Sequence[str] | None = None) -> Question:

@@ -27,11 +27,6 @@ class CapturedAttention(NamedTuple):
     weights: Tensor
     lse: Tensor | None
 
-    @property
-    def rows(self) -> Tensor:
-        """The weights, by their name of version 0.1."""
-        return self.weights
-
 
 @dataclass(eq=False)
 class RowRecorder:

@@ -15,7 +15,7 @@ import copy
 import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,13 +126,6 @@ def capture_attention(
         yield CapturedLayers(captures)
     for capture in captures:
         capture.check()
-
-
-def capture_attention_rows(
-    model: PreTrainedModel, *, rows: Sequence[int] | Literal["generated"] | None = None, **arguments: Any
-) -> AbstractContextManager[CapturedLayers]:
-    """`capture_attention` by the names of version 0.1: `rows` are its `queries`, and `.rows` what it calls weights."""
-    return capture_attention(model, queries=rows, **arguments)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hide_kernels import geometry, native
-from hide_kernels.pixel_values.reference import normalised_values
+from hide_kernels.pixel_values.levels import normalised_values
 from hide_kernels.pixel_values.taps import COLUMNS, ROWS, rows_first, taps
 
 Size = tuple[int, int]

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hide_kernels.pixel_values.levels import normalised_values
+
 Pixels = NDArray[np.uint8]
 
 
@@ -24,12 +26,6 @@ def resize_reference(image: Tensor, sizes: Sequence[tuple[int, int]]) -> Pixels:
     for height, width in sizes:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return np.array(picture)
-
-
-def normalised_values(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
-    """(3, 256): what each value of each channel becomes; scaled in float64, normalised in float32."""
-    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    return (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
 def pixel_values_reference(

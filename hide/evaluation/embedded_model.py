@@ -1,9 +1,9 @@
-"""How good the embedded model is, on scenes that training never saw: `python -m hide.tiny.measure`.
+"""How good the embedded model is, on scenes that training never saw: `python -m hide.evaluation.embedded_model`.
 
 Prints plain accuracy on small pictures, how much of an entity word's attention lies inside the entity's box, layer
 by layer, and plain against HiDe on large cluttered pictures, with collages from the true boxes as the upper bound.
 Everything goes through `hide.HiDe`. `--answers` keeps every reply and box, and `--against` says which of them have
-changed since: `python -m hide.tiny.measure --against benchmarks/results/embedded-model.jsonl`.
+changed since: `python -m hide.evaluation.embedded_model --against benchmarks/results/embedded-model.jsonl`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from hide import HiDe
-from hide.tiny import measure, model
+from hide.evaluation import embedded_model as measure
+from hide.tiny import model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_answers_are_kept_and_a_change_of_one_is_said(tmp_path, monkeypatch, cap
     file = tmp_path / "answers.jsonl"
 
     def run(option):
-        arguments = ["measure", "--questions", "2", "--tokens", "150", "200", option, str(file)]
+        arguments = ["embedded_model", "--questions", "2", "--tokens", "150", "200", option, str(file)]
         monkeypatch.setattr("sys.argv", arguments)
         return measure.main()
 
