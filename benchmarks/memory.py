@@ -1,4 +1,4 @@
-"""Memory of every flow over the size of the picture: writes docs/memory.md and the baseline of the memory tests.
+"""Memory of every flow over the size of the image: writes docs/memory.md and the baseline of the memory tests.
 
 `python -m benchmarks.memory` predicts all of it on one core, without GPU, weights or network; the baseline alone with
 `--baseline`.
@@ -60,7 +60,7 @@ def steps_to_ours(ours: FlowRun) -> dict[str, FlowRun]:
     with mock.patch.object(qwen2_5_vl, "in_slices", nullcontext):
         found = {
             name: predict_flow(config, "ours", Workload(LARGE, chunk=chunk))
-            for name, chunk in (("one prefill for all steps", MAX_TOKENS), ("the decoder in pieces", 2048))
+            for name, chunk in (("one prefill for all steps", MAX_TOKENS), ("the decoder in chunks", 2048))
         }
     return {**found, "the vision encoder in slices": ours}
 
@@ -104,7 +104,7 @@ def page(
         f"{versions()['transformers']}: no GPU, no weights. `hide profile` does the same for other models and sizes, "
         "and says what fits on a card. No figure here was measured on a GPU. GB are 10^9 bytes; CUDA's context, "
         "workspaces and what its allocator loses between blocks come on top.",
-        "A square picture, a collage of 1,024 tokens at most, 30 tokens of text, pieces of 2,048 tokens. The flows:",
+        "A square image, a collage of 1,024 tokens at most, 30 tokens of text, chunks of 2,048 tokens. The flows:",
         "\n".join(f"- **{name}**: {flow.about}." for name, flow in FLOWS.items()),
         _sizes_table(runs).markdown(),
         _exponents_table(runs).markdown(),
@@ -127,8 +127,8 @@ def page(
         f"{gigabytes(ours.groups['weights'])} GB of the 20, and without them {gigabytes(beside_weights(alive))} become "
         f"{gigabytes(beside_weights(last))}. Beside the weights eager grows with the square of the tokens, all others "
         "in proportion.",
-        f"- **Ours is {peak['ours']} GB**, with weights, keys and values being {gigabytes(floor)} GB. The picture goes "
-        f"through the model in pieces, no logits are made of it, and one encoding serves all steps. Its peak is in "
+        f"- **Ours is {peak['ours']} GB**, with weights, keys and values being {gigabytes(floor)} GB. The image goes "
+        f"through the model in chunks, no logits are made of it, and one encoding serves all steps. Its peak is in "
         f"the stage \"{ours.report.peak_stage}\".",
         f"## Who holds it, at {LARGE:,} tokens",
         *(_owners_table(run).markdown() for run in at.values()),
@@ -198,7 +198,7 @@ def _quantised_table(quantised: Quantised) -> ResultTable:
         for kind, work, run in quantised
     ]
     title = f"Ours at {LARGE:,} tokens, GB"
-    return ResultTable(title, ("weights", "pieces", "keys and values on", "weights alone", "peak", "in stage"), rows)
+    return ResultTable(title, ("weights", "chunk", "keys and values on", "weights alone", "peak", "in stage"), rows)
 
 
 # -- the baseline -----------------------------------------------------------------------------------------------------

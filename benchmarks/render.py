@@ -1,7 +1,7 @@
-"""Result files as Markdown and pictures, and the README's tables: `python -m benchmarks.render`.
+"""Result files as Markdown and pictures, and the tables of docs/benchmarks.md: `python -m benchmarks.render`.
 
 `python -m benchmarks.render FILE...` writes FILE.md and its pictures beside each JSON file; without files it rewrites
-the tables between the README's markers from the newest results, `--check` only says whether they are up to date.
+the tables between that page's markers from the newest results, `--check` only says whether they are up to date.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.measure import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 NONE_YET = "No result exists yet: `python -m benchmarks.{kind}` makes one."
 
 
@@ -157,7 +157,7 @@ def render(path: Path) -> list[Path]:
 
 
 def cpu_section(result: dict[str, Any]) -> str:
-    """The README's tables of a CPU result."""
+    """The page's tables of a CPU result."""
     tables = {name: entry.get("table", []) for name, entry in result["operators"].items()}
     lines = [f"{provenance(result['environment'])}. `python -m benchmarks.cpu`; medians.", ""]
     anchor = tables["attention_rows"][0]
@@ -179,21 +179,20 @@ def cpu_section(result: dict[str, Any]) -> str:
         lines += ["| | seconds | tokens |", "|---|---|---|"]
         lines += [f"| {row['what']} | {row['seconds']:.2f} | {row['tokens']:,} |" for row in rows]
     if rows := [row for row in tables.get("end_to_end", []) if "seconds" in row]:
-        about = f"{rows[0]['picture']} picture of {rows[0]['image_tokens']:,} tokens on a {rows[0]['model']} model"
-        lines += ["", f"A question from the decoded picture to the answer, a {about}, seconds of the process:", ""]
+        about = f"{rows[0]['picture']} image of {rows[0]['image_tokens']:,} tokens on a {rows[0]['model']} model"
+        lines += ["", f"A question from the decoded image to the answer, a {about}, seconds of the process:", ""]
         lines += ["| | seconds | tokens |", "|---|---|---|"]
         lines += [f"| {row['what']} | {row['seconds']:.2f} | {row['tokens']:,} |" for row in rows]
     return "\n".join(lines)
 
 
 def gpu_section(result: dict[str, Any]) -> str:
-    """The README's words about a GPU result: where it is, whole questions, and rows of `attention_rows`."""
+    """The page's words about a GPU result: where it is, whole questions, and rows of `attention_rows`."""
     stem = next(
         path for path in RESULTS.glob("gpu-*.json") if json.loads(path.read_text(encoding="utf-8")) == result
     ).stem
-    head = (
-        f"{provenance(result['environment'])}. All of it: [benchmarks/results/{stem}.md](benchmarks/results/{stem}.md)."
-    )
+    page = f"benchmarks/results/{stem}.md"
+    head = f"{provenance(result['environment'])}. All of it: [{page}](../{page})."
     tables = {name: entry.get("table", []) for name, entry in result["operators"].items()}
     lines = [head]
     if whole := tables.get("end_to_end"):
@@ -204,34 +203,34 @@ def gpu_section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def readme(text: str) -> str:
-    """The README with its marked tables made anew."""
+def page(text: str) -> str:
+    """docs/benchmarks.md with its marked tables made anew."""
     for kind, section in (("cpu", cpu_section), ("gpu", gpu_section)):
         result = newest(kind)
         body = NONE_YET.format(kind=kind) if result is None else section(result)
         pattern = rf"(<!-- begin {kind} results -->\n).*?(<!-- end {kind} results -->)"
         text, found = re.subn(pattern, lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text, flags=re.S)  # type: ignore[misc]
         if found != 1:
-            raise ValueError(f"README.md: got {found} places for {kind} results, want 1")
+            raise ValueError(f"docs/benchmarks.md: got {found} places for {kind} results, want 1")
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("files", nargs="*", type=Path, help="result files; none: the README's tables")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README is out of date")
+    parser.add_argument("files", nargs="*", type=Path, help="result files; none: the tables of docs/benchmarks.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
     arguments = parser.parse_args()
     for path in arguments.files:
         for written in render(path):
             print(f"written to {written}")
     if arguments.files:
         return 0
-    before = README.read_text(encoding="utf-8")
-    after = readme(before)
+    before = PAGE.read_text(encoding="utf-8")
+    after = page(before)
     if arguments.check:
-        print("README.md is up to date" if before == after else "README.md is out of date: python -m benchmarks.render")
+        print(f"{PAGE.name} is {'up to date' if before == after else 'out of date: python -m benchmarks.render'}")
         return int(before != after)
-    README.write_text(after, encoding="utf-8")
+    PAGE.write_text(after, encoding="utf-8")
     return 0
 
 

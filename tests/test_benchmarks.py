@@ -267,11 +267,11 @@ def test_a_result_file_becomes_markdown_and_pictures(tmp_path):
     assert len(drawn) == 2
 
 
-def test_the_readmes_tables_are_those_of_the_newest_results():
-    text = render.README.read_text()
-    assert render.readme(text) == text, "run python -m benchmarks.render"
+def test_the_pages_tables_are_those_of_the_newest_results():
+    text = render.PAGE.read_text()
+    assert render.page(text) == text, "run python -m benchmarks.render"
     with pytest.raises(ValueError, match="0 places for cpu results"):
-        render.readme("no markers")
+        render.page("no markers")
 
 
 def test_the_gate_of_window_scores_notices_other_tokens(monkeypatch):

@@ -1,5 +1,6 @@
 """Every piece of Python in the README and the docs runs, on small models and pictures in place of the named ones."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 from random_models import llm, prompt, qwen2_5_vl
 
+from hide import methods
+from hide.cli import app
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.tiny import CHECKPOINT
 from hide.tiny.model import build
@@ -18,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"model_families.md", "memory_profiler.md", "accelerate_hide.md", "serving.md"}
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.name not in ELSEWHERE]
 STAND_INS = {
-    '"Qwen/Qwen2.5-VL-7B-Instruct"': f'"{CHECKPOINT}", max_new_tokens=4, max_entity_tokens=4',
+    '"Qwen/Qwen2.5-VL-7B-Instruct"': f'"{CHECKPOINT}", max_new_tokens=4',
     '"cuda"': '"cpu"',
     "[14]": "[1]",
 }
@@ -62,3 +65,39 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     names = names_that_a_reader_has(page)
     for code in found:
         exec(compile(code, page.name, "exec"), names)
+
+
+def test_the_method_of_the_page_is_taken_by_the_commands_once_its_package_is_installed(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "methods.md").read_text()
+    (module,) = (
+        code for code in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "peak_crop.py" in code
+    )
+    (entry,) = re.findall(r"^```toml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(module.splitlines()) + len(entry.splitlines()) < 60
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "peak_crop.py").write_text(module)
+    (tmp_path / "my_package-1.dist-info").mkdir()
+    (tmp_path / "my_package-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: my-package\nVersion: 1\n"
+    )
+    group, (name, value) = re.search(r'entry-points\."(.*)"', entry)[1], re.search(r'(\S+) = "(.*)"', entry).groups()
+    (tmp_path / "my_package-1.dist-info" / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    scene = draw_scene(7, 420, 300, objects=3)
+    scene.image.save(tmp_path / "scene.png")
+    thing = scene.objects[0]
+    methods._registered.cache_clear()
+    try:
+        app(
+            ["ask", str(tmp_path / "scene.png"), f"What is the color of the {thing.kind}?", "--method", name, "--set", "share=0.2",
+             "--out", str(tmp_path / "out")],
+            standalone_mode=False,
+        )  # fmt: skip
+    finally:
+        methods._registered.cache_clear()
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    x0, y0, x1, y1 = found["boxes"][0][0]
+    assert found["method"] == name and found["answer"] == found["plain_answer"] == thing.color
+    assert (x1 - x0, y1 - y0) == (84, 60) and found["shown"] == [[84, 60]]
+    middle = ((thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2)
+    assert x0 <= middle[0] < x1 and y0 <= middle[1] < y1

@@ -140,7 +140,7 @@ FLOWS = {
         "published",
         "the same with the last token's logits only",
     ),
-    "ours": Flow(ours, "ours", "one session: the picture encoded and prefilled once, in chunks"),
+    "ours": Flow(ours, "ours", "one session: the image encoded and prefilled once, in chunks"),
 }
 """By name, the hungriest first."""
 

@@ -159,8 +159,8 @@ def fit_table(fits: Sequence[Fit], budget: int, work: Workload) -> ResultTable:
                 gigabytes(fit.peak),
             )
         )
-    title = f"The largest picture in {gigabytes(budget)} GB, with a collage of {work.collage:,} tokens at most"
-    header = ("flow", "weights", "pieces", "keys and values on", "image tokens", "pixels, 3:2", "peak")
+    title = f"The largest image in {gigabytes(budget)} GB, with a collage of {work.collage:,} tokens at most"
+    header = ("flow", "weights", "chunk", "keys and values on", "image tokens", "pixels, 3:2", "peak")
     return ResultTable(title, header, rows)
 
 
