@@ -179,7 +179,10 @@ class Planted(HiDe):
 
     def attention_rows(self, session: Session, entities: Entities | str) -> EntityRows:
         real = super().attention_rows(session, entities)
-        maps = tuple(of + planted(len(of), real.prior_rows, tuple(of.shape[1:]), of.device) for of in real.rows)
+        maps = tuple(
+            image_rows + planted(len(image_rows), real.prior_rows, tuple(image_rows.shape[1:]), image_rows.device)
+            for image_rows in real.rows
+        )
         self.rows = dataclasses.replace(real, rows=maps)
         return self.rows
 
@@ -351,7 +354,7 @@ class Bench:
 
     def _reference(self) -> Tensor:
         """The collage of the rows that ours was given, by the references of all operators."""
-        rows = [of.cpu() for of in self.hide.rows.rows]
+        rows = [image_rows.cpu() for image_rows in self.hide.rows.rows]
         (maps,), _, valid = token_maps(rows, prior_rows=self.hide.rows.prior_rows, sigma=SIGMA, backend="scipy")
         found = regions(maps, THRESHOLD, valid=valid, backend="scipy")
         used = torch.arange(found.boxes.shape[1]) < found.counts[:, None]

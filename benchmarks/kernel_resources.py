@@ -90,7 +90,9 @@ def main() -> int:
         "| kernel | " + " | ".join(f"sm_{architecture}" for architecture in ARCHITECTURES) + " |",
         "|---" * (1 + len(ARCHITECTURES)) + "|",
     ]
-    lines += [f"| `{name}` | " + " | ".join(str(one.registers) for one in of) + " |" for name, of in by_kernel.items()]
+    lines += [
+        f"| `{name}` | " + " | ".join(str(one.registers) for one in own) + " |" for name, own in by_kernel.items()
+    ]
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
     return 0

@@ -76,21 +76,23 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.tune_attention_rows needs a CUDA device, and PyTorch sees none", file=sys.stderr)
         return 2
-    of = family(torch.cuda.get_device_capability())
+    own_family = family(torch.cuda.get_device_capability())
     for (name, bucket), now in LSE.items():
-        if name == of:
+        if name == own_family:
             rows = {16: 2, 64: 8, 128: 32}[bucket]
             query, key = Shape("", 28, 4, 128, rows, keys).inputs(torch.bfloat16, "cuda")
             want = oracle(query, key)
             timed = {tiles: time_of(query, key, want, tiles, None) for tiles in {now, *lse_candidates(bucket)}}
-            _show(f'("{of}", {bucket})', timed, now)
+            _show(f'("{own_family}", {bucket})', timed, now)
     for (name, depth, bucket), tiles_now in ROWS.items():
-        if name == of:
+        if name == own_family:
             query, key = Shape("", 28, 4, depth, bucket, keys).inputs(torch.bfloat16, "cuda")
             want = oracle(query, key)
             candidates = {tiles_now, *rows_candidates(bucket), replace(tiles_now, registers=None)}
             _show(
-                f'("{of}", {depth}, {bucket})', {t: time_of(query, key, want, None, t) for t in candidates}, tiles_now
+                f'("{own_family}", {depth}, {bucket})',
+                {t: time_of(query, key, want, None, t) for t in candidates},
+                tiles_now,
             )
     return 0
 

@@ -302,9 +302,9 @@ def _text(
     for scene in scenes:
         found = questions(scene, rng)
         by_split = [[q for q in found if q.split == split] for split in ("attribute", "position")]
-        asked.append([q for of in by_split for q in ([] if large else of[: stage.max_questions // 2])])
+        asked.append([q for group in by_split for q in ([] if large else group[: stage.max_questions // 2])])
         most = _COLLAGES // 2 if with_collages else 0
-        shown.append([q for of in by_split for q in of[-most:] if most])
+        shown.append([q for group in by_split for q in group[-most:] if most])
     # Each picture of a batch has as many collages, all of one size.
     each = max(1, min(map(len, shown))) if with_collages else 0
     pixels, places = [], []

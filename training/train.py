@@ -179,8 +179,8 @@ def _text_losses(
     letters = torch.isin(labels[words], torch.tensor(tokenizer.convert_tokens_to_ids(list("ABCD"))))
     in_collage = ((text.branch < collages)[wanted])[words]
     log = {"answer_loss": answer.item()}
-    for name, of in (("attribute", ~sides & ~letters), ("position", sides), ("letter", letters)):
-        for form, where in ((name, of & ~in_collage), (f"collage_{name}", of & in_collage)):
+    for name, chosen in (("attribute", ~sides & ~letters), ("position", sides), ("letter", letters)):
+        for form, where in ((name, chosen & ~in_collage), (f"collage_{name}", chosen & in_collage)):
             if where.any():
                 log[form] = right[where].float().mean().item()
     lettered = text.right_options != IGNORED
@@ -200,8 +200,8 @@ def _text_losses(
         learning.append((out.states[_PLACE_LAYER].gather(1, at), image_positions(rows, columns).repeat(1, collages)))
     image_place = torch.zeros(())
     if learning:
-        states = _unit(torch.cat([of for of, _ in learning], dim=1))
-        own = torch.cat([of.flip(0).T for _, of in learning]).expand(size, -1, -1)
+        states = _unit(torch.cat([chosen for chosen, _ in learning], dim=1))
+        own = torch.cat([chosen.flip(0).T for _, chosen in learning]).expand(size, -1, -1)
         image_place, log["image_place"] = _place_loss(heads.place(states), own)
 
     # At the word itself: what it names has which color, and lies where? In a large picture it need only be found.

@@ -123,4 +123,4 @@ def _install(module: ModuleType, done: Replaced) -> None:
 def _arguments(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of what can be given by position, and of what collects the rest; our keywords are additions."""
     parameters: Iterable[inspect.Parameter] = inspect.signature(function).parameters.values()
-    return tuple(of.name for of in parameters if of.kind is not inspect.Parameter.KEYWORD_ONLY)
+    return tuple(parameter.name for parameter in parameters if parameter.kind is not inspect.Parameter.KEYWORD_ONLY)

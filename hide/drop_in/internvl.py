@@ -65,7 +65,9 @@ def process_notsave(
     rows = rows_over(attention, positions, start_k, spans)
     cells = [_cells(tiles) for tiles in pictures]
     made = token_maps(
-        [of[:, own.to(of.device)] for of, own in zip(rows, cells, strict=True)], prior_rows=prior, sigma=sig
+        [image_rows[:, own.to(image_rows.device)] for image_rows, own in zip(rows, cells, strict=True)],
+        prior_rows=prior,
+        sigma=sig,
     )
     found: dict[int, dict[int, NDArray[np.float64]]] = {}
     maps = [of_image.double().cpu().numpy() for of_image in made.maps]

@@ -59,7 +59,9 @@ def _asked(scenes: Iterator[Scene], count: int) -> Iterator[tuple[Scene, list[Qu
         found = questions(scene, rng)
         by_split = [[question for question in found if question.split == split] for split in ("attribute", "position")]
         each = min(3, *map(len, by_split))
-        chosen = [question for pair in zip(*(of[:each] for of in by_split), strict=True) for question in pair][:count]
+        chosen = [question for pair in zip(*(group[:each] for group in by_split), strict=True) for question in pair][
+            :count
+        ]
         if chosen:
             yield scene, chosen
         count -= len(chosen)
@@ -112,11 +114,13 @@ def measure_small(hide: HiDe, count: int, answers: list[dict[str, Any]]) -> dict
     return {
         "questions": len(everything),
         "plain": float(np.mean(everything)),
-        "plain_by_split": {split: float(np.mean(of)) for split, of in right.items()},
+        "plain_by_split": {split: float(np.mean(numbers)) for split, numbers in right.items()},
         "words": len(shares[0]),
-        "inside_by_layer": {layer: float(np.mean([share for share, _ in of])) for layer, of in shares.items()},
+        "inside_by_layer": {
+            layer: float(np.mean([share for share, _ in numbers])) for layer, numbers in shares.items()
+        },
         "times_area_by_layer": {
-            layer: float(np.mean([share / area for share, area in of])) for layer, of in shares.items()
+            layer: float(np.mean([share / area for share, area in numbers])) for layer, numbers in shares.items()
         },
     }
 
@@ -158,8 +162,8 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int], answers: list
             shares += attention_shares(hide, scene, session, (hide.settings.layers or (0,))[0])
     return {
         "questions": len(right["plain"]),
-        "accuracy": {name: float(np.mean(of)) for name, of in right.items()},
-        "by_split": {name: float(np.mean(of)) for name, of in sorted(splits.items())},
+        "accuracy": {name: float(np.mean(numbers)) for name, numbers in right.items()},
+        "by_split": {name: float(np.mean(numbers)) for name, numbers in sorted(splits.items())},
         "targets_in_boxes": float(np.mean(found)),
         "collage_share_of_area": float(np.mean(kept)),
         "layer": (hide.settings.layers or (0,))[0],
@@ -223,7 +227,7 @@ def main() -> int:
 
 def _readable(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_readable(of)}" for key, of in value.items())
+        return ", ".join(f"{key}: {_readable(number)}" for key, number in value.items())
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -122,9 +122,9 @@ def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
     if wrong := sorted(report["mismatched_keys"]):
         # transformers 4.57 gives names alone, 5 the shapes too.
         name, *shapes = (wrong[0],) if isinstance(wrong[0], str) else wrong[0]
-        of = " of shape {}, and config.json wants {}".format(*map(tuple, shapes)) if shapes else " of another shape"
+        reason = " of shape {}, and config.json wants {}".format(*map(tuple, shapes)) if shapes else " of another shape"
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"model: {path} has {name}{of}{more}; weights and config.json are not of one model")
+        raise ValueError(f"model: {path} has {name}{reason}{more}; weights and config.json are not of one model")
     if failed := report["error_msgs"]:
         raise ValueError(f"model: {path}: {one_line(failed[0])}")
     if unexpected := sorted(report["unexpected_keys"]):

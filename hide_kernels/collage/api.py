@@ -145,11 +145,11 @@ def _gather(image: Tensor, boxes: Tensor, positions: Tensor, size: tuple[int, in
     if backend in COMPILED:
         from hide_kernels.collage.compiled import gather_compiled
 
-        boxes, positions = (of.to(image.device, torch.int32) for of in (boxes, positions))
+        boxes, positions = (tensor.to(image.device, torch.int32) for tensor in (boxes, positions))
         canvas = gather_compiled(image, boxes, positions, size, look.fill, look.blend)
         if canvas is not None:
             return canvas
-    pixels, source, target = (of.cpu().numpy() for of in (image, boxes, positions))
+    pixels, source, target = (tensor.cpu().numpy() for tensor in (image, boxes, positions))
     return torch.from_numpy(gather_reference(pixels, source, target, size, look.fill, look.blend)).to(image.device)
 
 

@@ -68,9 +68,9 @@ def read_plan(packed: Tensor, host: Tensor) -> Plan:
     if status != DONE:
         count = 0
 
-    def parts(of: Tensor) -> tuple[Tensor, ...]:
+    def parts(packed_ints: Tensor) -> tuple[Tensor, ...]:
         capacity = geometry.CAPACITY
-        lists = of[geometry.PLAN_HEADER :].split([4 * capacity, 4 * capacity, 2 * capacity, 2 * capacity])
+        lists = packed_ints[geometry.PLAN_HEADER :].split([4 * capacity, 4 * capacity, 2 * capacity, 2 * capacity])
         return tuple(
             part.view(capacity, -1)[:used] for part, used in zip(lists, (count, count, rows, columns), strict=True)
         )

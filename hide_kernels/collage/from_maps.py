@@ -99,16 +99,16 @@ def collages_of_maps(
     )
     if not together:
         made = [
-            _collage_by_parts(image, own, of, threshold, flag, grid, look, alpha)
-            for image, own, of, flag, grid in zip(images, maps, found, flags, grids, strict=True)
+            _collage_by_parts(image, own, own_regions, threshold, flag, grid, look, alpha)
+            for image, own, own_regions, flag, grid in zip(images, maps, found, flags, grids, strict=True)
         ]
         return made, host_read(read_too)
 
     from hide_kernels.collage.compiled import DONE, launch_plan, plan_compiled, read_plan
 
     packed = [
-        launch_plan(of.boxes, of.counts, grid=grid, size=size)
-        for of, grid, size in zip(found, grids, sizes, strict=True)
+        launch_plan(own_regions.boxes, own_regions.counts, grid=grid, size=size)
+        for own_regions, grid, size in zip(found, grids, sizes, strict=True)
     ]
     read = host_read([*packed, *read_too])
     made = []

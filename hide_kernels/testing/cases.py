@@ -234,8 +234,11 @@ def error_of(
     softmax = arguments.get("softmax", True)
     want = textbook_attention_rows(query.double(), key.double(), **arguments)
 
-    def plainly(of: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        forward, backward = (query.to(of), key.to(of)), (query.to(of).flip(-1), key.to(of).flip(-1))
+    def plainly(precision: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        forward, backward = (
+            (query.to(precision), key.to(precision)),
+            (query.to(precision).flip(-1), key.to(precision).flip(-1)),
+        )
         orders = ((forward, False), (forward, True), (backward, False))
         return [textbook_attention_rows(*of_order, grouped=grouped, **arguments) for of_order, grouped in orders]
 

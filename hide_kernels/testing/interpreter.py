@@ -61,7 +61,9 @@ def interpreted() -> Iterator[None]:
         of_pointers, of_scalars = np.dtype(np.uint64), functools.cache(interpreter._get_np_dtype)
         stack.enter_context(
             mock.patch.object(
-                interpreter, "_get_np_dtype", lambda of: of_pointers if of.scalar.is_ptr() else of_scalars(of.scalar)
+                interpreter,
+                "_get_np_dtype",
+                lambda kind: of_pointers if kind.scalar.is_ptr() else of_scalars(kind.scalar),
             )
         )
         _check_addresses(stack)
