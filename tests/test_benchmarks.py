@@ -347,7 +347,7 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     # As large as those of `smaller_cards`, whose predictions are then quick.
     monkeypatch.setattr(measured_memory, "SIZES", (400,))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--seconds", "60"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--seconds", "600"])
     code = gpu.main()
     (file,) = tmp_path.glob("*.json")
     operators = json.loads(file.read_text())["operators"]
