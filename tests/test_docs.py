@@ -1,5 +1,6 @@
 """Every piece of Python in the README and the docs runs, on small models and pictures in place of the named ones."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -101,3 +102,37 @@ def test_the_method_of_the_page_is_taken_by_the_commands_once_its_package_is_ins
     assert (x1 - x0, y1 - y0) == (84, 60) and found["shown"] == [[84, 60]]
     middle = ((thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2)
     assert x0 <= middle[0] < x1 and y0 <= middle[1] < y1
+
+
+EVERY = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def resolves(dotted):
+    """Whether a dotted name is a module, or something in one."""
+    names = dotted.split(".")
+    for length in range(len(names), 0, -1):
+        try:
+            found = importlib.import_module(".".join(names[:length]))
+        except ImportError:
+            continue
+        for name in names[length:]:
+            if not hasattr(found, name):
+                return False
+            found = getattr(found, name)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", EVERY, ids=lambda page: page.name)
+def test_every_name_file_and_page_that_is_spoken_of_is_there(page):
+    text = page.read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    dotted = set(re.findall(r"\b(?:hide|hide_kernels|benchmarks|training)(?:\.\w+)+", prose))
+    dotted = {name for name in dotted if not re.search(r"\.(?:md|py|json|jsonl|jpg|png|html|so)$", name)}
+    assert not {name for name in dotted if not resolves(name)}
+    files = set(
+        re.findall(r"\b(?:hide|hide_kernels|tests|benchmarks|examples|training|docs|csrc)/[\w./-]+\.\w+", prose)
+    )
+    assert not {name for name in files if "NAME" not in name and not (ROOT / name).exists()}
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    assert not {link for link in links if link and not (page.parent / link).exists()}
