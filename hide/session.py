@@ -71,16 +71,19 @@ class Message:
 class Session:
     """Images, and what can be asked of them; what an engine lacks is a `ValueError` that names it.
 
-    images: as they were read. pixels: theirs, (H, W, 3 or 4) uint8, where the engine is. notes: what was left out of
-    them or guessed (`hide.images.picture_notes`). image_tokens: how many tokens stand for each. max_aspect: how many
-    times as long as wide an image may be.
+    images: as they were read. notes: what was left out of them or guessed (`hide.images.picture_notes`). image_tokens:
+    how many tokens stand for each. max_aspect: how many times as long as wide an image may be.
     """
 
     images: tuple[Image.Image, ...] = ()
-    pixels: tuple[Tensor, ...] = ()
     notes: tuple[str, ...] = ()
     image_tokens: tuple[int, ...] = ()
     max_aspect: int = 200
+
+    @property
+    def pixels(self) -> tuple[Tensor, ...]:
+        """Those of the images, (H, W, 3 or 4) uint8, where the engine is."""
+        return tuple(map(to_tensor, self.images))
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -149,10 +152,9 @@ class Session:
         for own in boxes:
             if not isinstance(own, Tensor):
                 raise TypeError(f"boxes: got {type(own).__name__} for an image, want a (K, 4) tensor of int64")
-        pixels = self.pixels or tuple(map(to_tensor, self.images))
         return [
             collage(image, own.cpu(), fill=fill, alpha_threshold=alpha_threshold)
-            for image, own in zip(pixels, boxes, strict=True)
+            for image, own in zip(self.pixels, boxes, strict=True)
         ]
 
     def branch(self, ids: Tensor, *args: Any, **kwargs: Any) -> AbstractContextManager[Branch]:
@@ -224,19 +226,26 @@ class ImageSession(Prefix, Session):
             taps=taps,
         )
         count(self.length)
-        self.images, self.pixels, self.notes = tuple(images), tuple(pixels), tuple(notes)
+        self.images, self._pixels, self.notes = tuple(images), tuple(pixels), tuple(notes)
         self.image_tokens, self.max_aspect = inputs.tokens, model.max_aspect
         self._conversation: _Conversation | None = None
 
     @property
+    def pixels(self) -> tuple[Tensor, ...]:
+        """See `Session`; `RuntimeError` after `close`."""
+        # Taken first: another thread may close the session between the two.
+        pixels, _ = self._pixels, self.cache
+        return pixels or super().pixels
+
+    @property
     def nbytes(self) -> int:
         """Memory of the devices that is held: as a `Prefix`, and the images' pixels."""
-        return super().nbytes + sum(image.nbytes for image in self.pixels)
+        return super().nbytes + sum(image.nbytes for image in self._pixels)
 
     def close(self) -> None:
         """As a `Prefix`; the pixels too."""
         super().close()
-        self.pixels, self._conversation = (), None
+        self._pixels, self._conversation = (), None
 
     def turn(self, said: str | Sequence[Message | Reply]) -> Turn:
         """See `Session`."""

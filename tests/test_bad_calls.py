@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hide import HiDe
 from hide.models import load
 from hide.session import Message, Reply, RunSettings, open_session
 from hide.tiny import CHECKPOINT
@@ -187,3 +188,16 @@ def test_layers_of_a_run_that_are_no_range_are_refused(session, layers):
 def test_boxes_that_are_no_tensor_are_refused(session, box):
     with pytest.raises(TypeError, match=f"^boxes: got {type(box).__name__} for an image"):
         session.crop([box])
+
+
+# -- a session that is closed meanwhile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["entities", "attention rows", "maps", "boxes and collage", "answer"])
+def test_a_session_that_is_closed_between_two_steps_says_so(model, step):
+    hide = HiDe(model)
+    with hide.open(IMAGE) as session, pytest.raises(RuntimeError, match="^session: it is closed"):
+        hide.ask(session, QUESTION, progress=lambda name: session.close() if name == step else None)
+    with pytest.raises(RuntimeError, match="^session: it is closed"):
+        session.crop([torch.tensor([[0, 0, 9, 9]])])
+    assert session.nbytes == 0
