@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 WHITE = (255, 255, 255)
 
 
+def check_count(name: str, value: int) -> None:
+    """`TypeError` for what is no int, `ValueError` for one below 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, want an int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, want at least 1")
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """How a session is run, whatever is asked of it.
@@ -39,10 +47,10 @@ class RunSettings:
     decoder: Literal["pillow", "nvimgcodec"] = "pillow"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_tokens <= self.max_tokens:
+        for name in ("min_tokens", "max_tokens", "prefill_chunk"):
+            check_count(name, getattr(self, name))
+        if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
-        if self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk: got {self.prefill_chunk}, want at least 1")
         if self.decoder not in ("pillow", "nvimgcodec"):
             raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
 
@@ -64,8 +72,7 @@ class AnswerSettings:
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: got {self.max_new_tokens}, want at least 1")
+        check_count("max_new_tokens", self.max_new_tokens)
 
 
 @dataclass(frozen=True)

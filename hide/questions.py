@@ -65,7 +65,7 @@ class Question:
         """
         if not isinstance(text, str):
             raise TypeError(f"question: got {type(text).__name__}, want a string")
-        _check_unicode("question", text)
+        check_unicode("question", text)
         lines = [line.strip() for line in text.splitlines()]
         places = _lettered(lines)
         found = [_OPTION.fullmatch(lines[place])[2] for place in places]  # type: ignore[index]
@@ -77,7 +77,7 @@ class Question:
             if not 2 <= len(options) <= len(LETTERS) or not all(isinstance(o, str) and o.strip() for o in options):
                 raise ValueError(f"options: got {options!r}, want 2 to {len(LETTERS)} texts")
             for option in options:
-                _check_unicode("options", option)
+                check_unicode("options", option)
             found = [" ".join(option.split()) for option in options]
         body = "\n".join(line for place, line in enumerate(lines) if place not in places)
         if found:
@@ -111,7 +111,8 @@ class Question:
         return read_letter(reply, self.options)
 
 
-def _check_unicode(name: str, text: str) -> None:
+def check_unicode(name: str, text: str) -> None:
+    """`ValueError` for a text with surrogates, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

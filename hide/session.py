@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.engine.prefix import Branch, Kept, KeptGoneError, Prefix, Reply, encode
+from hide.engine.prefix import Branch, Kept, KeptGoneError, Prefix, Reply, check_turn, encode
 from hide.engine.usage import count
 from hide.images import ImageLike, decode, load_image, picture_notes, to_image, to_tensor, within_aspect
 from hide.models.base import Adapter
@@ -25,6 +25,7 @@ from hide.models.inputs import Features, ImageInputs
 from hide.models.prompts import Turn
 from hide.presets import WHITE, RunSettings
 from hide_kernels.collage import Collage, collage
+from hide_kernels.collage.api import check_image
 
 __all__ = [
     "VERBS",
@@ -55,20 +56,34 @@ class Message:
     text: str
     images: Sequence[Image.Image | Tensor] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"text: got {type(self.text).__name__}, want a string")
+        if not isinstance(self.images, (list, tuple)):
+            raise TypeError(f"images: got {type(self.images).__name__}, want a list of images, which may be empty")
+        for image in self.images:
+            if not isinstance(image, (Image.Image, Tensor)):
+                raise TypeError(f"images: got {type(image).__name__}, want Pillow images or (H, W, 3 or 4) tensors")
+        # A list that its owner changes afterwards would change what was said.
+        object.__setattr__(self, "images", tuple(self.images))
+
 
 class Session:
     """Images, and what can be asked of them; what an engine lacks is a `ValueError` that names it.
 
-    images: as they were read. pixels: theirs, (H, W, 3 or 4) uint8, where the engine is. notes: what was left out of
-    them or guessed (`hide.images.picture_notes`). image_tokens: how many tokens stand for each. max_aspect: how many
-    times as long as wide an image may be.
+    images: as they were read. notes: what was left out of them or guessed (`hide.images.picture_notes`). image_tokens:
+    how many tokens stand for each. max_aspect: how many times as long as wide an image may be.
     """
 
     images: tuple[Image.Image, ...] = ()
-    pixels: tuple[Tensor, ...] = ()
     notes: tuple[str, ...] = ()
     image_tokens: tuple[int, ...] = ()
     max_aspect: int = 200
+
+    @property
+    def pixels(self) -> tuple[Tensor, ...]:
+        """Those of the images, (H, W, 3 or 4) uint8, where the engine is."""
+        return tuple(map(to_tensor, self.images))
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -134,10 +149,12 @@ class Session:
         """
         if len(boxes) != len(self.images):
             raise ValueError(f"boxes: got {len(boxes)} tensors, want {len(self.images)}, one per image")
-        pixels = self.pixels or tuple(map(to_tensor, self.images))
+        for own in boxes:
+            if not isinstance(own, Tensor):
+                raise TypeError(f"boxes: got {type(own).__name__} for an image, want a (K, 4) tensor of int64")
         return [
             collage(image, own.cpu(), fill=fill, alpha_threshold=alpha_threshold)
-            for image, own in zip(pixels, boxes, strict=True)
+            for image, own in zip(self.pixels, boxes, strict=True)
         ]
 
     def branch(self, ids: Tensor, *args: Any, **kwargs: Any) -> AbstractContextManager[Branch]:
@@ -209,19 +226,26 @@ class ImageSession(Prefix, Session):
             taps=taps,
         )
         count(self.length)
-        self.images, self.pixels, self.notes = tuple(images), tuple(pixels), tuple(notes)
+        self.images, self._pixels, self.notes = tuple(images), tuple(pixels), tuple(notes)
         self.image_tokens, self.max_aspect = inputs.tokens, model.max_aspect
         self._conversation: _Conversation | None = None
 
     @property
+    def pixels(self) -> tuple[Tensor, ...]:
+        """See `Session`; `RuntimeError` after `close`."""
+        # Taken first: another thread may close the session between the two.
+        pixels, _ = self._pixels, self.cache
+        return pixels or super().pixels
+
+    @property
     def nbytes(self) -> int:
         """Memory of the devices that is held: as a `Prefix`, and the images' pixels."""
-        return super().nbytes + sum(image.nbytes for image in self.pixels)
+        return super().nbytes + sum(image.nbytes for image in self._pixels)
 
     def close(self) -> None:
         """As a `Prefix`; the pixels too."""
         super().close()
-        self.pixels, self._conversation = (), None
+        self._pixels, self._conversation = (), None
 
     def turn(self, said: str | Sequence[Message | Reply]) -> Turn:
         """See `Session`."""
@@ -238,11 +262,13 @@ class ImageSession(Prefix, Session):
         keep_layers: bool = False,
     ) -> list[Tensor]:
         """See `Session`."""
+        check_turn(turn)
         with self.branch(turn.input_ids, turn.more) as branch:
             return branch.attention(turn, layers=layers, causal=causal, queries=queries, keep_layers=keep_layers)
 
     def chat(self, messages: Sequence[Message | Reply], *, max_new_tokens: int, static: bool | None = None) -> Reply:
         """See `Session`; static: as `hide.engine.prefix.Branch.reply`."""
+        _alternating(messages)
         last, messages = self._conversation, tuple(messages)
         if last is not None and last.kept is not None and last.kept is self.kept and _goes_on(last.said, messages):
             turn, inputs = self._turn(messages, last.inputs)
@@ -271,7 +297,9 @@ class ImageSession(Prefix, Session):
 
         behind: tokens of the conversation behind the session's images.
         """
-        pixels = [image if isinstance(image, Tensor) else to_tensor(image) for image in images]
+        pixels = [image if isinstance(image, Tensor) else to_tensor(load_image(image)) for image in images]
+        for image in pixels:
+            check_image(image)
         free = (self.model.max_positions - self.length - behind - QUESTION_ROOM) // len(pixels)
         most = max(self.run.min_tokens, min(self.run.max_tokens, free))
         return preprocess(self.model, [within_aspect(image, self.max_aspect) for image in pixels], self.run, most)
@@ -281,10 +309,7 @@ class ImageSession(Prefix, Session):
     ) -> tuple[Turn, tuple[ImageInputs | None, ...]]:
         """The conversation as a turn, whose `more` are the images of the messages behind the `known` ones; and the
         images of each message, without pixels."""
-        users = [message for message in messages[::2] if isinstance(message, Message)]
-        replies = [reply for reply in messages[1::2] if isinstance(reply, Reply)]
-        if not messages or len(users) != len(replies) + 1 or len(users) + len(replies) != len(messages):
-            raise ValueError("messages: want a Message, and behind it any number of a Reply and a Message in turn")
+        users, replies = _alternating(messages)
         every, more = list(known), None
         for user in users[len(known) :]:
             own = None
@@ -295,7 +320,7 @@ class ImageSession(Prefix, Session):
             every.append(self.inputs + own.without_pixels() if first and own else self.inputs if first else own)
         turn = self.model.conversation(
             [(user.text, inputs) for user, inputs in zip(users, every, strict=True)],
-            [reply.ids or reply.text for reply in replies],
+            [reply.ids if len(reply.ids) else reply.text for reply in replies],
         )
         return replace(turn, more=more), tuple(given and given.without_pixels() for given in every)
 
@@ -379,6 +404,17 @@ def _decoded(image: ImageLike, run: RunSettings, device: torch.device) -> Tensor
         return decode(image, device=device, decoder=run.decoder)
     except (ValueError, OSError):
         return None
+
+
+def _alternating(messages: Sequence[Message | Reply]) -> tuple[list[Message], list[Reply]]:
+    """The user's turns and the replies between them; `TypeError` or `ValueError` where they do not alternate."""
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError(f"messages: got {type(messages).__name__}, want a list of Message and Reply")
+    users = [message for message in messages[::2] if isinstance(message, Message)]
+    replies = [reply for reply in messages[1::2] if isinstance(reply, Reply)]
+    if not messages or len(users) != len(replies) + 1 or len(users) + len(replies) != len(messages):
+        raise ValueError("messages: want a Message, and behind it any number of a Reply and a Message in turn")
+    return users, replies
 
 
 def _goes_on(said: tuple[Message | Reply, ...], messages: tuple[Message | Reply, ...]) -> bool:

@@ -234,7 +234,7 @@ def test_hidden_states_are_what_enters_each_layer_of_the_unshared_forward(model,
             torch.testing.assert_close(session.hidden(layer), want[layer], atol=2e-5, rtol=1e-5)
         with pytest.raises(ValueError, match="layer: got 2, want one of the taps"):
             session.hidden(2)
-    with pytest.raises(ValueError, match="want one of the taps"):
+    with pytest.raises(RuntimeError, match="session: it is closed"):
         session.hidden(0)
     with pytest.raises(ValueError, match="taps: got 99"):
         open_session(model, IMAGE, run, taps=[99])

@@ -9,6 +9,7 @@ Any number of threads may use a prefix; who holds what is said in `docs/sessions
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from hide.engine.usage import count
 from hide.models.base import Adapter
 from hide.models.inputs import Features, ImageInputs
 from hide.models.prompts import Turn
+from hide.presets import check_count
 from hide_kernels import rows_to_maps
 from hide_kernels.integrations.transformers import capture_attention, capturing
 from hide_kernels.memory import stage
@@ -110,8 +112,7 @@ class Prefix:
             ValueError: more than one sequence, images without a token, features of others, or a tap that is no layer.
             MemoryError: with sizes and advice.
         """
-        if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, P): a session is one sequence")
+        _check_ids(model, ids)
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk: got {prefill_chunk}, want at least 1 token")
         _check_tokens(model, ids, inputs)
@@ -169,6 +170,7 @@ class Prefix:
         """(1, P, hidden) states of the prefix's tokens that enter a decoder layer, zero-based; `num_layers`: that enter
         the final norm. Raises `ValueError` for a layer that is not among the `taps`.
         """
+        _ = self.cache  # RuntimeError where the session is closed
         if layer not in self._hidden:
             raise ValueError(f"layer: got {layer}, want one of the taps that the prefill kept: {sorted(self._hidden)}")
         return self._hidden[layer]
@@ -208,12 +210,16 @@ class Prefix:
             if inputs is not None:
                 inputs, features = encode(self.model, inputs)
                 every = inputs if every is None else every + inputs
+            branch = None
             try:
                 with advised(f"keys and values of {ids.shape[1] + room} tokens"):
                     cache.reserve(ids.shape[1] + room)
                 count(ids.shape[1] - start)
-                yield Branch(self, cache, ids.cpu(), every, features, start=start, positions=positions)
+                branch = Branch(self, cache, ids.cpu(), every, features, start=start, positions=positions)
+                yield branch
             finally:
+                if branch is not None:
+                    branch.left = True
                 cache.rewind(self.length if self._kept is None else self._kept.ids.shape[1])
 
     @contextmanager
@@ -235,8 +241,7 @@ class Prefix:
                 self._branching = None
 
     def _check(self, ids: Tensor, inputs: ImageInputs | None, behind: Kept | None = None) -> None:
-        if ids.dim() != 2 or ids.shape[0] != 1:
-            raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, L): a session is one sequence")
+        _check_ids(self.model, ids)
         before = self.ids if behind is None else behind.ids
         length = before.shape[1]
         if ids.shape[1] <= length or not torch.equal(ids[:, :length].cpu(), before):
@@ -254,6 +259,7 @@ class Prefix:
         keep: bool = False,
     ) -> list[int]:
         """The tokens of the greedy reply to a prompt; arguments as `branch` and `Branch.reply`."""
+        check_count("max_new_tokens", max_new_tokens)
         with self.branch(ids, inputs, room=max_new_tokens, behind=behind) as branch:
             return branch.reply(max_new_tokens, static=static, keep=keep)
 
@@ -273,6 +279,7 @@ class Prefix:
         Raises `ValueError` as `branch`, and in a batch for a generation config that only the model's `generate`
         serves.
         """
+        check_count("max_new_tokens", max_new_tokens)
         if self.cache.offloaded:
             return [self.reply(ids, max_new_tokens=max_new_tokens) for ids in prompts]
         found: list[list[int]] = []
@@ -339,10 +346,11 @@ class Branch:
         """Made by `Prefix.branch`.
 
         cache: the prefix's. features: of the images whose tokens come from `start` on. tapped: per tap what entered
-        that layer, in the pieces that were sent.
+        that layer, in the pieces that were sent. left: whether its block is over.
         """
         self.ids = ids
         self.at = start
+        self.left = False
         self.tapped: dict[int, list[Tensor]] = {tap: [] for tap in taps}
         self._prefix, self._model, self._cache = prefix, prefix.model, cache
         self._inputs = inputs
@@ -376,8 +384,11 @@ class Branch:
             ValueError: tokens or layers that are not the next ones.
             MemoryError: with sizes and advice, when even a small piece does not fit.
         """
+        self._begin()
         depth = self._model.num_layers
         layers = range(self._layer, depth) if layers is None else layers
+        if not isinstance(layers, range):
+            raise TypeError(f"layers: got {layers!r}, want a range, or None for all that are left")
         if layers.step != 1 or layers.start != self._layer or not layers.start < layers.stop <= depth:
             raise ValueError(f"layers: got {layers}, want range({self._layer}, {self._layer + 1} to {depth})")
         if self._layer:
@@ -386,6 +397,8 @@ class Branch:
             if stop != there:
                 raise ValueError(f"stop: got {stop}, want {there}, where layer {self._layer - 1} ended")
         stop = self.ids.shape[1] if stop is None else stop
+        if self.at == self.ids.shape[1]:
+            raise ValueError(f"stop: got {stop}, but all {self.at} tokens have been sent; open another branch")
         if not self.at < stop <= self.ids.shape[1]:
             raise ValueError(f"stop: got {stop}, want {self.at + 1} to {self.ids.shape[1]}")
         chunk = stop - self.at if whole else self._prefix._chunk
@@ -467,11 +480,20 @@ class Branch:
     ) -> list[Tensor]:
         """As `hide.session.ImageSession.attention`, of the turn that is this branch's prompt."""
         chosen = layer_indices(self._model, layers)
+        check_turn(turn)
+        if not torch.equal(turn.input_ids.cpu(), self.ids):
+            raise ValueError("turn: got another prompt than the branch's, want the one that it was opened with")
+        rows_of = turn.rows if queries is None else queries
+        if any(not self._start <= place < self.ids.shape[1] for place in rows_of):
+            raise ValueError(
+                f"queries: got {queries}, want places from {self._start} to {self.ids.shape[1] - 1}, those of the "
+                "prompt's tokens behind what the session holds"
+            )
         self._go_back(self._start)
         with capture_attention(
             self._model.model,
             layers=chosen,
-            queries=turn.rows if queries is None else queries,
+            queries=rows_of,
             key_spans=[image.span for image in turn.images],
             causal=causal,
         ) as captured:
@@ -493,6 +515,7 @@ class Branch:
         Raises:
             ValueError: `static` where only `generate` serves. MemoryError: with sizes and advice.
         """
+        check_count("max_new_tokens", max_new_tokens)
         last = self.ids.shape[1] - 1
         self._go_back(last)
         if self.at < last:
@@ -522,8 +545,17 @@ class Branch:
             self._cache.rewind(last)
         return reply
 
+    def _begin(self) -> None:
+        """Before anything is sent: a reply that was kept makes way. `RuntimeError` behind the branch's block."""
+        if self.left:
+            raise RuntimeError("branch: its block has been left; open a new one")
+        if self._prefix._kept is not None:
+            self._prefix._kept = None
+            self._cache.rewind(self.at)
+
     def _go_back(self, at: int) -> None:
         """To before the last token, where it has been sent already; what went through some layers is forgotten."""
+        self._begin()
         if self._layer or self.at > at:
             self.at = min(self.at, at)
             self._cache.rewind(self.at)
@@ -532,12 +564,17 @@ class Branch:
     def _take_positions(self, positions: Tensor, start: int) -> None:
         """The caller's positions in place of the family's, for the tokens from `start` on and those of the reply."""
         own = self._positions[..., start:]
+        if not isinstance(positions, Tensor) or positions.dtype in (torch.bool, torch.complex64, torch.complex128):
+            kind = getattr(positions, "dtype", type(positions).__name__)
+            raise TypeError(f"positions: got {kind}, want a tensor of integers or floats")
         if positions.shape != own.shape:
             raise ValueError(
                 f"positions: got shape {tuple(positions.shape)}, want {tuple(own.shape)}, those of the tokens behind "
                 f"the first {start}"
             )
         given = positions.cpu()
+        if not bool(torch.isfinite(given).all()):
+            raise ValueError("positions: got NaN or inf among them, want numbers")
         self._positions = torch.cat([self._positions[..., :start].to(given.dtype), given], dim=-1)
         if self._rope_delta is not None:
             # Replies go on one behind the last token, on the three axes of images; before them may be one of the text.
@@ -557,9 +594,36 @@ class Branch:
         return decoder.decode(max_new_tokens)[0]
 
 
+def check_turn(turn: Turn) -> None:
+    """`TypeError` for what is none, such as a text."""
+    if not isinstance(turn, Turn):
+        raise TypeError(f"turn: got {type(turn).__name__}, want a Turn, as a session's `turn` gives it")
+
+
 def layer_indices(model: Adapter, layers: Sequence[int] | None) -> list[int]:
-    """Layers counted from the front, -1 being the last; `None`: all."""
-    return [layer % model.num_layers for layer in (range(model.num_layers) if layers is None else layers)]
+    """Layers counted from the front, -1 being the last; `None`: all.
+
+    Raises `TypeError` or `ValueError` for none, and for what is no layer of the model.
+    """
+    depth = model.num_layers
+    try:
+        chosen = [operator.index(layer) for layer in (range(depth) if layers is None else layers)]
+    except TypeError:
+        raise TypeError(f"layers: got {layers!r}, want zero-based layer numbers, or None for all") from None
+    if not chosen or not all(-depth <= layer < depth for layer in chosen):
+        raise ValueError(f"layers: got {layers!r}, want some of 0 to {depth - 1}, zero-based, or None for all")
+    return [layer % depth for layer in chosen]
+
+
+def _check_ids(model: Adapter, ids: Tensor) -> None:
+    """Refuses what is no sequence of the model's tokens: on a GPU one beyond its embeddings ends the process."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids: got {getattr(ids, 'dtype', type(ids).__name__)}, want a tensor of int64")
+    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+        raise ValueError(f"ids: got shape {tuple(ids.shape)}, want (1, L): a session is one sequence")
+    tokens = model.model.config.get_text_config().vocab_size
+    if not 0 <= int(ids.min()) <= int(ids.max()) < tokens:
+        raise ValueError(f"ids: got {int(ids.min())} to {int(ids.max())}, want 0 to {tokens - 1}, the model's tokens")
 
 
 def _check_tokens(model: Adapter, ids: Tensor, inputs: ImageInputs | None) -> None:

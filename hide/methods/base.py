@@ -337,7 +337,7 @@ class Method(ABC, Generic[S]):
         Raises `ValueError` for a question that is none, and for a session that lacks a verb or is of another model.
         """
         question = as_question(question, options)
-        method = self if max_new_tokens is None else self._bounded(max_new_tokens)
+        method = self if max_new_tokens is None else self.changed(max_new_tokens=max_new_tokens)
         steps = Steps(self.model.model.device, progress)
         if isinstance(image, Session):
             return method._answered(image, question, steps)
@@ -384,13 +384,6 @@ class Method(ABC, Generic[S]):
                     f"{self.name}: it needs the states of layer {', '.join(map(str, sorted(missing)))}, which the "
                     "session did not keep; open it with this method's `open`"
                 )
-
-    def _bounded(self, most: int) -> Self:
-        if not isinstance(most, int) or isinstance(most, bool):
-            raise TypeError(f"max_new_tokens: got {most!r}, want an int, or None for the preset's")
-        if most < 1:
-            raise ValueError(f"max_new_tokens: got {most}, want at least 1")
-        return self.changed(max_new_tokens=most)
 
 
 def ask_all(

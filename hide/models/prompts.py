@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from hide.models.inputs import ImageInputs
+from hide.questions import check_unicode
 from hide.texts import one_line
 from hide_kernels import ImageTokens
 
@@ -74,7 +76,13 @@ class ChatPrompts(ABC):
         return self.image_text * count
 
     def escape(self, text: str) -> str:
-        """`text` with a blank inside everything that the tokenizer would read as a special token."""
+        """`text` with a blank inside everything that the tokenizer would read as a special token.
+
+        Raises `TypeError` for what is no string, `ValueError` for one that is not Unicode.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text: got {type(text).__name__}, want a string")
+        check_unicode("text", text)
         for token in self.tokenizer.get_added_vocab():
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
@@ -104,6 +112,8 @@ class ChatPrompts(ABC):
         """
         if len(replies) != len(turns) - 1:
             raise ValueError(f"turns: got {len(turns)} with {len(replies)} replies, want one reply between two turns")
+        if not turns[-1][0]:
+            raise ValueError("text: got nothing, want a character at least")
         escaped = [(self.escape(text), images) for text, images in turns]
         rendered = self._render(escaped)[-1]
         # Before a reply stands what stood there when it was generated; templates may end it otherwise afterwards.
@@ -150,7 +160,9 @@ class ChatPrompts(ABC):
     def _reply_tokens(self, reply: str | Sequence[int]) -> list[int]:
         if isinstance(reply, str):
             return self._tokenise(self.escape(reply))[0]
-        tokens = list(reply)
+        tokens = [operator.index(token) for token in reply]
+        if any(token < 0 for token in tokens) or self._id(self.image_text) in tokens:
+            raise ValueError(f"reply: got ids {tokens[:8]} of text and images, want tokens of a text")
         return tokens[:-1] if tokens and tokens[-1] in self.end_tokens else tokens
 
     def _images_end(self, tokens: list[int]) -> int:

@@ -1,0 +1,203 @@
+"""Verbs, settings and answers that are handed what they do not take: refused on entry by the argument's name, or as
+documented; never another answer in silence, and the session goes on as if nothing had been asked."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from hide import HiDe
+from hide.models import load
+from hide.session import Message, Reply, RunSettings, open_session
+from hide.tiny import CHECKPOINT
+from hide.tiny.scenes import draw_scene
+
+RUN = RunSettings(min_tokens=36)
+QUESTION = "What is the color of the star?"
+IMAGE, OTHER = (draw_scene(seed, 280, 196, objects=3).image for seed in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(CHECKPOINT, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shared(model):
+    with open_session(model, IMAGE, RUN) as opened:
+        yield opened
+
+
+@pytest.fixture
+def session(shared):
+    """After each test it answers as before."""
+    want = shared.ask(QUESTION, max_new_tokens=3)
+    yield shared
+    assert shared.ask(QUESTION, max_new_tokens=3) == want
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [[6], [99], [-7], [], 1, "12", [1.0], [None]], ids=repr)
+def test_layers_that_the_model_does_not_have_are_refused(session, layers):
+    with pytest.raises((ValueError, TypeError), match=f"^layers: got {re.escape(repr(layers))}, want "):
+        session.attention(session.turn("star"), layers=layers)
+
+
+def test_queries_before_the_text_or_behind_the_prompt_are_refused_with_the_places_there_are(session):
+    turn = session.turn("star")
+    first, stop = session.length, turn.input_ids.shape[1]
+    for queries in (range(stop, stop + 1), range(first - 1, first + 1), range(stop - 1, stop + 2), range(-1, 0)):
+        with pytest.raises(ValueError, match=rf"^queries: got range\(.*, want places from {first} to {stop - 1}"):
+            session.attention(turn, layers=[0], queries=queries)
+
+
+def test_a_turn_that_is_none_or_of_another_prompt_is_refused(session):
+    with pytest.raises(TypeError, match="^turn: got str, want a Turn"):
+        session.attention("star", layers=[0])
+    with (
+        session.branch(session.turn("star").input_ids) as branch,
+        pytest.raises(ValueError, match="^turn: got another"),
+    ):
+        branch.attention(session.turn("ring"), layers=[0])
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [0, -1, 1.5, True, "2", None])
+def test_a_bound_on_tokens_that_is_none_is_refused(session, most):
+    with pytest.raises((ValueError, TypeError), match=f"^max_new_tokens: got {most!r}, want"):
+        session.ask(QUESTION, max_new_tokens=most)
+    with pytest.raises((ValueError, TypeError), match=f"^max_new_tokens: got {most!r}, want"):
+        session.replies([session.turn(QUESTION).input_ids], max_new_tokens=most)
+
+
+@pytest.mark.parametrize(
+    "text, images, cause",
+    [
+        ("", (), "text: got nothing"), (None, (), "text: got NoneType"), ("a\ud800", (), "text: got .* surrogate"),
+        ("a", IMAGE, "images: got Image, want a list"), ("a", None, "images: got NoneType, want a list"),
+        ("a", torch.zeros(9, 9, 3, dtype=torch.uint8), "images: got Tensor, want a list"),
+        ("a", ["a.png"], "images: got str, want Pillow"), ("a", [None], "images: got NoneType, want Pillow"),
+        ("a", [torch.zeros(9, 9, 3)], "image: got dtype torch.float32"),
+        ("a", [torch.zeros(0, 9, 3, dtype=torch.uint8)], r"image: got shape \(0, 9, 3\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_or_no_image_is_refused(session, text, images, cause):
+    with pytest.raises((ValueError, TypeError), match=f"^{cause}"):
+        session.ask(text, images, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "HSV"])
+def test_further_images_of_any_mode_are_seen_as_the_sessions_own_would_be(session, mode):
+    odd = OTHER.convert("RGB").convert(mode)
+    (seen,) = session.prepare([odd]).items
+    (want,) = session.prepare([odd.convert("RGB")]).items
+    assert torch.equal(seen.pixels, want.pixels)
+
+
+@pytest.mark.parametrize("ids", [(10**6,), (-1,)])
+def test_a_reply_of_tokens_that_the_model_does_not_have_is_refused(session, ids):
+    with pytest.raises(ValueError, match="ids"):
+        session.chat([Message(QUESTION), Reply("x", 0, ids), Message("And?")], max_new_tokens=2)
+
+
+def test_a_reply_that_holds_an_images_token_is_refused(session):
+    with pytest.raises(ValueError, match="^reply: got ids"):
+        session.chat([Message(QUESTION), Reply("x", 0, (session.model.image_token,)), Message("?")], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "messages", ["hello", None, Message("a"), iter([Message("a")])], ids=lambda m: type(m).__name__
+)
+def test_what_is_no_conversation_is_refused(session, messages):
+    with pytest.raises(TypeError, match=f"^messages: got {type(messages).__name__}, want a list"):
+        session.chat(messages, max_new_tokens=2)
+
+
+def test_a_list_of_images_that_changes_later_is_not_what_was_said(session):
+    images = [OTHER]
+    said = [Message("What is it?", images)]
+    said.append(session.chat(said, max_new_tokens=2))
+    images[0] = OTHER.rotate(180)
+    assert said[0].images == (OTHER,)
+
+
+# -- branches ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_of_a_branch_behind_a_reply_that_it_keeps_is_as_without_it(session):
+    ids = session.turn(QUESTION).input_ids
+    with session.branch(ids) as branch:
+        want = branch.logits()
+    with session.branch(ids) as branch:
+        reply = branch.reply(3, keep=True)
+        assert session.kept is not None
+        assert (branch.logits() - want).abs().max() < 1e-4 and session.kept is None
+        assert branch.reply(3, keep=True) == reply
+        with torch.no_grad():
+            again = session.model.model.get_output_embeddings()(branch.run()[:, -1]).float()
+        assert (again - want).abs().max() < 1e-4
+    assert session.kept is None, "its keys and values are no longer those of the reply"
+
+
+def test_a_branch_whose_block_is_over_is_refused(session):
+    turn = session.turn(QUESTION)
+    with session.branch(turn.input_ids) as branch:
+        pass
+    calls = (branch.run, branch.logits, lambda: branch.reply(2), lambda: branch.attention(turn, layers=[0]))
+    for call in calls:
+        with pytest.raises(RuntimeError, match="^branch: its block has been left"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: p.bool(), lambda p: p.tolist(), lambda p: p * float("nan"), lambda p: p[0]]
+)
+def test_positions_that_are_none_are_refused(session, change):
+    ids = session.turn(QUESTION).input_ids
+    behind = session.model.positions(ids, session.inputs)[0][..., session.length :]
+    with pytest.raises((ValueError, TypeError), match="^positions: got"), session.branch(ids, positions=change(behind)):
+        pass
+
+
+@pytest.mark.parametrize("change", [lambda i: i.tolist(), lambda i: i.float(), lambda i: i[0], lambda i: i + 10**6])
+def test_ids_that_are_none_are_refused(session, change):
+    ids = change(session.turn(QUESTION).input_ids)
+    with pytest.raises((ValueError, TypeError), match="^ids: got"), session.branch(ids):
+        pass
+
+
+@pytest.mark.parametrize("layers", [[0], 0, "a"])
+def test_layers_of_a_run_that_are_no_range_are_refused(session, layers):
+    with session.branch(session.turn(QUESTION).input_ids) as branch:
+        with pytest.raises(TypeError, match="^layers: got .*, want a range"):
+            branch.run(layers=layers)
+        branch.run()
+        with pytest.raises(ValueError, match="tokens have been sent"):
+            branch.run()
+
+
+# -- crops ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("box", [[[0, 0, 9, 9]], np.array([[0, 0, 9, 9]]), (0, 0, 9, 9), None], ids=repr)
+def test_boxes_that_are_no_tensor_are_refused(session, box):
+    with pytest.raises(TypeError, match=f"^boxes: got {type(box).__name__} for an image"):
+        session.crop([box])
+
+
+# -- a session that is closed meanwhile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["entities", "attention rows", "maps", "boxes and collage", "answer"])
+def test_a_session_that_is_closed_between_two_steps_says_so(model, step):
+    hide = HiDe(model)
+    with hide.open(IMAGE) as session, pytest.raises(RuntimeError, match="^session: it is closed"):
+        hide.ask(session, QUESTION, progress=lambda name: session.close() if name == step else None)
+    with pytest.raises(RuntimeError, match="^session: it is closed"):
+        session.crop([torch.tensor([[0, 0, 9, 9]])])
+    assert session.nbytes == 0
