@@ -1,18 +1,22 @@
 """Verbs, settings and answers that are handed what they do not take: refused on entry by the argument's name, or as
 documented; never another answer in silence, and the session goes on as if nothing had been asked."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from hide import HiDe, Plain
+from hide.cli.loading import LoadOptions
 from hide.evaluation.data import Sample
 from hide.evaluation.runner import answer as record_of
 from hide.evaluation.store import ResultFile
-from hide.methods.base import Answer, Evidence, Method, Steps, ask_all
+from hide.methods.base import Answer, Evidence, Method, Preset, Steps, ask_all
 from hide.methods.vicrop import ViCrop
 from hide.models import load
 from hide.present.pages import report_html, save_pictures
@@ -343,3 +347,52 @@ def test_settings_that_json_does_not_hold_are_written_as_their_text(tmp_path):
         assert list(results.records) == ["1"]
     with pytest.raises(ValueError, match=r"mine.kinds: '\{1\}' there, '\{2\}' now"):
         ResultFile(tmp_path / "results.jsonl", {**settings, "mine.kinds": {2}})
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, kind",
+    [
+        ("sigma", "a", "float"), ("sigma", None, "float"), ("threshold", True, "float"), ("causal", "no", "bool"),
+        ("causal", 1, "bool"), ("layers", 14, r"tuple\[int, ...\] \| None"), ("layers", "14", "tuple"),
+        ("layers", (1.5,), "tuple"), ("layers", [None], "tuple"), ("fill", "white", "tuple"), ("fill", (1, 2), "tuple"),
+        ("search_prompt", None, "str"), ("entity_prompt", 5, r"str \| None"), ("max_entity_tokens", "a", "int"),
+        ("max_tokens", 200.0, "int"), ("offload_kv", 3, "bool"), ("letter_request", None, "str"),
+        ("max_new_tokens", True, "int"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused_by_name(model, name, value, kind):
+    with pytest.raises(TypeError, match=f"^{name}: got .*, want {kind}.*, such as "):
+        HiDe(model).changed(**{name: value})
+
+
+def test_settings_whose_types_are_not_known_take_any_value(model):
+    """Such as names that a module imports for type checkers alone."""
+    kind = dataclasses.make_dataclass("Own", [("size", "Unknown", 1), ("name", "str", "a")], frozen=True)
+    changed = Preset(kind()).changed(size="large", max_tokens=300)
+    assert (changed.settings.size, changed.run.max_tokens) == ("large", 300)
+    kind = dataclasses.make_dataclass("Own", [("size", Any, 1), ("sizes", Sequence[int], ())], frozen=True)
+    assert Preset(kind()).changed(size="large", sizes=[1]).settings == kind("large", [1])
+
+
+def test_lists_and_ints_become_what_a_setting_holds(model):
+    settings = HiDe(model).changed(layers=range(2), threshold=1, fill=[1, 2, 3]).settings
+    assert (settings.layers, settings.threshold, settings.fill) == ((0, 1), 1.0, (1, 2, 3))
+    assert isinstance(settings.threshold, float) and HiDe(model).changed(layers=[-1]).settings.layers == (-1,)
+    assert HiDe(model).changed(layers=None, fill=None).settings.layers is None
+
+
+@pytest.mark.parametrize(
+    "given, cause",
+    [
+        (["sigma=None"], "sigma: got None, want float"), (["tile=abc"], r"tile: got 'abc', want int \| None"),
+        (["layers=3"], "layers: got 3, want tuple"), (["sigma=1", "sigma=2"], "set: got sigma twice"),
+    ],
+)  # fmt: skip
+def test_settings_given_as_text_are_refused_by_name(model, given, cause):
+    with pytest.raises((ValueError, TypeError), match=f"^{cause}"):
+        LoadOptions(setting=given).methods(["hide", "vicrop"], model)
+    with pytest.raises(ValueError, match="^set: got sigma twice"):
+        LoadOptions(sigma=1.0, setting=["sigma=2"]).methods(["hide"], model)
