@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hide.questions import LETTER_REQUEST, TAGGED_LETTER_REQUEST
 
@@ -98,12 +99,21 @@ class Preset(Generic[S]):
     depth: int = 0
 
     def changed(self, **changes: Any) -> Preset[S]:
-        """With other values of some fields, whichever part they belong to; `TypeError` for a field of none."""
+        """With other values of some fields, whichever part they belong to.
+
+        A list or range becomes a tuple and an int a float where the field is one. Raises `TypeError` for a field of no
+        part and for a value of another type, `ValueError` for one that the field does not take.
+        """
         parts = {}
         for name in ("settings", "run", "answer"):
             part = getattr(self, name)
+            try:
+                hints = get_type_hints(type(part))
+            except NameError:  # of another package, with a name that it imports for type checkers alone
+                hints = {}
             own = {one.name for one in dataclasses.fields(part)} & changes.keys()
-            parts[name] = dataclasses.replace(part, **{one: changes.pop(one) for one in own})
+            taken = {one: _of_kind(one, changes.pop(one), hints.get(one), getattr(part, one)) for one in own}
+            parts[name] = dataclasses.replace(part, **taken)
         if changes:
             raise TypeError(f"settings: there is no {', '.join(changes)}; there are {', '.join(self.to_dict())}")
         return dataclasses.replace(self, **parts)
@@ -115,6 +125,35 @@ class Preset(Generic[S]):
     def to_dict(self) -> dict[str, Any]:
         """All fields of the three parts."""
         return {name: value for part in (self.settings, self.run, self.answer) for name, value in vars(part).items()}
+
+
+_KINDS = (bool, int, float, str, tuple, type(None))
+
+
+def _of_kind(name: str, value: Any, hint: Any, now: Any) -> Any:
+    """`value`, if it is of a field's type; now: the value that it replaces, as an example."""
+    if isinstance(value, (list, range)) and not _fits(value, hint):
+        value = tuple(value)
+    if type(value) is int and not _fits(value, hint) and _fits(float(value), hint):
+        value = float(value)
+    if not _fits(value, hint):
+        kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise TypeError(f"{name}: got {value!r}, want {kind}, such as {now!r}")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as far as that is made of `_KINDS`: what another allows, its class must check."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple and isinstance(value, tuple):
+        kinds = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    kind = origin or hint
+    return isinstance(value, kind) if kind in _KINDS else True
 
 
 _TAGGED = AnswerSettings(letter_request=TAGGED_LETTER_REQUEST)

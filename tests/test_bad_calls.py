@@ -1,14 +1,26 @@
 """Verbs, settings and answers that are handed what they do not take: refused on entry by the argument's name, or as
 documented; never another answer in silence, and the session goes on as if nothing had been asked."""
 
+import dataclasses
+import json
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from hide import HiDe
+from hide import HiDe, Plain
+from hide.cli.loading import LoadOptions
+from hide.evaluation.data import Sample
+from hide.evaluation.runner import answer as record_of
+from hide.evaluation.store import ResultFile
+from hide.methods.base import Answer, Evidence, Method, Preset, Steps, ask_all
+from hide.methods.vicrop import ViCrop
 from hide.models import load
+from hide.present.pages import report_html, save_pictures
+from hide.questions import Question
 from hide.session import Message, Reply, RunSettings, open_session
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import draw_scene
@@ -201,3 +213,186 @@ def test_a_session_that_is_closed_between_two_steps_says_so(model, step):
     with pytest.raises(RuntimeError, match="^session: it is closed"):
         session.crop([torch.tensor([[0, 0, 9, 9]])])
     assert session.nbytes == 0
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+def answering(model, found, **attributes):
+    """A method that answers at once, with what `found` returns."""
+
+    def answer(self, session, question, steps):
+        with steps("answer"):
+            return found()
+
+    return type("Mine", (Method,), {"name": "mine", "summary": "x", "answer": answer, **attributes})(model)
+
+
+MAPS = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+LABELS = ("<b>star</b>", "&")
+PIXELS = torch.zeros(9, 9, 3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "found, cause",
+    [
+        (lambda: None, "its answer is NoneType"), (lambda: "red", "its answer is str"),
+        (lambda: Answer(None), "its answer is NoneType, want an Answer with a text"),
+        (lambda: Answer("a", (Evidence(), Evidence())), "evidence: got 2, want 1, one per image"),
+        (lambda: Answer("a", Evidence()), "evidence: got Evidence, want a tuple"),
+        (lambda: Answer("a", (Evidence() for _ in "a")), "evidence: got generator, want a tuple"),
+        (lambda: Answer("a", notes="doubt"), "notes: got str, want a tuple"),
+        (lambda: Answer("a", details=None), "details: got NoneType, want a mapping"),
+        (lambda: Answer("a", details={"x": MAPS}), "details: x: .*Tensor.*; want what JSON holds"),
+        (lambda: Answer("a", details={"x": {(1, 2): 3}}), "details: x: keys must be"),
+        (lambda: Answer("a", details={1: 2}), "details: got 1, want a name"),
+        (lambda: Answer("a", details={"answer": "b"}), "details: got 'answer', want a name"),
+        (lambda: Answer("a", details={"model": "b"}), "details: got 'model', want a name"),
+        (lambda: Answer("a", (Evidence(torch.tensor([[0, 0, 281, 9]])),)), r"evidence\[0\].boxes\[0\]: got .*<= 280"),
+        (lambda: Answer("a", (Evidence(torch.tensor([[5, 5, 5, 9]])),)), r"evidence\[0\].boxes: .*want an area"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_could_not_be_shown_or_written_is_refused_by_the_methods_name(model, shared, found, cause):
+    with pytest.raises((ValueError, TypeError), match=f"^mine: {cause}"):
+        answering(model, found).ask(shared, QUESTION)
+    sample = Sample("1", lambda: IMAGE, Question(QUESTION), "a", "all")
+    assert "mine: " in record_of([answering(model, found)], sample)["error"], "a failed question, and the next is asked"
+
+
+@pytest.mark.parametrize(
+    "fields, cause",
+    [
+        ({"maps": MAPS}, "labels: got 0, want 2"), ({"labels": LABELS}, "labels: got 2, want 0"),
+        ({"maps": MAPS, "labels": "ab"}, "labels: got 'ab'"), ({"maps": MAPS, "labels": (1, 2)}, "labels: got"),
+        ({"maps": MAPS[0]}, "maps: got shape"), ({"maps": MAPS[:, :0]}, "maps: got shape"),
+        ({"maps": MAPS.numpy()}, "maps: got ndarray"), ({"threshold": "x"}, "threshold: got"),
+        ({"threshold": float("nan")}, "threshold: got nan"), ({"shown": PIXELS}, "shown: got Tensor"),
+        ({"boxes": [[0, 0, 9, 9]]}, "boxes: got list"), ({"boxes": MAPS[0]}, "boxes: got dtype"),
+    ],
+)  # fmt: skip
+def test_evidence_that_is_none_is_refused_where_it_is_made(fields, cause):
+    with pytest.raises((ValueError, TypeError), match=f"^{cause}"):
+        Evidence(**fields)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_cells_of_maps_that_are_no_numbers_are_drawn_as_nothing(model, shared, tmp_path, value, threshold):
+    odd, plain = MAPS.clone(), MAPS.clone()
+    odd[0, 1, 2], plain[0, 1, 2] = value, 0.0
+    pages = []
+    for number, maps in enumerate((odd, plain)):
+        evidence = Evidence(maps=maps, labels=LABELS, threshold=threshold, shown=OTHER.convert("CMYK"))
+        found = answering(model, lambda evidence=evidence: Answer("a", (evidence,))).ask(shared, QUESTION)
+        save_pictures(found, tmp_path / str(number))
+        pages.append((tmp_path / str(number) / "image_0_tokens.png").read_bytes())
+        page = report_html(found)
+        assert "<b>star</b>" not in page and "&lt;b&gt;star&lt;/b&gt;" in page
+        json.dumps(found.to_dict())
+    assert pages[0] == pages[1]
+
+
+def test_steps_inside_one_another_or_without_a_text_are_refused_and_the_next_ones_count():
+    steps = Steps()
+    with pytest.raises(ValueError, match="^step: 'b' begins inside 'a'"), steps("a"), steps("b"):
+        pass
+    with pytest.raises(TypeError, match="^step: got None, want a text"), steps(None):
+        pass
+    with steps("c"):
+        pass
+    assert list(steps.finished()) == ["c"], "a step that fails costs nothing"
+
+
+def test_a_step_of_a_method_with_the_name_of_an_opening_one_adds_to_it(model):
+    class Opening(Plain):
+        """Opens a session of its own inside its answer, as one that looks at tiles does."""
+
+        name = "opening"
+
+        def answer(self, session, question, steps):
+            with self.open(OTHER, steps=steps) as other:
+                return Answer(self.reply(other, question).text)
+
+    found = ask_all([Plain(model), Opening(model)], IMAGE, QUESTION, max_new_tokens=2)
+    plain, opening = (one.tokens["prefix"] for one in found)
+    assert opening == 2 * plain
+
+
+def test_no_method_and_two_of_one_name_are_refused(model):
+    with pytest.raises(ValueError, match="^methods: got none"):
+        ask_all([], IMAGE, QUESTION)
+    with pytest.raises(ValueError, match="^methods: got plain, plain, want each name once"):
+        record_of([Plain(model), Plain(model)], Sample("1", lambda: IMAGE, Question(QUESTION), "a", "all"))
+
+
+def test_a_method_that_is_badly_made_says_what_it_lacks(model, shared):
+    with pytest.raises(ValueError, match="^Mine.needs: got attend, want any of"):
+        answering(model, lambda: Answer("a"), needs=frozenset({"attend"}))
+    with pytest.raises(TypeError, match="^Mine: it has no name"):
+        answering(model, lambda: Answer("a"), name=None).ask(shared, QUESTION)
+    with pytest.raises(TypeError, match="^preset: got settings NoSettings, want HiDeConfig"):
+        HiDe(model, Plain(model).preset)
+    with pytest.raises(TypeError, match="^preset: got HiDeConfig, want a Preset"):
+        HiDe(model, HiDe(model).settings)
+    with pytest.raises(ValueError, match=r"^layers: got \(99,\)"):
+        ViCrop(model).changed(layers=(99,))
+
+
+def test_settings_that_json_does_not_hold_are_written_as_their_text(tmp_path):
+    sample = Sample("1", lambda: IMAGE, Question(QUESTION), "a", "all")
+    settings = {"mine.folder": tmp_path, "mine.kinds": {1}}
+    with ResultFile(tmp_path / "results.jsonl", settings) as results:
+        results.append(record_of([], sample))
+    with ResultFile(tmp_path / "results.jsonl", settings) as results:
+        assert list(results.records) == ["1"]
+    with pytest.raises(ValueError, match=r"mine.kinds: '\{1\}' there, '\{2\}' now"):
+        ResultFile(tmp_path / "results.jsonl", {**settings, "mine.kinds": {2}})
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, kind",
+    [
+        ("sigma", "a", "float"), ("sigma", None, "float"), ("threshold", True, "float"), ("causal", "no", "bool"),
+        ("causal", 1, "bool"), ("layers", 14, r"tuple\[int, ...\] \| None"), ("layers", "14", "tuple"),
+        ("layers", (1.5,), "tuple"), ("layers", [None], "tuple"), ("fill", "white", "tuple"), ("fill", (1, 2), "tuple"),
+        ("search_prompt", None, "str"), ("entity_prompt", 5, r"str \| None"), ("max_entity_tokens", "a", "int"),
+        ("max_tokens", 200.0, "int"), ("offload_kv", 3, "bool"), ("letter_request", None, "str"),
+        ("max_new_tokens", True, "int"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused_by_name(model, name, value, kind):
+    with pytest.raises(TypeError, match=f"^{name}: got .*, want {kind}.*, such as "):
+        HiDe(model).changed(**{name: value})
+
+
+def test_settings_whose_types_are_not_known_take_any_value(model):
+    """Such as names that a module imports for type checkers alone."""
+    kind = dataclasses.make_dataclass("Own", [("size", "Unknown", 1), ("name", "str", "a")], frozen=True)
+    changed = Preset(kind()).changed(size="large", max_tokens=300)
+    assert (changed.settings.size, changed.run.max_tokens) == ("large", 300)
+    kind = dataclasses.make_dataclass("Own", [("size", Any, 1), ("sizes", Sequence[int], ())], frozen=True)
+    assert Preset(kind()).changed(size="large", sizes=[1]).settings == kind("large", [1])
+
+
+def test_lists_and_ints_become_what_a_setting_holds(model):
+    settings = HiDe(model).changed(layers=range(2), threshold=1, fill=[1, 2, 3]).settings
+    assert (settings.layers, settings.threshold, settings.fill) == ((0, 1), 1.0, (1, 2, 3))
+    assert isinstance(settings.threshold, float) and HiDe(model).changed(layers=[-1]).settings.layers == (-1,)
+    assert HiDe(model).changed(layers=None, fill=None).settings.layers is None
+
+
+@pytest.mark.parametrize(
+    "given, cause",
+    [
+        (["sigma=None"], "sigma: got None, want float"), (["tile=abc"], r"tile: got 'abc', want int \| None"),
+        (["layers=3"], "layers: got 3, want tuple"), (["sigma=1", "sigma=2"], "set: got sigma twice"),
+    ],
+)  # fmt: skip
+def test_settings_given_as_text_are_refused_by_name(model, given, cause):
+    with pytest.raises((ValueError, TypeError), match=f"^{cause}"):
+        LoadOptions(setting=given).methods(["hide", "vicrop"], model)
+    with pytest.raises(ValueError, match="^set: got sigma twice"):
+        LoadOptions(sigma=1.0, setting=["sigma=2"]).methods(["hide"], model)

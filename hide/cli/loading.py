@@ -89,10 +89,13 @@ class LoadOptions(ModelOptions):
             name, equals, value = text.partition("=")
             if not equals:
                 raise ValueError(f"set: got {text!r}, want NAME=VALUE, such as threshold=0.5")
+            name, value = name.strip(), value.strip()
+            if name in changes:
+                raise ValueError(f"set: got {name} twice, by --set and by --set or an option of its own; want it once")
             try:
-                changes[name.strip()] = ast.literal_eval(value.strip())
+                changes[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                changes[name.strip()] = value.strip()
+                changes[name] = value
         return changes
 
     def methods(self, names: Sequence[str], model: Adapter | None = None) -> list[Method[Any]]:
@@ -108,8 +111,7 @@ class LoadOptions(ModelOptions):
         made: list[Method[Any]] = []
         for kind in classes:
             preset, notes = kind.preset_for(model, self.preset)
-            own = preset.to_dict()
-            mine = {name: _as_kind(name, value, own[name]) for name, value in changes.items() if name in own}
+            mine = {name: value for name, value in changes.items() if name in preset.to_dict()}
             unused -= mine.keys()
             made.append(kind(model, preset.changed(**mine), notes=notes))
         if unused:
@@ -118,15 +120,6 @@ class LoadOptions(ModelOptions):
                 f"set: {', '.join(names)} has no {', '.join(sorted(unused))}; there are {', '.join(known)}"
             )
         return made
-
-
-def _as_kind(name: str, value: Any, now: Any) -> Any:
-    """A value given as text, if it is of the kind of the one that it replaces."""
-    if isinstance(now, float) and type(value) is int:
-        value = float(value)
-    if now is not None and value is not None and type(value) is not type(now):
-        raise ValueError(f"{name}: got {value!r}, want {type(now).__name__}, such as {now!r}")
-    return value
 
 
 def options_of(kind: type[ModelOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:

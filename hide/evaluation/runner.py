@@ -73,6 +73,9 @@ def answer(methods: Sequence[Method[Any]], sample: Sample) -> dict[str, Any]:
     seconds its wall time; the prefix that they share is counted for each. A method that wants the right boxes is left
     out where the data set has none.
     """
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"methods: got {', '.join(names)}, want each name once: results are kept by name")
     record = blank_record(sample, "")
     bound = [method.with_boxes(sample.boxes) for method in methods]
     asked = [method for method in bound if method is not None]

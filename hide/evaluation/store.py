@@ -56,7 +56,7 @@ class ResultFile:
                 self.records[record["id"]] = record
             if not self.records:
                 self._file.truncate(0)
-                self._write({"settings": settings})
+                self._write({"settings": _as_json(settings)})
         except BaseException:
             self._file.close()
             self._unlock()
@@ -118,7 +118,7 @@ class ResultFile:
         raise ValueError(f"results: line {number} of {self.path} is no record; mend it, or use another folder")
 
     def _check_settings(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        wanted = json.loads(json.dumps(settings))
+        wanted = _as_json(settings)
         different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if different:
             changes = "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now" for name in different)
@@ -129,6 +129,12 @@ class ResultFile:
         self._file.write(json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As the file gives them back; what JSON does not hold, such as a path, as its text."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return found
 
 
 def blank_record(sample: Sample, error: str) -> dict[str, Any]:

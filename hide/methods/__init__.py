@@ -39,7 +39,8 @@ def method_names() -> tuple[str, ...]:
 def method_class(name: str) -> type[Method[Any]]:
     """The class of a method.
 
-    Raises `ValueError` for an unknown name, and for an entry point that cannot be loaded or is no method.
+    Raises `ValueError` for an unknown name, and for an entry point that cannot be loaded or is no method with that name
+    and a summary.
     """
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name].split(":")
@@ -56,6 +57,8 @@ def method_class(name: str) -> type[Method[Any]]:
         raise ValueError(f"method: {name} ({point.value}) cannot be loaded: {type(error).__name__}: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Method)) or getattr(loaded, "name", None) != name:
         raise ValueError(f"method: {name} ({point.value}) is no subclass of hide.methods.base.Method with that name")
+    if not isinstance(getattr(loaded, "summary", None), str):
+        raise ValueError(f"method: {name} ({point.value}) has no summary, one line about it")
     return loaded
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Self
 
@@ -28,6 +30,7 @@ from hide.models.quantised import Weights
 from hide.presets import MODELS, AnswerSettings, NoSettings, Preset, S, presets_of
 from hide.questions import Question
 from hide.session import VERBS, ImageSession, Reply, Session, open_session
+from hide_kernels.collage.checks import check_boxes, check_kind
 from hide_kernels.memory import profile, stage
 
 __all__ = [
@@ -57,9 +60,13 @@ ImagesOrSession = ImageLike | Sequence[ImageLike] | Session
 class Evidence:
     """What a method found in one image.
 
-    boxes: (K, 4) int64 pixels x0, y0, x1, y1 half-open. maps: (M, h, w) float32, where it looked. labels: what each map
-    is of. threshold: from which value on a map's cells count, if there is one. shown: the picture that the model was
-    shown of it, if any. shown_tokens: how many tokens that has.
+    boxes: (K, 4) int64 pixels x0, y0, x1, y1 half-open, inside the image. maps: (M, h, w) float32, where it looked;
+    cells that are NaN or infinite are drawn as 0. labels: what each map is of, M texts. threshold: from which value on
+    a map's cells count, if there is one; maps with one are drawn as they are, from 0 to 1, others as parts of their
+    peaks. shown: the picture that the model was shown of it, if any. shown_tokens: how
+    many tokens that has.
+
+    Raises `TypeError` or `ValueError` for anything else.
     """
 
     boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int64))
@@ -68,6 +75,23 @@ class Evidence:
     threshold: float | None = None
     shown: Image.Image | None = None
     shown_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kind("boxes", self.boxes)
+        if not isinstance(self.maps, Tensor) or self.maps.is_complex():
+            raise TypeError(f"maps: got {type(self.maps).__name__}, want a float32 tensor")
+        if self.maps.ndim != 3 or 0 in self.maps.shape[1:]:
+            raise ValueError(f"maps: got shape {tuple(self.maps.shape)}, want (M, h, w)")
+        if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels):
+            raise TypeError(f"labels: got {self.labels!r}, want a text for each map")
+        if len(self.labels) != len(self.maps):
+            raise ValueError(f"labels: got {len(self.labels)}, want {len(self.maps)}, one for each map")
+        if self.threshold is not None and not (isinstance(self.threshold, (int, float)) and isfinite(self.threshold)):
+            raise TypeError(f"threshold: got {self.threshold!r}, want a number, or None for none")
+        if self.shown is not None and not isinstance(self.shown, Image.Image):
+            raise TypeError(f"shown: got {type(self.shown).__name__}, want a Pillow image (`hide.images.to_image`)")
+        if self.shown is not None and 0 in self.shown.size:
+            raise ValueError(f"shown: got {self.shown.width} x {self.shown.height} pixels, want some")
 
 
 class Step(NamedTuple):
@@ -84,8 +108,9 @@ class Answer:
     """What a method answers, and why.
 
     text: the model's reply. evidence: per image what was found in it; empty where the method does not look. notes:
-    fallbacks that were taken, and doubts. details: facts of the method, for JSON. `Method.ask` adds the rest: method,
-    question, images as they were loaded, how many tokens stand for each, and the steps with their costs.
+    fallbacks that were taken, and doubts. details: facts of the method, of what JSON holds, under names that are none
+    of `to_dict`'s own. `Method.ask` adds the rest: method, question, images as they were loaded, how many tokens stand
+    for each, and the steps with their costs.
     """
 
     text: str
@@ -146,17 +171,33 @@ class Answer:
 
 class Steps:
     """The steps of one answer: `with steps("attention"): ...` times a part, counts its tokens and marks it for
-    profilers of time and memory. A name that comes again adds to what it has."""
+    profilers of time and memory. A name that comes again adds to what it has. None lies inside another, whose costs
+    would hold its own."""
 
     def __init__(self, device: torch.device | str = "cpu", progress: Callable[[str], None] | None = None) -> None:
         """device: the model's. progress: called with the name of each step when it begins."""
         self._device = torch.device(device)
         self._progress = progress
         self._marks: list[tuple[str, Any, Any, int]] = []
+        self._running: str | None = None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """One step; a GPU's own events tell when it was done, so that nobody waits."""
+        """One step; a GPU's own events tell when it was done, so that nobody waits.
+
+        Raises `TypeError` for a name that is no text, `ValueError` inside another step.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"step: got {name!r}, want a text")
+        if self._running is not None:
+            raise ValueError(f"step: {name!r} begins inside {self._running!r}; end that one first")
+        self._running = name
+        try:
+            yield from self._step(name)
+        finally:
+            self._running = None
+
+    def _step(self, name: str) -> Iterator[None]:
         if self._progress is not None:
             self._progress(name)
         on_gpu = self._device.type == "cuda"
@@ -173,8 +214,7 @@ class Steps:
         found: dict[str, Step] = {}
         for name, start, end, tokens in self._marks:
             spent = end - start if isinstance(start, float) else 1e-3 * start.elapsed_time(end)
-            before = found.get(name, Step(0.0, 0))
-            found[name] = Step(before.seconds + spent, before.tokens + tokens)
+            found = added(found, {name: Step(spent, tokens)})
         return found
 
     def _mark(self) -> Any:
@@ -183,6 +223,16 @@ class Steps:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def added(steps: Mapping[str, Step], more: Mapping[str, Step]) -> dict[str, Step]:
+    """Both, and the costs of those with one name together."""
+    found = dict(steps)
+    for name, step in more.items():
+        seconds, tokens, peak = found.get(name, Step(0.0, 0))
+        peaks = [one for one in (peak, step.peak) if one is not None]
+        found[name] = Step(seconds + step.seconds, tokens + step.tokens, max(peaks, default=None))
+    return found
 
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -214,6 +264,15 @@ class Method(ABC, Generic[S]):
         if preset is None:
             preset, about = self.preset_for(model)
             notes = (*about, *notes)
+        if unknown := set(self.needs) - set(VERBS):
+            raise ValueError(f"{type(self).__name__}.needs: got {', '.join(sorted(unknown))}, want any of {VERBS}")
+        if not isinstance(preset, Preset):
+            raise TypeError(f"preset: got {type(preset).__name__}, want a Preset, such as `preset_for` gives")
+        if self.Settings is not NoSettings and not isinstance(preset.settings, self.Settings):
+            raise TypeError(
+                f"preset: got settings {type(preset.settings).__name__}, want {self.Settings.__name__}; "
+                "`Preset.with_settings` puts others beside the same run and answer"
+            )
         self.model = model
         self.preset = preset
         self.notes = tuple(notes)
@@ -359,8 +418,10 @@ class Method(ABC, Generic[S]):
     def _answered(self, session: Session, question: Question, steps: Steps) -> Answer:
         self.check_session(session)
         answer = self.answer(session, question, steps)
+        self._check_answer(answer, session)
         return dataclasses.replace(
             answer,
+            evidence=tuple(answer.evidence),
             notes=(*self.model.notes, *self.notes, *session.notes, *answer.notes),
             method=self.name,
             question=question,
@@ -369,8 +430,38 @@ class Method(ABC, Generic[S]):
             steps=steps.finished(),
         )
 
+    def _check_answer(self, answer: Answer, session: Session) -> None:
+        """Refuses, by the method's name, what could be neither shown nor written down."""
+        if not isinstance(answer, Answer) or not isinstance(answer.text, str):
+            got = type(answer.text if isinstance(answer, Answer) else answer).__name__
+            raise TypeError(f"{self.name}: its answer is {got}, want an Answer with a text")
+        for what, kind in (("evidence", Evidence), ("notes", str)):
+            listed = getattr(answer, what)
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(one, kind) for one in listed):
+                raise TypeError(f"{self.name}: {what}: got {type(listed).__name__}, want a tuple of {kind.__name__}")
+        if answer.evidence and len(answer.evidence) != len(session.images):
+            raise ValueError(
+                f"{self.name}: evidence: got {len(answer.evidence)}, want {len(session.images)}, one per image, or none"
+            )
+        for index, (found, image) in enumerate(zip(answer.evidence, session.images, strict=False)):
+            name = f"{self.name}: evidence[{index}].boxes"
+            boxes = check_boxes(name, found.boxes, (image.height, image.width))
+            if (boxes[:, :2] == boxes[:, 2:]).any():
+                raise ValueError(f"{name}: got {boxes.tolist()}, want an area in each")
+        if not isinstance(answer.details, Mapping):
+            raise TypeError(f"{self.name}: details: got {type(answer.details).__name__}, want a mapping")
+        for name, value in answer.details.items():
+            if not isinstance(name, str) or name in _OWN_NAMES:
+                raise ValueError(f"{self.name}: details: got {name!r}, want a name that a result does not have itself")
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{self.name}: details: {name}: {error}; want what JSON holds") from None
+
     def check_session(self, session: Session) -> None:
         """`ValueError` for a session that the method cannot be asked about: it names what is lacking."""
+        if not isinstance(getattr(self, "name", None), str):
+            raise TypeError(f"{type(self).__name__}: it has no name; give the class one")
         lacking = [verb for verb in VERBS if verb in self.needs and verb not in session.verbs]
         if lacking:
             raise ValueError(
@@ -402,6 +493,8 @@ def ask_all(
     are several. memory: also measure each step's, which on a CPU takes time (`hide_kernels.memory.profile`). Otherwise
     as `Method.ask`.
     """
+    if not methods:
+        raise ValueError("methods: got none, want at least one")
     main = next((method for method in methods if method.name != "plain"), methods[0])
     taps = sorted({tap for method in methods for tap in method.taps})
     steps = Steps(main.model.model.device, progress)
@@ -424,11 +517,15 @@ def ask_all(
             answer,
             steps={
                 name: step._replace(peak=peaks.get(name if name in opened else f"{answer.method}/{name}"))
-                for name, step in {**opened, **answer.steps}.items()
+                for name, step in added(opened, answer.steps).items()
             },
         )
         for answer in answers
     ]
+
+
+_OWN_NAMES = {*Answer("").to_dict(), "model", "weights", "plain_answer", "plain_letter"}
+"""Names of a result that no detail may take; the last four are of `hide ask`."""
 
 
 def as_question(question: str | Question, options: Sequence[str] | None = None) -> Question:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hide.engine.prefix import layer_indices
 from hide.images import on_colour, to_image
 from hide.methods.base import Answer, AnswerSettings, Evidence, Method, Preset, Steps, presets_of
 from hide.questions import Question
@@ -79,8 +80,15 @@ class ViCrop(Method[ViCropSettings]):
     @classmethod
     def at_depth(cls, settings: ViCropSettings, published: int, layers: int) -> tuple[ViCropSettings, str]:
         """See `Method`: layers at the same relative depth."""
-        chosen = tuple(layer * layers // published for layer in settings.layers or ())
+        if settings.layers is None:
+            return settings, ""
+        chosen = tuple(layer * layers // published for layer in settings.layers)
         return replace(settings, layers=chosen), f"layer {', '.join(map(str, chosen))} at the same relative depth"
+
+    def check(self) -> None:
+        """See `Method`."""
+        super().check()
+        layer_indices(self.model, self.settings.layers)
 
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
         """See `Method`. Of several images the one with the sharpest window is cropped."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from hide.images import load_image
 from hide.methods.base import Evidence
 from hide.present import draw
 from hide.questions import LETTERS
@@ -63,7 +64,7 @@ def seen_in(answer: Answer) -> list[Seen]:
             maps=_on_scale(one),
             labels=one.labels,
             threshold=one.threshold,
-            shown=one.shown,
+            shown=None if one.shown is None else load_image(one.shown),
             shown_tokens=one.shown_tokens,
             laid_out=one.shown is not None and _laid_out(one.shown, one.boxes),
         )
@@ -72,8 +73,9 @@ def seen_in(answer: Answer) -> list[Seen]:
 
 
 def _on_scale(found: Evidence) -> NDArray[np.float32]:
-    """Maps with a threshold are parts of a peak already; others become so."""
-    maps: NDArray[np.float32] = found.maps.float().cpu().numpy()
+    """Maps with a threshold are parts of a peak already; others become so. What is no number is 0."""
+    maps: NDArray[np.float32] = found.maps.detach().float().cpu().numpy()
+    maps = np.where(np.isfinite(maps), maps, np.float32(0))
     if found.threshold is not None or not len(maps):
         return maps
     peaks = maps.max(axis=(1, 2), keepdims=True)
