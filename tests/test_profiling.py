@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from benchmarks import memory
 from hide.cli import app
 from hide.models import FAMILIES, load, qwen2_5_vl
+from hide.models.vision_slices import PATCHES
 from hide.profiling import runs
 from hide.profiling.flows import FLOWS, flows_of, owner_group
 from hide.profiling.models import (
@@ -99,7 +100,7 @@ CLAIMED = [flow for flow in FLOWS if flow != "eager, all layers kept"]
 def predicted(flow, tokens):
     """With larger slices of a large picture in the vision encoder, so fewer operators: more memory, but not at a peak
     that is elsewhere. Up to 4,096 tokens the slices are as they are."""
-    larger = functools.partial(qwen2_5_vl.in_slices, patches=max(4096, tokens))
+    larger = functools.partial(qwen2_5_vl.in_slices, patches=max(PATCHES, tokens))
     with mock.patch.object(qwen2_5_vl, "in_slices", larger):
         found = predict_flow(read_config(memory.MODEL), flow, Workload(tokens))
     assert found.report.peak_stage != "encode"

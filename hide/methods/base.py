@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hide.engine.prefix import layer_indices
 from hide.engine.usage import counted
 from hide.images import ImageLike
 from hide.models import load
@@ -330,8 +331,14 @@ class Method(ABC, Generic[S]):
 
     @classmethod
     def at_depth(cls, settings: S, published: int, layers: int) -> tuple[S, str]:
-        """Settings for a model of `layers` decoder layers from those for one of `published`, and what was changed."""
-        return settings, ""
+        """Settings for a model of `layers` decoder layers from those for one of `published`, and what was changed: a
+        setting `layers` becomes those at the same relative depth."""
+        known = getattr(settings, "layers", None)
+        if known is None:
+            return settings, ""
+        chosen = tuple(layer * layers // published for layer in known)
+        about = f"layer {', '.join(map(str, chosen))} at the same relative depth"
+        return dataclasses.replace(settings, layers=chosen), about  # type: ignore[type-var]
 
     @classmethod
     def _general(cls, preset: Preset[NoSettings]) -> Preset[Any]:
@@ -339,8 +346,10 @@ class Method(ABC, Generic[S]):
         return dataclasses.replace(preset.with_settings(cls.Settings()), depth=0)
 
     def check(self) -> None:
-        """Overridden to refuse settings that do not suit the model, with `ValueError`."""
+        """Refuse settings that do not suit the model, with `ValueError`: of the run, and `layers` that it has not."""
         self.preset.run.check(self.model)
+        if (layers := getattr(self.settings, "layers", None)) is not None:
+            layer_indices(self.model, layers)
 
     def changed(self, **changes: Any) -> Self:
         """The same method with other settings, on the same model."""

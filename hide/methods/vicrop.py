@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hide.engine.prefix import layer_indices
 from hide.images import on_colour, to_image
 from hide.methods.base import Answer, AnswerSettings, Evidence, Method, Preset, Steps, presets_of
 from hide.questions import Question
@@ -76,19 +75,6 @@ class ViCrop(Method[ViCropSettings]):
         "llava-1.5-7b": Preset(ViCropSettings(layers=(14,), base=336), RunSettings(), _ANSWER, "llava", 32),
         **presets_of({"tiny": ViCropSettings(layers=(2,), base=112, answer_request="")}),
     }
-
-    @classmethod
-    def at_depth(cls, settings: ViCropSettings, published: int, layers: int) -> tuple[ViCropSettings, str]:
-        """See `Method`: layers at the same relative depth."""
-        if settings.layers is None:
-            return settings, ""
-        chosen = tuple(layer * layers // published for layer in settings.layers)
-        return replace(settings, layers=chosen), f"layer {', '.join(map(str, chosen))} at the same relative depth"
-
-    def check(self) -> None:
-        """See `Method`."""
-        super().check()
-        layer_indices(self.model, self.settings.layers)
 
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
         """See `Method`. Of several images the one with the sharpest window is cropped."""

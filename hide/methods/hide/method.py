@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,23 +117,6 @@ class HiDe(Method[HiDeConfig]):
         """As `Method.from_pretrained`; extractor: as in the constructor."""
         made = super().from_pretrained(path, **options)
         return made if extractor is None else cls(made.model, made.preset, extractor=extractor, notes=made.notes)
-
-    @classmethod
-    def at_depth(cls, settings: HiDeConfig, published: int, layers: int) -> tuple[HiDeConfig, str]:
-        """See `Method`: layers at the same relative depth."""
-        if settings.layers is None:
-            return settings, ""
-        chosen = tuple(layer * layers // published for layer in settings.layers)
-        return dataclasses.replace(settings, layers=chosen), (
-            f"layer {', '.join(map(str, chosen))} at the same relative depth"
-        )
-
-    def check(self) -> None:
-        """See `Method`."""
-        super().check()
-        for layer in self.settings.layers or ():
-            if not -self.model.num_layers <= layer < self.model.num_layers:
-                raise ValueError(f"layers: got {layer}, want 0 to {self.model.num_layers - 1}, zero-based")
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
