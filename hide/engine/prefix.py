@@ -610,8 +610,11 @@ def layer_indices(model: Adapter, layers: Sequence[int] | None) -> list[int]:
         chosen = [operator.index(layer) for layer in (range(depth) if layers is None else layers)]
     except TypeError:
         raise TypeError(f"layers: got {layers!r}, want zero-based layer numbers, or None for all") from None
-    if not chosen or not all(-depth <= layer < depth for layer in chosen):
-        raise ValueError(f"layers: got {layers!r}, want some of 0 to {depth - 1}, zero-based, or None for all")
+    for layer in chosen:
+        if not -depth <= layer < depth:
+            raise ValueError(f"layers: got {layer}, want 0 to {depth - 1}, zero-based")
+    if not chosen:
+        raise ValueError(f"layers: got none, want some of 0 to {depth - 1}, zero-based, or None for all")
     return [layer % depth for layer in chosen]
 
 
