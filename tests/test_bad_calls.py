@@ -54,7 +54,7 @@ def session(shared):
 
 @pytest.mark.parametrize("layers", [[6], [99], [-7], [], 1, "12", [1.0], [None]], ids=repr)
 def test_layers_that_the_model_does_not_have_are_refused(session, layers):
-        with pytest.raises((ValueError, TypeError), match="^layers: got .*, want .*zero-based"):
+    with pytest.raises((ValueError, TypeError), match="^layers: got .*, want .*zero-based"):
         session.attention(session.turn("star"), layers=layers)
 
 
