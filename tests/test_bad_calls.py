@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hide import HiDe, Plain
+from hide.cli.evaluate import _method_names
 from hide.cli.loading import LoadOptions
 from hide.evaluation.data import Sample
 from hide.evaluation.runner import answer as record_of
@@ -396,3 +397,10 @@ def test_settings_given_as_text_are_refused_by_name(model, given, cause):
         LoadOptions(setting=given).methods(["hide", "vicrop"], model)
     with pytest.raises(ValueError, match="^set: got sigma twice"):
         LoadOptions(sigma=1.0, setting=["sigma=2"]).methods(["hide"], model)
+
+
+@pytest.mark.parametrize("text, unknown", [("plain,,hide", "''"), ("", "''"), ("all,plain", "'all'"), ("ALL", "'ALL'")])
+def test_method_names_that_are_none_are_shown(text, unknown):
+    with pytest.raises(ValueError, match=f"^methods: got {unknown}, want any of plain, hide"):
+        _method_names(text)
+    assert _method_names(" hide, plain ,hide") == ["hide", "plain"]

@@ -100,6 +100,18 @@ def test_tables_count_what_hide_gains_and_loses():
     assert names == ["s", "up to 1,000 image tokens", "above 12,000 image tokens", "size unknown", "all"]
 
 
+def test_methods_are_compared_with_the_plain_one_only_where_it_was_asked():
+    """Every right answer would be one that it lacks."""
+    alone = [{**record, "replies": {"hide": "A"}} for record in RECORDS[:2]]
+    assert [row[:3] for row in method_table(alone, strict).rows] == [("hide", "100% (34–100)", "not asked")]
+
+
+def test_where_every_question_failed_the_tables_name_the_methods_that_were_asked():
+    for table in (method_table, group_table):
+        found = str(table(RECORDS[4:], strict, ["vicrop"]))
+        assert "'vicrop'" in found and "'hide'" not in found and "'plain'" not in found
+
+
 def test_tables_survive_bars_and_brackets():
     table = ResultTable("T", ("a|b", "n"), [("[red]", "<1>")])
     assert "| a\\|b | n |\n| --- | ---: |\n| [red] | <1> |" in markdown("H", "hide eval", [table])

@@ -118,7 +118,7 @@ def evaluate(
                 ask = functools.partial(ask_on_ray, make, address=ray, actors=actors)
             run(ask, samples(), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))
-        tables = [method_table(records, SCORERS[scorer]), group_table(records, SCORERS[scorer])]
+        tables = [table(records, SCORERS[scorer], names) for table in (method_table, group_table)]
         tables += [bad] if (bad := bad_table(records)) else []
         title = f"{data}, {load.model or 'the embedded model'}, {scorer} scorer"
         page = save_gallery(out / "report.html", title, tables, records, samples(), SCORERS[scorer], settings)
@@ -327,7 +327,7 @@ def _method_names(text: str) -> list[str]:
     known = method_names()
     asked = list(BUILT_IN) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
     if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"methods: got {', '.join(unknown)}, want any of {', '.join(known)}; or all")
+        raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
     return asked
 
 

@@ -107,25 +107,36 @@ def sound(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 class MethodScore(NamedTuple):
     """One method over all questions: how many are right; replies that could not be read; mean tokens and seconds of
-    the questions that did not fail; how many it answers right that the plain question does not, and the reverse.
+    the questions that did not fail; how many it answers right that the plain question does not, and the reverse: `None`
+    where that was not asked.
     """
 
     share: Share
     unreadable: int
     tokens: float
     seconds: float
-    gained: int
-    lost: int
+    gained: int | None
+    lost: int | None
 
 
-def score_methods(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str, MethodScore]:
-    """Each method's score over all questions that it was asked; a failed question counts as wrong for all."""
+# Whose scores are shown where every question failed and nobody says which methods were asked.
+USUAL = ("plain", "hide")
+
+
+def score_methods(
+    records: Sequence[dict[str, Any]], scorer: Scorer, methods: Sequence[str] = USUAL
+) -> dict[str, MethodScore]:
+    """Each method's score over all questions that it was asked; a failed question counts as wrong for all.
+
+    methods: whose scores are wanted where every question failed.
+    """
     found, records = {}, sound(records)
-    for method in _methods(records):
+    names = _methods(records, methods)
+    for method in names:
         asked = [record for record in records if record["error"] or method in record["replies"]]
         answered = [record for record in asked if not record["error"]]
         right = [verdict(record, method, scorer) for record in asked]
-        plain = [verdict(record, "plain", scorer) for record in asked]
+        both = list(zip(right, (verdict(record, "plain", scorer) for record in asked), strict=True))
         tokens, seconds = (
             fmean(record[what][method] for record in answered) if answered else math.nan
             for what in ("tokens", "seconds")
@@ -135,14 +146,19 @@ def score_methods(records: Sequence[dict[str, Any]], scorer: Scorer) -> dict[str
             sum(one is None and not record["error"] for one, record in zip(right, asked, strict=True)),
             tokens,
             seconds,
-            gained=sum(bool(ours) and not theirs for ours, theirs in zip(right, plain, strict=True)),
-            lost=sum(bool(theirs) and not ours for ours, theirs in zip(right, plain, strict=True)),
+            gained=sum(bool(ours) and not theirs for ours, theirs in both) if "plain" in names else None,
+            lost=sum(bool(theirs) and not ours for ours, theirs in both) if "plain" in names else None,
         )
     return found
 
 
-def score_groups(records: Sequence[dict[str, Any]], scorer: Scorer) -> Iterator[tuple[str, dict[str, Share], int]]:
-    """Per split, then per size, then for all: (name, share of right replies by method, failed questions)."""
+def score_groups(
+    records: Sequence[dict[str, Any]], scorer: Scorer, methods: Sequence[str] = USUAL
+) -> Iterator[tuple[str, dict[str, Share], int]]:
+    """Per split, then per size, then for all: (name, share of right replies by method, failed questions).
+
+    methods: as `score_methods`.
+    """
     records = sound(records)
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["split"]):
@@ -155,7 +171,7 @@ def score_groups(records: Sequence[dict[str, Any]], scorer: Scorer) -> Iterator[
             name,
             {
                 method: share([verdict(r, method, scorer) for r in chosen if r["error"] or method in r["replies"]])
-                for method in _methods(records)
+                for method in _methods(records, methods)
             },
             sum(bool(record["error"]) for record in chosen),
         )
@@ -177,9 +193,9 @@ def _size(tokens: float) -> str:
     return f"up to {above[0]:,} image tokens" if above else f"above {_SIZES[-1]:,} image tokens"
 
 
-def _methods(records: Sequence[dict[str, Any]]) -> list[str]:
-    """In the order in which they were asked; where no question could be, those that every run has."""
-    return list(dict.fromkeys(method for record in records for method in record["replies"])) or ["plain", "hide"]
+def _methods(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[str]:
+    """In the order in which they were asked; where no question could be, `methods`."""
+    return list(dict.fromkeys(method for record in records for method in record["replies"])) or list(methods)
 
 
 def verdict(record: dict[str, Any], method: str, scorer: Scorer) -> bool | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hide.evaluation.scoring import Scorer, score_groups, score_methods, sound
+from hide.evaluation.scoring import USUAL, Scorer, score_groups, score_methods, sound
 from hide.present.table import ResultTable
 from hide.texts import one_line
 
@@ -17,18 +17,18 @@ def markdown(heading: str, command: str, tables: Iterable[ResultTable]) -> str:
     return "\n".join(parts)
 
 
-def method_table(records: Sequence[dict[str, Any]], scorer: Scorer) -> ResultTable:
-    """One line per method: what it answers, and what that costs."""
+def method_table(records: Sequence[dict[str, Any]], scorer: Scorer, methods: Sequence[str] = USUAL) -> ResultTable:
+    """One line per method: what it answers, and what that costs; methods: as `score_methods`."""
     rows = [
         (
             method,
             str(score.share),
-            f"+{score.gained} −{score.lost}",
+            "not asked" if score.gained is None else f"+{score.gained} −{score.lost}",
             str(score.unreadable),
             _number(score.tokens, ",.0f"),
             _number(score.seconds, ".2f"),
         )
-        for method, score in score_methods(records, scorer).items()
+        for method, score in score_methods(records, scorer, methods).items()
     ]
     asked = sound(records)
     failed = sum(bool(record["error"]) for record in asked)
@@ -36,9 +36,9 @@ def method_table(records: Sequence[dict[str, Any]], scorer: Scorer) -> ResultTab
     return ResultTable(title, ("method", "right", "against plain", "unread", "tokens", "seconds"), rows)
 
 
-def group_table(records: Sequence[dict[str, Any]], scorer: Scorer) -> ResultTable:
-    """One line per split and size: the share of right answers of each method."""
-    groups = list(score_groups(records, scorer))
+def group_table(records: Sequence[dict[str, Any]], scorer: Scorer, methods: Sequence[str] = USUAL) -> ResultTable:
+    """One line per split and size: the share of right answers of each method; methods: as `score_methods`."""
+    groups = list(score_groups(records, scorer, methods))
     methods = list(groups[0][1])
     rows = [
         (
