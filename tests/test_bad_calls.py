@@ -3,7 +3,6 @@ documented; never another answer in silence, and the session goes on as if nothi
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
