@@ -162,7 +162,10 @@ class Session:
         raise self._lacks("branch")
 
     def hidden(self, layer: int) -> Tensor:
-        """See `hide.engine.prefix.Prefix.hidden`: states of the images' tokens that enter a layer."""
+        """See `hide.engine.prefix.Prefix.hidden`: states that enter a layer, of the tokens up to the text.
+
+        `turn(...).images[i].span` says which of them are those of image i.
+        """
         raise self._lacks("hidden")
 
     def close(self) -> None:

@@ -403,3 +403,10 @@ def test_method_names_that_are_none_are_shown(text, unknown):
     with pytest.raises(ValueError, match=f"^methods: got {unknown}, want any of plain, hide"):
         _method_names(text)
     assert _method_names(" hide, plain ,hide") == ["hide", "plain"]
+
+
+def test_a_method_on_a_session_that_is_run_otherwise_says_so(model):
+    plain, first, second = Plain(model), HiDe(model), ViCrop(model).changed(max_tokens=256, min_tokens=40)
+    notes = [found.notes for found in ask_all([plain, first, second], IMAGE, QUESTION, max_new_tokens=2)]
+    assert notes[2][-1] == "run: on a session with min_tokens 36, not 40; max_tokens 16384, not 256"
+    assert not any(note.startswith("run:") for note in (*notes[0], *notes[1]))

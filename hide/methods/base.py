@@ -28,7 +28,7 @@ from hide.images import ImageLike
 from hide.models import load
 from hide.models.base import Adapter
 from hide.models.quantised import Weights
-from hide.presets import MODELS, AnswerSettings, NoSettings, Preset, S, presets_of
+from hide.presets import MODELS, AnswerSettings, NoSettings, Preset, RunSettings, S, presets_of
 from hide.questions import Question
 from hide.session import VERBS, ImageSession, Reply, Session, open_session
 from hide_kernels.collage.checks import check_boxes, check_kind
@@ -498,7 +498,8 @@ def ask_all(
 ) -> list[Answer]:
     """Several methods with one model on one session; the steps of opening it are among those of each answer.
 
-    The session is run as the first method but the plain one has it. progress: called with "method: step" where there
+    The session is run as the first method but the plain one has it; another whose own `RunSettings` differ says so in a
+    note. progress: called with "method: step" where there
     are several. memory: also measure each step's, which on a CPU takes time (`hide_kernels.memory.profile`). Otherwise
     as `Method.ask`.
     """
@@ -518,7 +519,9 @@ def ask_all(
             said = None if progress is None else (lambda name, label=label, tell=progress: tell(label + name))
             # Methods may have steps of the same name.
             with stage(method.name):
-                answers.append(method.ask(session, question, max_new_tokens=max_new_tokens, progress=said))
+                answer = method.ask(session, question, max_new_tokens=max_new_tokens, progress=said)
+            note = () if method.name == "plain" else _run_as(main.preset.run, method.preset.run)
+            answers.append(dataclasses.replace(answer, notes=(*answer.notes, *note)))
     opened = steps.finished()
     peaks = {} if recording is None else {one.name: one.peak for one in recording.report.stages}
     return [
@@ -531,6 +534,12 @@ def ask_all(
         )
         for answer in answers
     ]
+
+
+def _run_as(run: RunSettings, own: RunSettings) -> tuple[str, ...]:
+    """A note of the settings of a shared session that are not a method's own, if there are any."""
+    differ = [f"{name} {value}, not {vars(own)[name]}" for name, value in vars(run).items() if value != vars(own)[name]]
+    return (f"run: on a session with {'; '.join(differ)}",) if differ else ()
 
 
 _OWN_NAMES = {*Answer("").to_dict(), "model", "weights", "plain_answer", "plain_letter"}
