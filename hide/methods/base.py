@@ -313,16 +313,15 @@ class Method(ABC, Generic[S]):
         """
         own = getattr(model.model.config, "hide_preset", None)
         source, asked = ("preset", name) if name is not None else ("config.json: hide_preset", own)
-        general = {key: cls._general(preset) for key, preset in MODELS.items() if key not in cls.presets}
-        known = {**cls.presets, **general}
+        known = {**cls.presets, **{key: preset for key, preset in MODELS.items() if key not in cls.presets}}
         if asked is not None:
             if not isinstance(asked, str) or asked not in known:
                 raise ValueError(f"{source}: got {asked!r}, want one of {', '.join(known)}")
-            return known[asked], ()
+            return cls._own(known[asked], asked), ()
         chosen = next((key for key, preset in known.items() if preset.family == model.family), None)
         if chosen is None:
             raise ValueError(f"preset: there is none for {model.family}; name one of {', '.join(known)}")
-        preset = known[chosen]
+        preset = cls._own(known[chosen], chosen)
         if preset.depth in (0, model.num_layers):
             return preset, ()
         settings, changes = cls.at_depth(preset.settings, preset.depth, model.num_layers)
@@ -341,8 +340,10 @@ class Method(ABC, Generic[S]):
         return dataclasses.replace(settings, layers=chosen), about  # type: ignore[type-var]
 
     @classmethod
-    def _general(cls, preset: Preset[NoSettings]) -> Preset[Any]:
-        """That of a model for which the method has none of its own."""
+    def _own(cls, preset: Preset[Any], name: str) -> Preset[Any]:
+        """A preset by its name; of a model for which the method has none, with the defaults of its settings."""
+        if name in cls.presets:
+            return preset
         return dataclasses.replace(preset.with_settings(cls.Settings()), depth=0)
 
     def check(self) -> None:

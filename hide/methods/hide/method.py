@@ -72,7 +72,7 @@ class EntityMaps:
 
 @dataclass(frozen=True)
 class Zoom:
-    """What is shown instead of the whole image.
+    """What is shown beside the whole image.
 
     collages: per image, with its merged boxes; without a picture where there is no region. maps, labels: as
     `EntityMaps.by_image`. order: the images that have a map, by the token that came to them first; collages are shown
