@@ -246,8 +246,8 @@ def test_captured_rows_take_a_query_that_is_not_contiguous_along_its_head():
 def test_a_tile_spends_no_program_on_samples_or_heads_that_are_not_there(launched):
     query, key, _ = Case("grid", batch=3, heads=4, rows=70).inputs(torch.float16)
     rows_of(query, key, key_spans=[[(0, 130), (138, 139)], [(0, 130), (138, 139)], [(0, 139)]])
-    # 128 keys to a block, 64 rows: two blocks and one, for two samples; two blocks for the third.
-    assert [grid for name, grid in launched if name == "reduce_rows"] == [(3, 2, 2), (2, 2, 1)]
+    # 128 keys to a block, 32 rows: two blocks and one, for two samples; two blocks for the third.
+    assert [grid for name, grid in launched if name == "reduce_rows"] == [(3, 3, 2), (2, 3, 1)]
 
 
 def test_the_split_of_the_first_pass_fills_the_card_and_does_not_look_at_the_batch():

@@ -32,10 +32,16 @@ WIDE_FROM = 1 << 31
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What planning asks of a device: compute capability and number of multiprocessors."""
+    """What planning asks of a device: compute capability, number of multiprocessors, and programmatic dependent launch."""
 
     capability: tuple[int, int]
     processors: int
+    dependent_launch: bool = False
+
+    @classmethod
+    def of(cls, capability: tuple[int, int], processors: int) -> Card:
+        """A real card."""
+        return cls(capability, processors, dependent_launch=capability >= (9, 0))
 
 
 # What Triton's interpreter, on the CPU, is planned for.
@@ -124,7 +130,7 @@ def plan(
     log2_lse = None
     lse_scale = LOG2_E
     if request.softmax and lse is None and (need_rows or need_lse):
-        launches, log2_lse = _lse_launches(query, shared, request, card, lse_tiles, need_lse, workspace)
+        launches, log2_lse = _lse_launches(query, shared, request, masked, card, lse_tiles, need_lse, workspace)
         lse, lse_scale = log2_lse, 1.0
     if not need_rows:
         return launches, log2_lse
@@ -132,7 +138,6 @@ def plan(
     reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(request.reduces, ("all", 1))
     summed = 1 if reduce == "none" else group
     rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, summed, sliced, request.dense)
-    steps = 1 if reduce == "none" else -(-group // rows_tiles.heads)
     row_blocks = -(-rows // rows_tiles.block_r)
     lse_strides: tuple[int, ...] = (0, 0, 0)
     if request.softmax and lse is not None:
@@ -152,15 +157,17 @@ def plan(
         "BLOCK_R": rows_tiles.block_r,
         "HEADS": rows_tiles.heads,
         "BLOCK_N": rows_tiles.block_n,
-        "STEPS": steps if steps <= rows_tiles.unroll else 0,
         "PAIR": rows_tiles.pair,
+        "FOLD": rows_tiles.fold,
         "REDUCE": reduce,
         "SUM_ROWS": request.row_reduction is not None,
         "MEAN_ROWS": request.row_reduction == "mean" and request.cu_seqlens_q is not None,
         "SOFTMAX": request.softmax,
         "WEIGHTED": isinstance(reduction, Tensor),
         "MASKED": masked,
+        "UNIT": out_strides[3] == 1,
         **_options(rows_tiles),
+        **_dependent(card),
     }
     for first, samples, column, spans in _span_launches(request.spans):
         blocks = sum(-(-(stop - start) // rows_tiles.block_n) for start, stop in spans)
@@ -200,6 +207,7 @@ def _lse_launches(
     query: Tensor,
     shared: dict[str, Any],
     request: RowRequest,
+    masked: bool,
     card: Card,
     tiles: LseConfig | None,
     need_lse: bool,
@@ -230,6 +238,8 @@ def _lse_launches(
             "SLICE": tiles.slice,
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
+            "MASKED": masked,
+            "DEPENDENT": card.dependent_launch,
             **_options(tiles),
         },
     )
@@ -246,7 +256,8 @@ def _lse_launches(
             "BLOCK": 32,
             "CHUNKS": 32,
             "num_warps": 4,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": False,
+            **_dependent(card),
         },
     )
     return [first, second], log2_lse
@@ -354,14 +365,20 @@ def _out_strides(out: Tensor, request: RowRequest) -> tuple[int, int, int, int]:
 
 
 def _options(tiles: LseConfig | RowsConfig) -> dict[str, Any]:
-    # Triton's default for fp fusion changes between versions.
+    # A fused `s * scale - lse` would not round its product, from which the lse was made: at scores of ten thousand the
+    # probability of a row's only key would be off by 3e-4.
     return {
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
-        "enable_fp_fusion": True,
+        "enable_fp_fusion": False,
         **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }
+
+
+def _dependent(card: Card) -> dict[str, Any]:
+    """Options of a launch that may start before the one in front has ended (CUDA C++ programming guide)."""
+    return {"DEPENDENT": card.dependent_launch, **({"launch_pdl": True} if card.dependent_launch else {})}
 
 
 def _span_launches(spans: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
@@ -408,4 +425,4 @@ def _card(device: torch.device) -> Card:
 @cache
 def _cuda_card(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
-    return Card((properties.major, properties.minor), properties.multi_processor_count)
+    return Card.of((properties.major, properties.minor), properties.multi_processor_count)

@@ -142,7 +142,7 @@ def planned(
         row_reduction=arguments.pop("row_reduction", None),
     )
     out = torch.empty(request.shape, device="meta")
-    card = triton_launch.Card(capability, processors)
+    card = triton_launch.Card.of(capability, processors)
     return triton_launch.plan(query, key, request, None, out, accumulate, card, **arguments)[0]
 
 
