@@ -12,14 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `arguments` by name, compile options included."""
+    """One kernel launch: `arguments` by name, compile options included.
+
+    `compiled` keeps what Triton compiled for it. Launches on one device that differ in nothing that Triton specialises
+    on may share it: all but the first then skip Triton's own search for it, most of the time of a launch.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
+    compiled: list[Any] | None = None
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments)
+        if self.compiled:
+            self.compiled[0][self.grid](*(self.arguments[name] for name in self.kernel.arg_names))
+            return
+        compiled = self.kernel[self.grid](**self.arguments)
+        if self.compiled is not None and compiled is not None:  # the interpreter compiles nothing
+            self.compiled.append(compiled)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -36,9 +36,9 @@ class LseConfig:
 class RowsConfig:
     """`reduce_rows`: a tile of `heads` heads x `block_r` rows by `block_n` keys.
 
-    `pair`: 2 where the accumulator folds pairs of heads; not on tcgen05, whose threads own whole rows. `fold`: how often
-    the warps go over the tile, where their turns are heads. `slice`: columns of D that are copied and multiplied at a
-    time, all of them if 0 or if D is no multiple.
+    `pair`: 2 where the accumulator folds pairs of heads; not on tcgen05, whose threads own whole rows. `fold`: how
+    often the warps go over the tile, where their turns are heads. `slice`: columns of D that are copied and multiplied
+    at a time; 0 for all of them.
     """
 
     block_r: int

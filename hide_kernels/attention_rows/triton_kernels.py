@@ -17,7 +17,6 @@ packed or paged has no stride over samples; `rows` and `length` are then the mos
 """
 
 # mypy: disable-error-code="no-untyped-def, operator, arg-type, assignment"
-# ruff: noqa: SIM102 (Triton evaluates both sides of `and` and of a conditional expression)
 
 import triton
 import triton.language as tl
@@ -432,7 +431,16 @@ def reduce_rows(
     in_rows = row < rows
     if MASKED:
         first, last = _visible_keys(
-            positions, starts, lens, b, tl.minimum(row, rows - 1), length, stride_pb, stride_pr, ahead, window,
+            positions,
+            starts,
+            lens,
+            b,
+            tl.minimum(row, rows - 1),
+            length,
+            stride_pb,
+            stride_pr,
+            ahead,
+            window,
             False,
         )
         if (start >= tl.max(last, 0)) | (start + BLOCK_N <= tl.min(first, 0)):
@@ -442,8 +450,8 @@ def reduce_rows(
     page = _page_of(pages, key_of, page_shift, last_page)
 
     # Bit 3 of m is a head bit if PAIR is 2. In an mma accumulator one thread owns m and m + 8, so that summing this
-    # pair of heads costs no shuffle and halves the accumulator over heads. So does FOLD for the tile's upper bits, where
-    # they count the warps' turns.
+    # pair of heads costs no shuffle and halves the accumulator over heads. So does FOLD with the tile's upper bits,
+    # where they count the turns of the warps.
     TILE_M: tl.constexpr = HEADS * BLOCK_R
     SLICES: tl.constexpr = 1 if SLICE == 0 else (DEPTH + SLICE - 1) // SLICE
     m = tl.arange(0, TILE_M)
@@ -492,7 +500,16 @@ def reduce_rows(
     result = total * out_scale
     if MASKED:  # a select and no product: hidden columns may hold NaN
         first, last = _visible_keys(
-            positions, starts, lens, b, tl.minimum(row, rows - 1), length, stride_pb, stride_pr, ahead, window,
+            positions,
+            starts,
+            lens,
+            b,
+            tl.minimum(row, rows - 1),
+            length,
+            stride_pb,
+            stride_pr,
+            ahead,
+            window,
             True,
         )
         seen = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])

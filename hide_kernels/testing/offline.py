@@ -174,6 +174,26 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Usage:
     return read_cubin(launch.kernel.fn.__name__, compiled.asm["cubin"], compiled.metadata.shared)
 
 
+def accesses(launch: Launch, capability: tuple[int, int]) -> list[tuple[str, int]]:
+    """Of every access of two-dimensional tiles to global memory: the source line, and the dimension along which
+    neighbouring threads lie, 1 for the columns."""
+    with target(capability):
+        text = launch.kernel.warmup(grid=launch.grid, **launch.arguments).asm["ttgir"]
+    orders = {
+        name: int(order)
+        for name, order in re.findall(r"^(#\w+) = #ttg\.blocked<\{.*order = \[(\d), \d\]", text, re.MULTILINE)
+    }
+    lines = dict(re.findall(r'^(#loc\w*) = loc\("[^"]*":(\d+):', text, re.MULTILINE))
+    found = []
+    for line in text.splitlines():
+        if re.search(r"\b(tt\.load|tt\.store|ttg\.async_copy_global_to_local|tt\.atomic\w*)\b", line):
+            tile = re.search(r"tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>", line)
+            if tile:
+                at = re.search(r"loc\((#loc\w*)\)\s*$", line)
+                found.append((lines.get(at[1] if at else "", "?"), orders.get(tile[1], -1)))
+    return found
+
+
 def variants(launches: Sequence[Launch], capability: tuple[int, int]) -> list[tuple[str, str]]:
     """Kernel and specialization (types, constants, options) that Triton would compile for each launch. Builds none."""
     from triton import knobs
