@@ -20,8 +20,8 @@ from hide_kernels.testing.offline import (
     fingerprint,
     planned,
     planned_maps,
-    read_cubin,
     target,
+    usage_of,
 )
 
 TENSOR_CORES = {(8, 0): "mma", (8, 6): "mma", (8, 9): "mma", (9, 0): "wgmma", (10, 0): "tcgen05", (12, 0): "mma"}
@@ -124,4 +124,4 @@ def test_kernels_compile_to_the_same_after_some_were_interpreted():
     # As another device, so that nothing comes from a cache in memory; the cache on disk is off.
     with target((8, 0), "again"), mock.patch.dict("os.environ", TRITON_ALWAYS_COMPILE="1"):
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-    assert read_cubin("reduce_rows", compiled.asm["cubin"], compiled.metadata.shared) == before
+    assert usage_of("reduce_rows", compiled) == before
