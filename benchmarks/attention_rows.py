@@ -173,13 +173,13 @@ def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
             variants["FlexAttention's lse, then attention_rows (d)"] = flex_lse(query, key)
         for name, call in variants.items():
             # Ours must be within budget at this shape too; a baseline may err as it does.
-            budget = error_budget(repeated_keys(query, key), want) if name.startswith("attention_rows") else math.inf
+            budget = error_budget(repeated_keys(query.float(), key.float()), want, torch.bfloat16) if name.startswith("attention_rows") else math.inf
             table.append({**asdict(shape), "variant": name, **_gpu_entry(name, call, want, budget)})
     if time.monotonic() < deadline:
         calls, want, plain = serving_calls(REQUESTS, torch.bfloat16, device)
         batch = {**asdict(ANCHOR), "model": f"{ANCHOR.model} x {len(REQUESTS)}", "keys": sum(REQUESTS)}
         for name, call in calls.items():
-            budget = error_budget(plain, want) if name.startswith("attention_rows") else math.inf
+            budget = error_budget(plain, want, torch.bfloat16) if name.startswith("attention_rows") else math.inf
             table.append({**batch, "variant": name, **_gpu_entry(name, call, want, budget)})
     return table
 
@@ -213,7 +213,7 @@ def one_by_one(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
 def serving_calls(
     lengths: tuple[int, ...], dtype: torch.dtype, device: str, shape: Shape = ANCHOR, block_size: int = 16
 ) -> tuple[dict[str, Callable[[], Tensor]], Tensor, Tensor]:
-    """Calls for a batch of requests, packed and paged; their rows in float64; those of the plain expression."""
+    """Calls for a batch of requests, packed and paged; their rows in float64; those of the plain expression in float32."""
     each = [Shape(**{**asdict(shape), "keys": keys}).inputs(dtype, device) for keys in lengths]
     queries, keys = [query for query, _ in each], [key for _, key in each]
     packed = torch.cat([query[0].transpose(0, 1) for query in queries])
@@ -241,7 +241,7 @@ def serving_calls(
     want, plain = torch.zeros(2, len(packed), max(lengths), dtype=torch.float64, device=device)
     for b, (query, key) in enumerate(each):
         some = slice(b * shape.rows, (b + 1) * shape.rows), slice(0, lengths[b])
-        want[some], plain[some] = oracle(query, key)[0], repeated_keys(query, key)[0]
+        want[some], plain[some] = oracle(query, key)[0], repeated_keys(query.float(), key.float())[0]
     return calls, want, plain
 
 
