@@ -17,7 +17,7 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +76,43 @@ def main() -> int:
     end = start + (100 if arguments.quick else arguments.seconds) - DRAWING
     chosen = [name for name in OPERATORS if name in (arguments.only or OPERATORS)]
     entries: dict[str, dict[str, Any]] = {name: {} for name in chosen}
-    result: dict[str, Any] = {"environment": environment(), "operators": entries}
+    compiled = {"found in the cache": 0, "compiled": 0}
+    result: dict[str, Any] = {"environment": {**environment(), "triton kernels": compiled}, "operators": entries}
 
     def save() -> Path:
         return write("gpu", result, arguments.out)
 
-    for i, name in enumerate(chosen):
-        _check(name, entries[name], (end - time.monotonic()) / 2)
-        save()
-        share = SHARES[name] / sum(SHARES[other] for other in chosen[i:])
-        _measure(name, entries[name], (end - time.monotonic()) * share, save)
+    with _counted(compiled):
+        for i, name in enumerate(chosen):
+            _check(name, entries[name], (end - time.monotonic()) / 2)
+            save()
+            share = SHARES[name] / sum(SHARES[other] for other in chosen[i:])
+            _measure(name, entries[name], (end - time.monotonic()) * share, save)
+    print(f"Triton's kernels: {', '.join(f'{number} {what}' for what, number in compiled.items())}")
     result["environment"]["gpu after"] = gpu_state()
     written = save()
     files = ", ".join(map(str, [written, *render(written)]))
     print(f"written to {files} after {time.monotonic() - start:.0f} s")
     return int(any(_failed(entry) for entry in entries.values()))
+
+
+@contextlib.contextmanager
+def _counted(compiled: dict[str, int]) -> Iterator[None]:
+    """Inside, counts the kernels that Triton has to compile, and those that it finds in its cache."""
+    try:
+        from triton import knobs
+    except ImportError:
+        yield
+        return
+
+    def count(*, cache_hit: bool, **_: Any) -> None:
+        compiled["found in the cache" if cache_hit else "compiled"] += 1
+
+    before, knobs.compilation.listener = knobs.compilation.listener, count
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
 
 
 def _check(name: str, entry: dict[str, Any], seconds: float) -> None:
