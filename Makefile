@@ -10,8 +10,8 @@ LOCKS := test kvpress vllm lmms-eval
 SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install upgrade demo test test-transformers-4 test-newest test-kvpress hub wheels docs fuzz sanitize lint \
-	format bench static-report clean
+.PHONY: help install upgrade demo test test-transformers-4 test-card carry test-newest test-kvpress hub wheels docs \
+	fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/'
@@ -91,6 +91,31 @@ build/transformers-4: Makefile | $(STAMP)
 test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models, on the oldest transformers
 	$(call over,build/transformers-4) -c "import transformers as t; assert t.__version__[0] == '4', t"
 	$(call over,build/transformers-4) -m pytest --numprocesses=2 --dist=loadgroup $(MODEL_TESTS:%=tests/test_%.py)
+
+# What the first card's machine has: versions that the locks are ahead of, and its Python. Of the report of what kernels
+# compile to, whose hashes are of the locked Triton, sm_90 alone is compiled.
+CARD := triton==3.6.0 transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 numpy==2.3.5
+CARD_PYTHON ?= 3.12
+CARD_TESTS := attention_rows_triton attention_rows_serving_triton attention_rows_compiled token_maps_triton \
+	token_maps_compiled capture capture_generate registry first_card
+build/card-versions: Makefile | $(STAMP)
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ $(CARD)
+
+test-card: $(STAMP) build/card-versions  ## the kernels' tests on the versions that the first card's machine has
+	$(call over,build/card-versions) -c "import triton as t, numpy as n; \
+		assert (t.__version__, n.__version__) == ('3.6.0', '2.3.5'), (t, n)"
+	$(call over,build/card-versions) -m pytest --numprocesses=2 --dist=loadgroup $(CARD_TESTS:%=tests/test_%.py) \
+		-k "not ((use_no_stack or report_says) and (8 or 1))"
+
+# Its Triton, by which kernels in the cache are found; and wheels that it lacks.
+build/card-wheel: Makefile | $(STAMP)
+	rm -rf $@ && $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(CARD_PYTHON) \
+		$(foreach at,28 27 17,--platform manylinux_2_$(at)_x86_64) --dest $@ $(filter triton%,$(CARD))
+
+carry: $(STAMP) build/card-versions build/card-wheel  ## in build/card what a card's machine is to be given (docs/first_minutes.md)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(CARD_PYTHON) \
+		--platform manylinux_2_28_x86_64 --constraint requirements/test.txt --dest build/card/wheels torchao
+	$(call over,build/card-versions) -m benchmarks.carry build/card --tests --wheel build/card-wheel/*.whl
 
 # Whatever is the newest today, with what it needs; none of these needs torch, and torch stays the locked one.
 NEWEST := transformers triton numpy pillow datasets ray
