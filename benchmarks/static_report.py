@@ -1,9 +1,9 @@
 """What the kernels compile to for six architectures, and how fast the cards could run them at best: no GPU is needed.
 
 `make static-report` rewrites `static_report.md` beside it with the figures of two Tritons, the locked one and that of a
-card's PyTorch, so that a change for the worse shows in a diff; `--check` instead exits with 1 if anything uses the stack
-or shared memory beyond its limit, or if threads that are neighbours read what is not. Each row ends with a hash of all
-that it was compiled from: tests take the figures of kernels that have not changed since from the report.
+card's PyTorch, so that a change for the worse shows in a diff; `--check` instead exits with 1 if anything uses the
+stack or shared memory beyond its limit, or if threads that are neighbours read what is not. Each row ends with a hash
+of all that it was compiled from: what has not changed since is taken from the report, here and in tests.
 """
 
 from __future__ import annotations
@@ -196,8 +196,7 @@ class Compiled:
         import triton
 
         launch = launches(capability)[number][1]
-        usage = compile_launch(launch, capability)
-        return cls(capability, number, triton.__version__, usage, fingerprint(launch, capability))
+        return cls(capability, number, triton.__version__, usage(launch, capability), fingerprint(launch, capability))
 
     @classmethod
     def read(cls, fields: dict[str, Any]) -> Compiled:

@@ -17,7 +17,7 @@ from . import triton_kernels as kernels
 
 IMAGES_AT_ONCE = 8
 # Tiles: of the scan, of the smoothing (lines and columns), of what follows (cells and tokens).
-SCAN, LINES, COLUMNS, CELLS, TOKENS = 2048, 16, 64, 128, 16
+SCAN, LINES, COLUMNS, CELLS, TOKENS = 2048, 16, 64, 256, 8
 # Partial results that are read at once.
 PARTS = 32
 # Triton's default for fp fusion changes between versions.
