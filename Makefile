@@ -175,8 +175,9 @@ bench: $(STAMP)  ## what a CPU can show; with a GPU: python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.drop_in
 	$(BIN)/python -m benchmarks.cpu
 
-static-report: $(STAMP)  ## recompile the kernels for six architectures, rewrite benchmarks/static_report.md
-	$(BIN)/python -m benchmarks.static_report
+static-report: $(STAMP) build/card-versions  ## what the kernels compile to, into benchmarks/static_report.md
+	$(call over,build/card-versions) -m benchmarks.static_report --save build/static-report.json
+	$(BIN)/python -m benchmarks.static_report --beside build/static-report.json
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist demo *.egg-info

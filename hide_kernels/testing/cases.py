@@ -219,12 +219,11 @@ def error_of(
     device: str | torch.device,
     *,
     backend: str | None,
-    plain_dtype: torch.dtype = torch.float32,
     call: Callable[..., AttentionRows] = attention_rows,
 ) -> tuple[float, float]:
     """Largest error of a call against float64, as a multiple of its budget, for rows and lse; 1 and less passes.
 
-    The budget is that of the plain expression, computed in `plain_dtype`, in the order of sums that errs most: over few
+    The budget is that of the plain expression, computed in float32, in the order of sums that errs most: over few
     elements one order's error is a matter of luck, and libraries of matrix products differ by several times. A wrong
     -inf, or a NaN, is an infinite error.
     """
@@ -232,7 +231,7 @@ def error_of(
     softmax = arguments.get("softmax", True)
     want = textbook_attention_rows(query.double(), key.double(), **arguments)
 
-    forward = query.to(plain_dtype), key.to(plain_dtype)
+    forward = query.float(), key.float()
     backward = forward[0].flip(-1), forward[1].flip(-1)
     orders = ((forward, False), (forward, True), (backward, False))
     plain = [textbook_attention_rows(*of_order, grouped=grouped, **arguments) for of_order, grouped in orders]
