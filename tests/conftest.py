@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import functools
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ import warnings
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -45,9 +47,15 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(items):
-    import pytest
-
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def small_scenes(monkeypatch):
+    """The scenes that commands draw by themselves are small: of the usual ones the first takes seconds to encode."""
+    from hide.evaluation import data
+
+    monkeypatch.setattr(data, "scenes", functools.partial(data.scenes, sizes=[(280, 196)]))

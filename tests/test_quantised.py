@@ -278,7 +278,7 @@ def test_a_result_and_its_page_say_what_weights_they_are_of(tmp_path):
         assert ("int8 weights" in (folder / "report.html").read_text()) == (weights is not None)
 
 
-def test_a_command_takes_weights_and_a_result_file_keeps_them_apart(tmp_path):
+def test_a_command_takes_weights_and_a_result_file_keeps_them_apart(small_scenes, tmp_path):
     asked = ("eval", "--limit", "1", "--out", str(tmp_path))
     done = run(*asked, "--weights", "int8")
     assert done.exit_code == 0, done.output
