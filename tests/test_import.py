@@ -160,7 +160,7 @@ print(json.dumps([len(names), compute()]))
 @pytest.fixture(scope="module")
 def bare():
     """What `PUBLIC`, `COMMANDS` and `EACH_ALONE` print where nothing optional is installed."""
-    return run("\n".join((WITHOUT_OPTIONAL, COMPUTE, PUBLIC)), COMMANDS, EACH_ALONE if hasattr(os, "fork") else "")
+    return run("\n".join((WITHOUT_OPTIONAL, COMPUTE, PUBLIC)), COMMANDS, EACH_ALONE)
 
 
 def test_without_anything_optional_the_public_names_are_there_and_compute_the_same(bare):
@@ -252,7 +252,7 @@ def test_without_anything_optional_the_command_line_answers(bare):
 
 
 EACH_ALONE = """
-import gc, importlib, json, os, pkgutil
+import gc, importlib, json, pkgutil
 import hide, hide_kernels
 
 def outcome(name):
@@ -264,27 +264,19 @@ def outcome(name):
 
 packages = [(package.__path__, package.__name__ + ".") for package in (hide_kernels, hide)]
 names = [module.name for package in packages for module in pkgutil.walk_packages(*package)]
-# What others wrote is slow to import: it is loaded once, then ours is forgotten, and each module starts from there.
+# What others wrote is slow to import: it is loaded once. Ours is forgotten before each module, which starts from there.
 for name in names:
     outcome(name)
-for name in [name for name in sys.modules if name.partition(".")[0] in ("hide", "hide_kernels")]:
-    del sys.modules[name]
 gc.freeze()
 outcomes = {}
 for name in names:
-    reading, writing = os.pipe()
-    if not os.fork():
-        os.write(writing, outcome(name).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as pipe:
-        outcomes[name] = pipe.read()
-    os.wait()
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] in ("hide", "hide_kernels")]:
+        del sys.modules[loaded]
+    outcomes[name] = outcome(name)
 print(json.dumps(outcomes))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported(bare):
     outcomes = json.loads(bare[2].splitlines()[-1])
     failed = {name: outcome for name, outcome in outcomes.items() if outcome != "imported"}
