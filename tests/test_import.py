@@ -15,9 +15,6 @@ import hide_kernels
 from hide import doctor
 from hide.extra import INSTALL, MODULES
 
-# One process: several tests look at what a fresh process said.
-pytestmark = pytest.mark.xdist_group("imports")
-
 OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
 HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
 NEED_TRITON = {

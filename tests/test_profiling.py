@@ -48,9 +48,6 @@ from hide.profiling.workload import Workload, scene
 from hide.tiny import CHECKPOINT
 from hide_kernels.memory import Sample, predict, stage
 
-# One process: several tests look at the same predictions.
-pytestmark = pytest.mark.xdist_group("predictions")
-
 TINY = str(CHECKPOINT)
 SMALL = Workload(400, collage=64, text=9, chunk=150)
 # Parameters of the checkpoints as they are published.
