@@ -87,7 +87,7 @@ hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hu
 over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
 # What depends on a version of transformers: the capture, the families' inputs and forwards, sessions; and what is on top.
 MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices \
-	session verbs threads modes
+	session verbs threads
 METHOD_TESTS := tiny_model offload hide vicrop methods attend drop_in quantised checkpoint
 
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
@@ -101,7 +101,7 @@ test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models
 # Whatever is the newest today, with what it needs; none of these needs torch, and torch stays the locked one.
 NEWEST := transformers triton numpy pillow datasets ray
 NEWEST_TESTS := $(MODEL_TESTS) $(METHOD_TESTS) attention_rows_triton attention_rows_serving_triton token_maps_triton \
-	images pixel_values collage report golden evaluation evaluation_methods on_ray
+	images pixel_values collage golden evaluation evaluation_methods on_ray
 
 test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pillow, datasets or ray, on today's newest
 	rm -rf build/newest && $(BIN)/python -m pip install --quiet --no-compile --target build/newest $(NEWEST)
@@ -133,13 +133,13 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site; broken links are 
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 --dist=load tests/test_properties.py
 
-sanitize:  ## the kernels on blocks of real threads, looking for races, bad accesses and overflow
+sanitize: sanitize-thread sanitize-address  ## the kernels on blocks of real threads, looking for races, bad accesses and overflow
+
+sanitize-address: MORE := ,undefined -fno-sanitize-recover=all
+sanitize-%:
 	@mkdir -p build
-	g++ -std=c++17 -O1 -g -pthread -fsanitize=thread tests/csrc/driver.cpp -o build/driver_thread
-	build/driver_thread 15
-	g++ -std=c++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all tests/csrc/driver.cpp \
-		-o build/driver_address
-	build/driver_address 15
+	g++ -std=c++17 -O1 -g -pthread -fsanitize=$*$(MORE) tests/csrc/driver.cpp -o build/driver_$*
+	build/driver_$* 15
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
