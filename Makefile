@@ -110,7 +110,7 @@ build/card-versions: Makefile | $(STAMP)
 test-card: $(STAMP) build/card-versions  ## the kernels' tests on the versions that the first card's machine has
 	$(call over,build/card-versions) -c "import triton as t, numpy as n; \
 		assert (t.__version__, n.__version__) == ('3.6.0', '2.3.5'), (t, n)"
-	$(call over,build/card-versions) -m pytest --numprocesses=2 --dist=loadgroup $(CARD_TESTS:%=tests/test_%.py) \
+	$(call over,build/card-versions) -m pytest $(PARALLEL) $(CARD_TESTS:%=tests/test_%.py) \
 		-k "not ((use_no_stack or report_says) and (8 or 1))"
 
 # Its Triton, by which kernels in the cache are found; and wheels that it lacks.

@@ -305,14 +305,15 @@ def known(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("padding", [0, 9], ids=["whole", "left padding"])
-def test_the_log_sum_exp_of_the_models_own_attention_is_taken_and_gives_the_rows_of_eager(known, padding):
+def test_the_log_sum_exp_of_the_models_own_attention_is_taken_and_gives_the_rows_of_eager(known, padding, mode):
     model, ids = qwen2_5_vl(), text_inputs()
     model.set_attn_implementation("sdpa")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["attention_mask"][0, :padding] = 0
     rows = [0, 3, 10, 29]
-    with torch.no_grad():
+    with mode():
         plain = model(**inputs).logits
         with capture_attention(model, layers=[1], queries=rows, head_reduction="none") as captured:
             logits = model(**inputs).logits
