@@ -9,9 +9,12 @@ STAMP := $(VENV)/.installed
 LOCKS := test kvpress vllm lmms-eval
 SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 
+# What Python compiles is kept: lanes and the processes that tests start import the same files.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help install upgrade demo test test-transformers-4 test-newest test-kvpress hub wheels docs fuzz sanitize lint \
-	format bench static-report clean
+.PHONY: help install upgrade demo test test-transformers-4 test-card carry test-newest test-kvpress hub wheels docs \
+	fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/'
@@ -66,8 +69,11 @@ resolve-%: build/uv resolve-triton
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
 	$(BIN)/hide ask hide/examples/scene.jpg "Is the heart on the left or right side of the circle?" --report demo
 
+# By file: what tests of one file share (models, predictions, what a fresh process said) is made once.
+PARALLEL := --numprocesses=2 --dist=loadfile
+
 test: $(STAMP) lint build/kernels  ## linters, type checks and all tests
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The kernels hub's client. Not in .venv, where transformers would use it, and without what only its signatures need.
 build/kernels: Makefile | $(STAMP)
@@ -81,7 +87,7 @@ hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hu
 over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
 # What depends on a version of transformers: the capture, the families' inputs and forwards, sessions; and what is on top.
 MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices \
-	session verbs threads modes
+	session verbs threads
 METHOD_TESTS := tiny_model offload hide vicrop methods attend drop_in quantised checkpoint
 
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
@@ -90,19 +96,44 @@ build/transformers-4: Makefile | $(STAMP)
 
 test-transformers-4: $(STAMP) build/transformers-4  ## the tests that run models, on the oldest transformers
 	$(call over,build/transformers-4) -c "import transformers as t; assert t.__version__[0] == '4', t"
-	$(call over,build/transformers-4) -m pytest --numprocesses=2 --dist=loadgroup $(MODEL_TESTS:%=tests/test_%.py)
+	$(call over,build/transformers-4) -m pytest $(PARALLEL) $(MODEL_TESTS:%=tests/test_%.py)
+
+# What the first card's machine has: versions that the locks are ahead of, and its Python. Of the report of what kernels
+# compile to, whose hashes are of the locked Triton, sm_90 alone is compiled.
+CARD := triton==3.6.0 transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 numpy==2.3.5
+CARD_PYTHON ?= 3.12
+CARD_TESTS := attention_rows_triton attention_rows_serving_triton attention_rows_compiled token_maps_triton \
+	token_maps_compiled capture capture_generate registry first_card
+build/card-versions: Makefile | $(STAMP)
+	rm -rf $@ && $(BIN)/python -m pip install --quiet --no-deps --target $@ $(CARD)
+
+test-card: $(STAMP) build/card-versions  ## the kernels' tests on the versions that the first card's machine has
+	$(call over,build/card-versions) -c "import triton as t, numpy as n; \
+		assert (t.__version__, n.__version__) == ('3.6.0', '2.3.5'), (t, n)"
+	$(call over,build/card-versions) -m pytest $(PARALLEL) $(CARD_TESTS:%=tests/test_%.py) \
+		-k "not ((use_no_stack or report_says) and (8 or 1))"
+
+# Its Triton, by which kernels in the cache are found; and wheels that it lacks.
+build/card-wheel: Makefile | $(STAMP)
+	rm -rf $@ && $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(CARD_PYTHON) \
+		$(foreach at,28 27 17,--platform manylinux_2_$(at)_x86_64) --dest $@ $(filter triton%,$(CARD))
+
+carry: $(STAMP) build/card-versions build/card-wheel  ## in build/card what a card's machine is to be given (docs/first_minutes.md)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(CARD_PYTHON) \
+		--platform manylinux_2_28_x86_64 --constraint requirements/test.txt --dest build/card/wheels torchao
+	$(call over,build/card-versions) -m benchmarks.carry build/card --tests --wheel build/card-wheel/*.whl
 
 # Whatever is the newest today, with what it needs; none of these needs torch, and torch stays the locked one.
 NEWEST := transformers triton numpy pillow datasets ray
 NEWEST_TESTS := $(MODEL_TESTS) $(METHOD_TESTS) attention_rows_triton attention_rows_serving_triton token_maps_triton \
-	images pixel_values collage report golden evaluation evaluation_methods on_ray
+	images pixel_values collage golden evaluation evaluation_methods on_ray
 
 test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pillow, datasets or ray, on today's newest
 	rm -rf build/newest && $(BIN)/python -m pip install --quiet --no-compile --target build/newest $(NEWEST)
 	@test ! -e build/newest/torch || { echo "build/newest brings a torch of its own"; exit 1; }
 	@$(call over,build/newest) -c "from importlib.metadata import version as v; import sys; \
 		print('newest:', *(f'{name} {v(name)}' for name in sys.argv[1:]), sep='\n  ')" $(NEWEST)
-	$(call over,build/newest) -m pytest --numprocesses=2 --dist=loadgroup $(NEWEST_TESTS:%=tests/test_%.py)
+	$(call over,build/newest) -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/test_%.py)
 
 test-kvpress: build/environment-kvpress/.installed  ## kvpress's SnapKV with our scores, in an environment of its own
 	$(<D)/bin/python -m pytest tests/test_kvpress.py
@@ -125,15 +156,15 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site; broken links are 
 	$(BIN)/mkdocs build --strict --quiet
 
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
-	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup tests/test_properties.py
+	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 --dist=load tests/test_properties.py
 
-sanitize:  ## the kernels on blocks of real threads, looking for races, bad accesses and overflow
+sanitize: sanitize-thread sanitize-address  ## the kernels on blocks of real threads, looking for races, bad accesses and overflow
+
+sanitize-address: MORE := ,undefined -fno-sanitize-recover=all
+sanitize-%:
 	@mkdir -p build
-	g++ -std=c++17 -O1 -g -pthread -fsanitize=thread tests/csrc/driver.cpp -o build/driver_thread
-	build/driver_thread 15
-	g++ -std=c++17 -O1 -g -pthread -fsanitize=address,undefined -fno-sanitize-recover=all tests/csrc/driver.cpp \
-		-o build/driver_address
-	build/driver_address 15
+	g++ -std=c++17 -O1 -g -pthread -fsanitize=$*$(MORE) tests/csrc/driver.cpp -o build/driver_$*
+	build/driver_$* 15
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -150,8 +181,9 @@ bench: $(STAMP)  ## what a CPU can show; with a GPU: python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.drop_in
 	$(BIN)/python -m benchmarks.cpu
 
-static-report: $(STAMP)  ## recompile the kernels for six architectures, rewrite benchmarks/static_report.md
-	$(BIN)/python -m benchmarks.static_report
+static-report: $(STAMP) build/card-versions  ## what the kernels compile to, into benchmarks/static_report.md
+	$(call over,build/card-versions) -m benchmarks.static_report --save build/static-report.json
+	$(BIN)/python -m benchmarks.static_report --beside build/static-report.json
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist demo *.egg-info

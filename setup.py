@@ -9,9 +9,11 @@ TORCH_CUDA_ARCH_LIST ("8.0;9.0") chooses the GPU architectures.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
@@ -20,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 # A wheel without anything compiled is one for every platform.
 PURE = os.environ.get("HIDE_KERNELS_BUILD") == "none"
+RUNTIME = ["cudart_static", "dl", "rt", "pthread"]
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0"
 
 
@@ -58,6 +61,7 @@ class Build(build_ext):
         extension.libraries.append("torch_cpu")
         if wanted == "cuda" or (not wanted and torch.version.cuda and nvcc()):
             try:
+                runtime = self._runtime()
                 extension.extra_objects.append(self._kernels())
             except Exception as error:
                 if wanted:
@@ -66,15 +70,23 @@ class Build(build_ext):
             else:
                 extension.define_macros.append(("HIDE_CUDA", None))
                 # The static runtime: PyTorch's own may be of another version.
-                extension.library_dirs += self._runtime()
-                extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+                extension.library_dirs += runtime
+                extension.libraries += RUNTIME
 
     def _runtime(self) -> list[str]:
         """Where nvcc, which may be a wrapper anywhere, links the CUDA runtime from."""
         command = [nvcc() or "nvcc", "--dryrun", "-c", str(CSRC / "kernels.cu")]
         plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         libraries = next(line for line in plan.splitlines() if "LIBRARIES=" in line)
-        return re.findall(r'-L"?([^"\s]+)', libraries)
+        folders = re.findall(r'-L"?([^"\s]+)', libraries)
+        # Tried now: if it first failed with the extension, the host part would be lost too.
+        with tempfile.TemporaryDirectory() as made:
+            link = [*shlex.split(os.environ.get("CXX", "c++")), "-shared", "-o", f"{made}/tried.so"]
+            link += [*(f"-L{folder}" for folder in folders), *(f"-l{name}" for name in RUNTIME)]
+            tried = subprocess.run(link, capture_output=True, text=True)
+        if tried.returncode:
+            raise OSError(f"the CUDA runtime cannot be linked: {tried.stderr.strip()}")
+        return folders
 
     def _kernels(self) -> str:
         """Compiles the kernels for every architecture, and for later ones as PTX of the newest."""

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import cuda_times, interleaved_cpu_times, new_memory
+from benchmarks.measure import (
+    NO_TIME,
+    WITHHELD,
+    Failure,
+    cuda_times,
+    interleaved_cpu_times,
+    new_memory,
+    spread,
+)
 from hide.texts import named
 from hide_kernels import attention_rows
 from hide_kernels.testing import error_budget
-from hide_kernels.testing.cases import CASES, SERVING_CASES, error_of
+from hide_kernels.testing.cases import CASES, SERVING_CASES, Case, ServingCase, error_of
 
 
 @dataclass(frozen=True)
@@ -121,19 +129,35 @@ def flex_lse(query: Tensor, key: Tensor) -> Callable[[], Tensor]:
 DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}
 
 
-def failures(device: str) -> list[str]:
-    """The correctness gate: calls of every kind whose error exceeds the budget. Empty: speed may be reported."""
-    failed = []
+def failures(device: str) -> Iterator[Failure]:
+    """The correctness gate: calls of every kind whose error exceeds the budget."""
     for case in [*CASES, *SERVING_CASES]:
         for dtype in DTYPES[device]:
+            name = f"{case.name}, {str(dtype).removeprefix('torch.')}"
+            backend = "triton" if device == "cuda" else "torch"
             try:
-                rows, lse = error_of(case, dtype, device, backend=None)
+                rows, lse = error_of(case, dtype, device, backend=backend)
             except Exception as error:
-                failed.append(f"{case.name}, {dtype}: {type(error).__name__}: {error}")
+                yield Failure(name, backend, named(error), _figures(case))
                 continue
             if not max(rows, lse) <= 1:
-                failed.append(f"{case.name}, {dtype}: {rows:.2f} and {lse:.2f} times the budget (rows, lse)")
-    return failed
+                much = f"{rows:.2f} and {lse:.2f} times the budget (rows, lse)"
+                yield Failure(name, backend, much, _figures(case))
+
+
+def _figures(case: Case) -> tuple[str, ...]:
+    """Whose figures rest on a case: of its layout, all of which are means over heads without a mask."""
+    if case.arguments or case.depth not in (shape.depth for shape in shapes()):
+        return ()
+    if not isinstance(case, ServingCase):
+        return ("dense",)
+    return ("paged",) if case.block_size else ("packed",)
+
+
+def _rests_on(variant: str) -> str:
+    """The layout that a variant is a figure of; a baseline has none."""
+    layouts = {"attention_rows, packed": "packed", "attention_rows, paged": "paged", "attention_rows": "dense"}
+    return next((layout for name, layout in layouts.items() if name in variant), "")
 
 
 def oracle(query: Tensor, key: Tensor) -> Tensor:
@@ -146,42 +170,68 @@ def oracle(query: Tensor, key: Tensor) -> Tensor:
     return total / query.shape[1]
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Microseconds, error and new memory of every variant at every shape, until the time is used up."""
     deadline = time.monotonic() + seconds
-    table = []
     for shape in shapes():
         if time.monotonic() > deadline:
-            table.append({**asdict(shape), "skipped": "out of time"})
+            yield {**asdict(shape), "skipped": NO_TIME}
             continue
         query, key = shape.inputs(torch.bfloat16, device)
-        want = oracle(query, key)
-        _, lse = attention_rows(query, key, return_lse=True)
+        want, plain = oracle(query, key), repeated_keys(query.float(), key.float())
         out = torch.zeros(want.shape, device=device)
-        variants: dict[str, Any] = {
-            "attention_rows": lambda q=query, k=key: attention_rows(q, k).rows,
-            "attention_rows, lse given": lambda q=query, k=key, given=lse: attention_rows(q, k, lse=given).rows,
-            "attention_rows, out given": lambda q=query, k=key, o=out: attention_rows(q, k, out=o).rows,
-            "grouped, eager (c)": lambda q=query, k=key: grouped(q, k),
-            "repeated keys (b)": lambda q=query, k=key: repeated_keys(q, k),
+        variants: dict[str, Callable[[], Tensor]] = {
+            "attention_rows": lambda q=query, k=key: attention_rows(q, k).rows,  # type: ignore[misc]
+            "attention_rows, lse given": made_at_first(partial(lse_given, query, key)),
+            "attention_rows, out given": lambda q=query, k=key, o=out: attention_rows(q, k, out=o).rows,  # type: ignore[misc]
+            "grouped, eager (c)": partial(grouped, query, key),
+            "repeated keys (b)": partial(repeated_keys, query, key),
         }
         if shape.keys == ANCHOR.keys and shape.rows == ANCHOR.rows:  # compiling takes longer than all runs together
-            compiled = torch.compile(grouped, dynamic=False)
-            variants["grouped, compiled (c)"] = lambda q=query, k=key, c=compiled: c(q, k)
+            variants["grouped, compiled (c)"] = partial(torch.compile(grouped, dynamic=False), query, key)
         if shape == ANCHOR:
-            variants["published loop (a)"] = lambda q=query, k=key: published_loop(q, k)
-            variants["FlexAttention's lse, then attention_rows (d)"] = flex_lse(query, key)
-        for name, call in variants.items():
+            variants["published loop (a)"] = partial(published_loop, query, key)
+            variants["FlexAttention's lse, then attention_rows (d)"] = made_at_first(partial(flex_lse, query, key))
+        yield from _measured(asdict(shape), variants, want, plain, withheld, deadline)
+    batch = {**asdict(ANCHOR), "model": f"{ANCHOR.model} x {len(REQUESTS)}", "keys": sum(REQUESTS)}
+    if time.monotonic() > deadline:
+        yield {**batch, "skipped": NO_TIME}
+        return
+    calls, want, plain = serving_calls(REQUESTS, torch.bfloat16, device)
+    yield from _measured(batch, calls, want, plain, withheld, deadline)
+
+
+def made_at_first(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """A call that is prepared when it is first made, so that what preparing it throws is thrown by the call."""
+    made = cache(make)
+    return lambda: made()()
+
+
+def lse_given(query: Tensor, key: Tensor) -> Callable[[], Tensor]:
+    """The second pass alone."""
+    lse = attention_rows(query, key, return_lse=True).lse
+    return lambda: attention_rows(query, key, lse=lse).rows
+
+
+def _measured(
+    about: dict[str, Any],
+    calls: dict[str, Callable[[], Tensor]],
+    want: Tensor,
+    plain: Tensor,
+    withheld: Collection[str],
+    deadline: float,
+) -> Iterator[dict[str, Any]]:
+    for name, call in calls.items():
+        row = {**about, "variant": name}
+        if _rests_on(name) in withheld:
+            yield {**row, "skipped": WITHHELD}
+        elif time.monotonic() > deadline:
+            yield {**row, "skipped": NO_TIME}
+        else:
             # Ours must be within budget at this shape too; a baseline may err as it does.
-            budget = error_budget(repeated_keys(query, key), want) if name.startswith("attention_rows") else math.inf
-            table.append({**asdict(shape), "variant": name, **_gpu_entry(name, call, want, budget)})
-    if time.monotonic() < deadline:
-        calls, want, plain = serving_calls(REQUESTS, torch.bfloat16, device)
-        batch = {**asdict(ANCHOR), "model": f"{ANCHOR.model} x {len(REQUESTS)}", "keys": sum(REQUESTS)}
-        for name, call in calls.items():
-            budget = error_budget(plain, want) if name.startswith("attention_rows") else math.inf
-            table.append({**batch, "variant": name, **_gpu_entry(name, call, want, budget)})
-    return table
+            ours = name.startswith("attention_rows")
+            budget = error_budget(plain, want, torch.bfloat16) if ours else math.inf
+            yield {**row, **_gpu_entry(name, call, want, budget)}
 
 
 def _gpu_entry(name: str, call: Callable[[], Tensor], want: Tensor, budget: float) -> dict[str, Any]:
@@ -213,7 +263,7 @@ def one_by_one(queries: list[Tensor], keys: list[Tensor]) -> Tensor:
 def serving_calls(
     lengths: tuple[int, ...], dtype: torch.dtype, device: str, shape: Shape = ANCHOR, block_size: int = 16
 ) -> tuple[dict[str, Callable[[], Tensor]], Tensor, Tensor]:
-    """Calls for a batch of requests, packed and paged; their rows in float64; those of the plain expression."""
+    """Calls for a batch of requests, packed and paged; their rows in float64; those of (b) in float32."""
     each = [Shape(**{**asdict(shape), "keys": keys}).inputs(dtype, device) for keys in lengths]
     queries, keys = [query for query, _ in each], [key for _, key in each]
     packed = torch.cat([query[0].transpose(0, 1) for query in queries])
@@ -241,7 +291,7 @@ def serving_calls(
     want, plain = torch.zeros(2, len(packed), max(lengths), dtype=torch.float64, device=device)
     for b, (query, key) in enumerate(each):
         some = slice(b * shape.rows, (b + 1) * shape.rows), slice(0, lengths[b])
-        want[some], plain[some] = oracle(query, key)[0], repeated_keys(query, key)[0]
+        want[some], plain[some] = oracle(query, key)[0], repeated_keys(query.float(), key.float())[0]
     return calls, want, plain
 
 
@@ -280,6 +330,5 @@ def line(row: dict[str, Any]) -> str:
     if "error" not in row:
         return f"{where} {row['variant']:<46} {row.get('failed') or row['skipped']}"
     unit = "us" if "microseconds" in row else "ms"
-    times = row["microseconds"] if unit == "us" else row["milliseconds"]
-    spread = f"{times['median']:9.1f} {unit} ({times['p20']:.1f} to {times['p80']:.1f})"
-    return f"{where} {row['variant']:<46} {spread}  error {row['error']:.1e}  new {row['new_bytes'] / 1e6:.2f} MB"
+    times = spread(row["microseconds"] if unit == "us" else row["milliseconds"], unit)
+    return f"{where} {row['variant']:<46} {times}  error {row['error']:.1e}  new {row['new_bytes'] / 1e6:.2f} MB"

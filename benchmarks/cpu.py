@@ -27,7 +27,7 @@ from benchmarks import (
     smaller_cards,
     window_scores,
 )
-from benchmarks.measure import count, environment, write
+from benchmarks.measure import count, environment, found_wrong, write
 
 
 def ratios(table: list[dict[str, Any]], dtype: str) -> dict[str, float]:
@@ -51,8 +51,7 @@ def main() -> int:
     parser.add_argument("--threads", type=count, default=1, help="threads (default 1: steady beside other work)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    failures = attention_rows.failures("cpu")
-    if failures:
+    if failures := list(found_wrong(attention_rows, "cpu")):
         print("attention_rows: checks failed, its speed is not reported", *failures, sep="\n  ")
         return 1
     table = attention_rows.cpu_table(arguments.runs)
@@ -76,9 +75,9 @@ def main() -> int:
         "smaller_cards": smaller_cards,
     }
     for name, module in modules.items():
-        if failures := module.failures("cpu"):
+        if failures := list(found_wrong(module, "cpu")):
             print(f"{name}: checks failed, its speed is not reported", *failures, sep="\n  ")
-            operators[name] = {"failures": failures}
+            operators[name] = {"failures": [failure._asdict() for failure in failures]}
             good = False
             continue
         wholes = module.whole_table("cpu")

@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.measure import alone
+from benchmarks.measure import NO_TIME, WITHHELD, Failure, alone, in_turn
 from benchmarks.regions_to_collage import SIZES, on_white, picture
 from benchmarks.shared_prefix import (
     MID,
@@ -67,6 +67,9 @@ SIGMA, THRESHOLD = 3.0, 0.7
 # A peak's spread in parts of the grid's rows: with the smoothing, collages of 1,024 tokens of an 8K picture.
 SPREAD = 1 / 19
 QUESTIONS = 4
+# The ways that are compared.
+ASK, BOTH, SEVERAL = "HiDe.ask (c)", "plain and HiDe on one session (c)", f"{QUESTIONS} questions on one session (c)"
+PUBLISHED_FLOW = "published flow (b)"
 # On a GPU: the largest first, and how often at most.
 PICTURES, RUNS = ("8K", "2K", "4K"), 5
 # Limits on a CPU: `ask` with and without the plain answer beside it over the plain answer alone, each of four questions
@@ -377,37 +380,46 @@ def _shown(answer: Answer, plain: Answer | None = None) -> Shown:
 def ways(bench: Bench, path: Path) -> dict[str, Callable[[], Run]]:
     """All, by name; ours first, whose rows the others are judged by."""
     return {
-        "HiDe.ask (c)": bench.ask,
-        "plain and HiDe on one session (c)": bench.ask_both,
-        f"{QUESTIONS} questions on one session (c)": bench.questions,
+        ASK: bench.ask,
+        BOTH: bench.ask_both,
+        SEVERAL: bench.questions,
         "plain answer (a)": bench.plain,
-        "published flow (b)": functools.partial(bench.published, path),
+        PUBLISHED_FLOW: functools.partial(bench.published, path),
     }
 
 
-def check(bench: Bench) -> list[str]:
-    """What is wrong with ours, or differs between it and the published flow; replies are compared in float32."""
+def check(bench: Bench) -> Iterator[Failure]:
+    """What is wrong with a way, or differs between ours and the published flow; replies are compared in float32."""
+    runs: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = _saved(bench.image, folder)
-        runs = {name: way() for name, way in ways(bench, path).items()}
-    alone, both, questions, _, published = runs.values()
-    wrong = [f"{name}: {text}" for name, run in runs.items() for text in bench.wrong(run)]
-    for what, one, other in (
-        ("plain answers", both.shown[0].plain_answer, published.shown[0].plain_answer),
-        ("answers", both.shown[0].answer, published.shown[0].answer),
-        ("answers with and without the plain one", both.shown[0].answer, alone.shown[0].answer),
+        for name, way in ways(bench, _saved(bench.image, folder)).items():
+            try:
+                runs[name] = way()
+                for text in bench.wrong(runs[name]):
+                    yield Failure("one question", name, text, (name,))
+            except Exception as error:
+                yield Failure("one question", name, named(error), (name,))
+    shown = {name: run.shown for name, run in runs.items() if run.shown}
+    for what, field, one, other in (
+        ("plain answer", "plain_answer", BOTH, PUBLISHED_FLOW),
+        ("answer", "answer", BOTH, PUBLISHED_FLOW),
+        ("answer", "answer", ASK, BOTH),
     ):
-        if not one or one != other:
-            wrong.append(f"{what} differ: {one!r} and {other!r}")
-    if not all(shown.answer for shown in questions.shown):
-        wrong.append("a question on the session has no answer")
-    return wrong
+        if one in shown and other in shown:
+            got, want = (getattr(shown[name][0], field) for name in (one, other))
+            if not got or got != want:
+                yield Failure(what, one, f"{got!r}, and {want!r} by {other}", (one,))
+    if not all(each.answer for each in shown.get(SEVERAL, ())):
+        yield Failure("answers", SEVERAL, "a question on the session has none", (SEVERAL,))
 
 
-def table(bench: Bench, runs: int, seconds: float = math.inf) -> list[dict[str, Any]]:
-    """Every way, as `timed`."""
+def table(bench: Bench, runs: int, seconds: float = math.inf, withheld: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Every way whose check has passed, as `timed`."""
     with tempfile.TemporaryDirectory() as folder:
-        return timed(bench, ways(bench, _saved(bench.image, folder)), runs, seconds)
+        every = ways(bench, _saved(bench.image, folder))
+        left_out = [{**_about(bench), "what": name, "skipped": WITHHELD} for name in every if name in withheld]
+        served = {name: way for name, way in every.items() if name not in withheld}
+        return timed(bench, served, runs, seconds) + left_out
 
 
 def timed(bench: Bench, callable_ways: dict[str, Callable[[], Run]], runs: int, seconds: float) -> list[dict[str, Any]]:
@@ -418,6 +430,9 @@ def timed(bench: Bench, callable_ways: dict[str, Callable[[], Run]], runs: int, 
     peaks: dict[str, int] = {}
     samples: dict[str, list[Run]] = {}
     for name, way in callable_ways.items():
+        if (found or samples) and time.monotonic() > end:
+            found[name] = {**_about(bench), "what": name, "skipped": NO_TIME}
+            continue
         verdict = "failed"
         try:
             with profile(bench.adapter.model) as recording:
@@ -456,34 +471,24 @@ def _saved(image: Image.Image, folder: str) -> Path:
     return path
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str) -> Iterator[Failure]:
     """What is wrong on a device, in float32, at a size that is quick."""
-    try:
-        adapter = model(SMALL, device, torch.float32)
-        with without_tf32():
-            return check(Bench(adapter, SMALL, device, SIZES["2K"], GATE_TOKENS))
-    except Exception as error:
-        return [f"end to end: {type(error).__name__}: {error}"]
+    adapter = model(SMALL, device, torch.float32)
+    with without_tf32():
+        yield from check(Bench(adapter, SMALL, device, SIZES["2K"], GATE_TOKENS))
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The 7B with pictures of 16,384 tokens and fewer, as far as they fit into the time."""
     end = time.monotonic() + seconds
-    rows: list[dict[str, Any]] = []
     adapter = seven_b(device)
-    for name in PICTURES:
-        left = end - time.monotonic()
-        if rows and left < 0:
-            rows.append({"what": name, "skipped": "no time left"})
-            continue
-        try:
-            bench = Bench(adapter, SEVEN_B, device, SIZES[name], LARGE_TOKENS)
-            # Half of what is left, so that the smaller ones have theirs.
-            rows += table(bench, RUNS, left / 2)
-        except Exception as error:
-            # What was measured before it stays.
-            rows.append({"what": name, "failed": named(error)})
-    return rows
+
+    def of_picture(name: str) -> list[dict[str, Any]]:
+        bench = Bench(adapter, SEVEN_B, device, SIZES[name], LARGE_TOKENS)
+        # Half of what is left, so that the smaller ones have theirs.
+        return table(bench, RUNS, (end - time.monotonic()) / 2, withheld)
+
+    yield from in_turn({name: functools.partial(of_picture, name) for name in PICTURES}, end - time.monotonic())
 
 
 def whole_table(device: str, runs: int = 3) -> list[dict[str, Any]]:

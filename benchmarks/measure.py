@@ -6,20 +6,99 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import re
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from hide.texts import version
+from hide.texts import named, version
 
 RESULTS = Path(__file__).parent / "results"
 Call = Callable[[], Any]
+# What stands in a row in place of figures.
+NO_TIME, WITHHELD = "no time left", "its check failed"
+# Among `Failure.figures`: all.
+EVERYTHING = "everything"
+
+
+class Failure(NamedTuple):
+    """What a check found wrong: in which case, by which backend or way, and how wrong it is.
+
+    figures: names, as the module's tables know them, of what rests on it and is therefore not measured.
+    """
+
+    case: str
+    backend: str
+    error: str
+    figures: tuple[str, ...] = (EVERYTHING,)
+
+    def __str__(self) -> str:
+        return f"{self.case}, {self.backend}: {self.error}"
+
+
+def found_wrong(module: Any, device: str) -> Iterator[Failure]:
+    """What a module's check finds, one after another; if it breaks, that is the last, and all rests on it."""
+    try:
+        yield from module.failures(device)
+    except Exception as error:
+        yield Failure("the check itself", device, named(error, 500))
+
+
+def wrong(run: Callable[[], Any], right: Callable[[Any], bool], what: str) -> str | None:
+    """What is wrong with the result of a call, or `None`."""
+    try:
+        return None if right(run()) else f"wrong {what}"
+    except Exception as error:
+        return named(error)
+
+
+def in_turn(parts: Mapping[str, Callable[[], Iterable[dict[str, Any]]]], seconds: float) -> Iterator[dict[str, Any]]:
+    """Rows of the parts one after another, until the time is used up; a part that breaks takes no other with it."""
+    end = time.monotonic() + seconds
+    for name, part in parts.items():
+        if time.monotonic() > end:
+            yield {"what": name, "skipped": NO_TIME}
+            continue
+        try:
+            rows = part()
+            for row in rows:
+                yield row
+                if time.monotonic() > end and not isinstance(rows, list):  # of a list all is there
+                    yield {"what": f"the rest of {name}", "skipped": NO_TIME}
+                    break
+        except Exception as error:
+            yield {"what": name, "failed": named(error)}
+
+
+class OutOfTime(BaseException):
+    """No `Exception`, so that none who catches those takes it for a fault of what was running."""
+
+
+@contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Inside, `OutOfTime` is raised after so long, in the main thread, between two steps of Python.
+
+    What Python waits for, one kernel, copy or step of a compiler, is not cut off.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def count(text: str) -> int:
@@ -32,17 +111,17 @@ def count(text: str) -> int:
 def alone(module: Any, seconds: float) -> int:
     """One operator as a command: its check, its table and, on a CPU, its limit; the exit code.
 
-    module: with `failures(device)`, `whole_table(device)`, `gpu_table(seconds)`, `line(row)`, and if there is a limit
-        `within_limit(rows)` and, for where it holds, `ratios(rows)`.
+    module: as those of `benchmarks.gpu`, with `whole_table(device)`, and if there is a limit `within_limit(rows)` and,
+        for where it holds, `ratios(rows)`.
     """
     parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     device = parser.parse_args().device
     torch.set_num_threads(1)
-    if wrong := module.failures(device):
-        print("checks failed, nothing is reported", *wrong, sep="\n  ")
+    if failed := list(found_wrong(module, device)):
+        print("checks failed, nothing is reported", *failed, sep="\n  ")
         return 1
-    rows = module.whole_table(device) if device == "cpu" else module.gpu_table(seconds)
+    rows = module.whole_table(device) if device == "cpu" else list(module.gpu_table(seconds))
     for row in rows:
         print(module.line(row))
     good = not any("failed" in row for row in rows)
@@ -60,6 +139,12 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     points = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, median, p80 = torch.tensor(samples, dtype=torch.float64).quantile(points)
     return {"median": median.item(), "p20": p20.item(), "p80": p80.item()}
+
+
+def spread(times: Mapping[str, float], unit: str) -> str:
+    """Times as text."""
+    dirty = f", dirty L2 {times['dirty median']:.1f}" if "dirty median" in times else ""
+    return f"{times['median']:9.1f} {unit} ({times['p20']:.1f} to {times['p80']:.1f}{dirty})"
 
 
 def interleaved_cpu_times(calls: dict[str, Call], runs: int) -> dict[str, dict[str, float]]:
@@ -92,16 +177,23 @@ def cuda_graph(call: Call) -> torch.cuda.CUDAGraph:
 def cuda_times(call: Call, runs: int = 50, capture: bool = True) -> dict[str, float]:
     """Microseconds on the device with a cold L2; of a graph replay, or of eager calls where a call cannot be captured.
 
-    The L2 is overwritten before each run. That also keeps the stream busy while the run is queued, so that the events
+    Before each run the L2 is filled by reading other memory, or, for the "dirty" figures, by writing it: then the run
+    also pays for writing those lines back. That keeps the stream busy while the run is queued too, so that the events
     do not time the gap before it.
     """
     run = cuda_graph(call).replay if capture else call
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    other = torch.zeros(64 << 20, device="cuda")
+    total = torch.empty((), device="cuda")
     for _ in range(3):
         run()
+    clean = _timed(run, lambda: torch.sum(other, 0, out=total), runs)
+    return clean | {f"dirty {point}": time for point, time in _timed(run, other.zero_, runs).items()}
+
+
+def _timed(run: Call, flush: Call, runs: int) -> dict[str, float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
-        flush.zero_()
+        flush()
         start.record()
         run()
         stop.record()
@@ -134,13 +226,22 @@ def new_memory(call: Call, device: str) -> int:
     return peak
 
 
+def commit() -> str | None:
+    """The commit that the code is of, with "-dirty" behind it where files differ from it.
+
+    Where there is no repository, as in a copy on another machine: what `HIDE_COMMIT` holds.
+    """
+    described = _output("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    return described or os.environ.get("HIDE_COMMIT") or None
+
+
 def environment() -> dict[str, Any]:
     """Code, machine and versions; what cannot be found out is `None`."""
-    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
+    code = commit()
     found: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": _output("git", "rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        "git": code and code.removesuffix("-dirty"),
+        "dirty": code and code.endswith("-dirty"),
         "python": platform.python_version(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -174,15 +275,20 @@ def gpu_state() -> dict[str, str]:
     return {}
 
 
-def write(kind: str, result: dict[str, Any]) -> Path:
-    """Writes a result under `benchmarks/results` and returns its path. Results with the same name are replaced."""
+def write(kind: str, result: dict[str, Any], folder: Path | None = None) -> Path:
+    """Writes a result into a folder, `benchmarks/results` by default, and returns its path.
+
+    A result with the same name is replaced, as a whole: whoever is stopped leaves the old one or the new one.
+    """
     found = result["environment"]
     machine = found["gpu"]["name"] if found["gpu"] else found["cpu"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{kind} {machine} {(found['git'] or 'unknown')[:8]}".lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    new = path.with_suffix(".part")
+    new.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return new.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hide.tiny
-from benchmarks.measure import alone
+from benchmarks.measure import NO_TIME, WITHHELD, Failure, alone
 from benchmarks.shared_prefix import seven_b
 from hide.models.base import Adapter
 from hide.profiling.flows import FLOWS
@@ -41,22 +41,22 @@ SIZES = (4096, 16384)
 MARGIN, WORKSPACES = 1.08, 10**9
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str) -> Iterator[Failure]:
     """Flows of a small model whose tensors take more or less than predicted; kernels' workspaces are left out."""
     settings = Settings("bfloat16" if device == "cuda" else "float32", attention="sdpa")
-    failed = []
-    try:
-        adapter = small_model(device, settings)
-        for flow in FLOWS:
+    adapter = small_model(device, settings)
+    for flow in FLOWS:
+        try:
             predicted = predict_flow(read_config(SMALL), flow, SMALL_WORK, settings, owners=False).report
             measured = measure_flow(adapter, flow, SMALL_WORK, owners=True).report
-            if measured.error is not None or measured.tracked is None:
-                failed.append(f"{flow}: {measured.error}")
-            elif not abs(measured.tracked / predicted.peak - 1) <= TOLERANCE[device]:
-                failed.append(f"{flow}: {measured.tracked:,} bytes at the peak, predicted {predicted.peak:,}")
-    except Exception as error:
-        failed.append(f"memory: {type(error).__name__}: {error}")
-    return failed
+        except Exception as error:
+            yield Failure("a small model", flow, named(error), (flow,))
+            continue
+        if measured.error is not None or measured.tracked is None:
+            yield Failure("a small model", flow, str(measured.error), (flow,))
+        elif not abs(measured.tracked / predicted.peak - 1) <= TOLERANCE[device]:
+            error_text = f"{measured.tracked:,} bytes at the peak, predicted {predicted.peak:,}"
+            yield Failure("a small model", flow, error_text, (flow,))
 
 
 def small_model(device: str, settings: Settings) -> Adapter:
@@ -65,43 +65,50 @@ def small_model(device: str, settings: Settings) -> Adapter:
         return build(read_config(SMALL), getattr(torch, settings.dtype))
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The 7B, ours and the smaller pictures first, as far as it fits into the time and the card."""
     adapter, end = seven_b(device), time.monotonic() + seconds
     # Predictions of the two attentions are equal to a megabyte; this one does not take each window by itself.
     settings = Settings(str(adapter.dtype).removeprefix("torch."), attention="flash")
-    return compared(adapter, [Workload(tokens) for tokens in SIZES], settings, end)
+    return compared(adapter, [Workload(tokens) for tokens in SIZES], settings, end, withheld=withheld)
 
 
 def whole_table(device: str) -> list[dict[str, Any]]:
     """The small model."""
     settings = Settings("float32", attention="sdpa")
-    return compared(small_model(device, settings), [SMALL_WORK], settings, time.monotonic() + 60)
+    return list(compared(small_model(device, settings), [SMALL_WORK], settings, time.monotonic() + 60))
 
 
 def compared(
-    adapter: Adapter, works: Sequence[Workload], settings: Settings, end: float, flows: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """A row for each size and flow, by default all: predicted, and measured where it fits and there is time before
-    `end`."""
-    rows = []
+    adapter: Adapter,
+    works: Sequence[Workload],
+    settings: Settings,
+    end: float,
+    flows: Sequence[str] = (),
+    withheld: Collection[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """A row for each size and flow, by default all: predicted, and measured where it fits, its check has passed and
+    there is time before `end`."""
     for work in works:
         for flow in flows or reversed(FLOWS):
             about = {"flow": flow, "asked": work.image}
             if time.monotonic() > end:
-                rows.append({**about, "skipped": "no time left"})
+                yield {**about, "skipped": NO_TIME}
                 continue
             predicted = predict_flow(adapter.model.config, flow, work, settings, owners=False)
             row = {**about, "tokens": predicted.tokens, "predicted": predicted.report.peak}
+            if flow in withheld:
+                yield {**row, "skipped": WITHHELD}
+                continue
             if predicted.report.peak * MARGIN + WORKSPACES > (room := _room(adapter.model.device)):
-                rows.append({**row, "skipped": f"does not fit into {room / 1e9:.1f} GB"})
+                yield {**row, "skipped": f"does not fit into {room / 1e9:.1f} GB"}
                 continue
             try:
-                rows.append({**row, **_beside(measure_flow(adapter, flow, work), predicted)})
+                measured = _beside(measure_flow(adapter, flow, work), predicted)
             except RuntimeError as error:
                 # What was measured before it stays.
-                rows.append({**row, "failed": named(error)})
-    return rows
+                measured = {"failed": named(error)}
+            yield {**row, **measured}
 
 
 def _room(device: torch.device) -> float:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, Failure
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 NONE_YET = "No result exists yet: `python -m benchmarks.{kind}` makes one."
@@ -41,12 +41,16 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["# Measured", "", provenance(result["environment"]) + "."]
     for name, entry in result["operators"].items():
         lines += ["", f"## {name}", ""]
-        if entry.get("failures"):
-            lines += ["Not measured, because checks failed:", "", *(f"- {failure}" for failure in entry["failures"])]
-            continue
+        if failures := [Failure(**failure) for failure in entry.get("failures", [])]:
+            lines += ["Wrong, and so without figures:", ""]
+            lines += [f"- {failure} ({', '.join(failure.figures) or 'not measured here'})" for failure in failures]
+            lines.append("")
         if "table" not in entry:
-            lines.append(f"Not measured: {entry.get('error') or entry.get('skipped') or 'the run ended before'}.")
+            if not failures or "skipped" in entry:
+                lines.append(f"Not measured: {entry.get('skipped') or 'the run ended before'}.")
             continue
+        if ended := entry.get("error") or entry.get("cut off"):
+            lines += [f"Ended early: {ended}.", ""]
         module = importlib.import_module(f"benchmarks.{name}")
         if note := getattr(module, "NOTE", None):
             lines += [note, ""]

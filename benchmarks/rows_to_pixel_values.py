@@ -13,8 +13,7 @@ import functools
 import io
 import math
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import regions_to_collage
+from benchmarks.measure import WITHHELD, Failure, found_wrong, in_turn, wrong
 from benchmarks.regions_to_collage import GRID, MAPS, SIZES, THRESHOLD, WHITE, measure, picture
 from hide.images import decode
 from hide.models.qwen2_5_vl import LOADER_MIN_TOKENS, token_grid
@@ -37,7 +37,7 @@ MIN_TOKENS, MAX_TOKENS = 256, 16384
 # What Qwen2.5-VL's processor subtracts and divides by.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LIMIT_MS = {"cpu": 120.0, "cuda": 3.0}
-OURS = "the operators"
+WHOLE, OURS = "rows to pixels", "the operators"
 Stage = Callable[[Any], Any]
 
 
@@ -53,32 +53,35 @@ def attention(seed: int = 0) -> Tensor:
     return torch.from_numpy((found / found.sum((1, 2), keepdims=True)).astype(np.float32))
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str) -> Iterator[Failure]:
     """What is wrong on a device: our values beside those of the published steps, bit for bit; without scikit-image,
     which those want, beside ours of the host."""
-    try:
-        rows, source = attention(1), picture(SIZES["2K"])
-        want = _run(_published(Image.fromarray(source.numpy())) if find_spec("skimage") else _ours(source), rows)
-        got = _run(_ours(source.to(device)), rows.to(device))
-    except Exception as error:
-        return [f"rows to pixels: {type(error).__name__}: {error}"]
-    return [] if torch.equal(got.cpu(), want) else ["rows to pixels: other values than from the published steps"]
+    rows, source = attention(1), picture(SIZES["2K"])
+    want = _run(_published(Image.fromarray(source.numpy())) if find_spec("skimage") else _ours(source), rows)
+    error = wrong(
+        lambda: _run(_ours(source.to(device)), rows.to(device)),
+        lambda got: torch.equal(got.cpu(), want),
+        "values beside those of the published steps",
+    )
+    if error:
+        yield Failure("a 2K picture", OURS, error, (WHOLE,))
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """All measurements on the GPU, as far as they fit into the time; each is checked before it is timed."""
-    end, rows = time.monotonic() + seconds, []
-    for part in (_whole_rows, _upload_rows, _decode_rows):
-        if time.monotonic() > end:
-            rows.append({"what": part.__name__, "skipped": "no time left"})
-            continue
-        rows += part(torch.device(device))
-    return rows
+    parts: dict[str, Callable[[torch.device], Iterable[dict[str, Any]]]] = {
+        WHOLE: _whole_rows,
+        "upload": _upload_rows,
+        "decode": _decode_rows,
+    }
+    if WHOLE in withheld:
+        parts[WHOLE] = lambda device: [{"what": WHOLE, "skipped": WITHHELD}]
+    return in_turn({name: functools.partial(part, torch.device(device)) for name, part in parts.items()}, seconds)
 
 
 def whole_table(device: str) -> list[dict[str, Any]]:
     """The whole way and its stages, ours and the published ones."""
-    return _whole_rows(torch.device(device))
+    return list(_whole_rows(torch.device(device)))
 
 
 def within_limit(rows: list[dict[str, Any]]) -> bool:
@@ -159,7 +162,7 @@ def _run(stages: dict[str, Stage], given: Any) -> Any:
     return functools.reduce(lambda made, stage: stage(made), stages.values(), given)
 
 
-def _whole_rows(device: torch.device) -> list[dict[str, Any]]:
+def _whole_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     rows, host = attention(), picture(SIZES["8K"])
     on_device, source = rows.to(device), host.to(device)
     ways = {OURS: (_ours(source), on_device)}
@@ -171,15 +174,13 @@ def _whole_rows(device: torch.device) -> list[dict[str, Any]]:
     shape = f"{len(rows)} rows, 8K to {collage.shape[1]}x{collage.shape[0]}"
     # The rows, the collage's pixels from the source, it again written and read, and the values.
     moved = rows.nbytes + 3 * collage.nbytes + want.nbytes
-    table = []
     for name, (stages, given) in ways.items():
         if not torch.equal(_run(stages, given).cpu(), want.cpu()):
-            raise AssertionError(f"rows to pixels, {name}: other values than ours")
-        table.append(measure("rows to pixels", shape, name, functools.partial(_run, stages, given), moved, device))
+            raise AssertionError(f"{WHOLE}, {name}: other values than ours")
+        yield measure(WHOLE, shape, name, functools.partial(_run, stages, given), moved, device)._asdict()
         for stage, one in stages.items():
-            table.append(measure("", "", f"  {stage}", functools.partial(one, given), 0, device))
+            yield measure("", "", f"  {stage}", functools.partial(one, given), 0, device)._asdict()
             given = one(given)
-    return [row._asdict() for row in table]
 
 
 def _upload_rows(device: torch.device) -> list[dict[str, Any]]:
@@ -189,25 +190,24 @@ def _upload_rows(device: torch.device) -> list[dict[str, Any]]:
     return [measure("upload", "8K", "from pinned memory", run, host.nbytes, device)._asdict()]
 
 
-def _decode_rows(device: torch.device) -> list[dict[str, Any]]:
+def _decode_rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """Each decoder that can serve a JPEG on the device, and how far it is from Pillow."""
     size = SIZES["8K"]
     smooth = resize(picture((size[0] // 8, size[1] // 8)), size)
     buffer = io.BytesIO()
     Image.fromarray(smooth.numpy()).save(buffer, "JPEG", quality=90)
-    data, table = buffer.getvalue(), []
+    data = buffer.getvalue()
     want = decode(data)
     for name in ("pillow", "nvimgcodec"):
         run = functools.partial(decode, data, device=device, decoder=name)
         try:
             found = run().cpu()
         except ValueError as error:
-            table.append({"what": f"decode, {name}", "skipped": str(error)})
+            yield {"what": f"decode, {name}", "skipped": str(error)}
             continue
         difference = (found.int() - want.int()).abs()
         row = measure("decode", f"8K JPEG of {len(data) / 1e6:.1f} MB", name, run, want.nbytes, device)._asdict()
-        table.append({**row, "largest": int(difference.max()), "mean": float(difference.double().mean())})
-    return table
+        yield {**row, "largest": int(difference.max()), "mean": float(difference.double().mean())}
 
 
 def main() -> int:
@@ -215,11 +215,10 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     device = parser.parse_args().device
     torch.set_num_threads(1)
-    wrong = failures(device)
-    if wrong:
-        print(*wrong, sep="\n")
+    if failed := list(found_wrong(sys.modules[__name__], device)):
+        print(*failed, sep="\n")
         return 1
-    rows = whole_table(device) if device == "cpu" else gpu_table(math.inf)
+    rows = whole_table(device) if device == "cpu" else list(gpu_table(math.inf))
     for row in rows:
         print(line(row))
     if not within_limit(rows):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.measure import count
+from benchmarks.measure import WITHHELD, Failure, count, found_wrong
 from hide.engine import stock
 from hide.engine.prefix import Prefix
 from hide.methods.hide.config import SEARCH_PROMPT
@@ -72,6 +73,9 @@ SEVEN_B = Scale(
      "fullatt_block_indexes": [7, 15, 23, 31]},
     image=(96, 170), collage=(32, 32), layer=14, answer_tokens=8, entity_tokens=24,
 )  # fmt: skip
+
+
+OURS = ("shared prefix (c)", "shared prefix, five questions", "five questions, keys on the host")
 
 
 class Row(NamedTuple):
@@ -254,9 +258,9 @@ class Bench:
         return {
             "plain answer (a)": self.plain,
             "published flow (b)": self.published,
-            "shared prefix (c)": lambda: self.ours(1),
-            "shared prefix, five questions": lambda: self.ours(5),
-            "five questions, keys on the host": lambda: self.ours(5, offload=True),
+            OURS[0]: lambda: self.ours(1),
+            OURS[1]: lambda: self.ours(5),
+            OURS[2]: lambda: self.ours(5, offload=True),
         }
 
     def rows(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -266,30 +270,31 @@ class Bench:
             return alone, session.attention(self.turn, layers=[self.scale.layer], causal=False)
 
 
-def check(bench: Bench) -> list[str]:
+def check(bench: Bench) -> Iterator[Failure]:
     """What differs between the ways. In float32 the replies are equal and the rows within 1e-5 of their peak, on a GPU,
     whose kernels depend on the sizes, 1e-4."""
     exact = bench.model.dtype == torch.float32
     limit = (1e-5 if bench.device == "cpu" else 1e-4) if exact else 3e-2
-    wrong = []
     for alone, shared in zip(*bench.rows(), strict=True):
         error = float((alone - shared).abs().max() / alone.max())
         if not error <= limit:
-            wrong.append(f"rows differ by {error:.1e} of their peak")
+            yield Failure("rows", OURS[0], f"they differ by {error:.1e} of their peak", OURS)
     published, ours, host = bench.published()[2], bench.ours(5)[2], bench.ours(5, offload=True)[2]
     if exact and published[0] != ours[0]:
-        wrong.append(f"replies differ: {published[0]} and {ours[0]}")
+        yield Failure("replies", OURS[0], f"they differ: {published[0]} and {ours[0]}", OURS)
     if exact and host != ours:
-        wrong.append(f"replies differ with keys on the host: {host} and {ours}")
-    return wrong
+        yield Failure("replies", OURS[2], f"they differ: {host} and {ours}", OURS[2:])
 
 
-def table(bench: Bench, runs: int) -> list[Row]:
-    """Every way, run in turn, so that a busy spell of the machine falls on all."""
-    ways = bench.ways()
+def table(bench: Bench, runs: int, seconds: float = math.inf, withheld: Collection[str] = ()) -> list[Row]:
+    """Every way, run in turn, so that a busy spell of the machine falls on all; once, and as often as fits."""
+    end = time.monotonic() + seconds
+    ways = {name: way for name, way in bench.ways().items() if name not in withheld}
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     tokens: dict[str, int] = {}
     for run in range(runs + 1):
+        if run > 1 and time.monotonic() > end:
+            break
         for name, way in ways.items():
             stages, tokens[name], _ = way()
             if run:
@@ -332,25 +337,21 @@ def within_limit(rows: list[dict[str, Any]]) -> bool:
     )
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str) -> Iterator[Failure]:
     """What is wrong on a device, in float32, at a size that is quick."""
     scale = MID._replace(image=(20, 22), collage=(5, 8))
-    try:
-        with without_tf32():
-            return check(Bench(scale, device, model(scale, device, torch.float32)))
-    except Exception as error:
-        return [f"shared prefix: {type(error).__name__}: {error}"]
+    with without_tf32():
+        yield from check(Bench(scale, device, model(scale, device, torch.float32)))
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The 7B, as often as fits into the time."""
     start = time.monotonic()
     bench = Bench(SEVEN_B, device, seven_b(device))
-    rows = table(bench, 1)
-    spent = time.monotonic() - start
-    if seconds - spent > spent:
-        rows = table(bench, max(1, min(RUNS, int((seconds - spent) / spent))))
-    return [row._asdict() for row in rows]
+    for row in table(bench, RUNS, seconds - (time.monotonic() - start), withheld):
+        yield row._asdict()
+    for name in withheld:
+        yield {"model": SEVEN_B.name, "what": name, "skipped": WITHHELD}
 
 
 def whole_table(device: str, runs: int = 5) -> list[dict[str, Any]]:
@@ -360,6 +361,8 @@ def whole_table(device: str, runs: int = 5) -> list[dict[str, Any]]:
 
 def line(row: dict[str, Any]) -> str:
     """One row as text."""
+    if "skipped" in row:
+        return f"{row['model']:<15}{row['what']:<32}{row['skipped']}"
     stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["stages"].items())
     return f"{row['model']:<15}{row['what']:<32}{row['seconds']:8.3f} s  {row['tokens']:>6} tokens  ({stages})"
 
@@ -370,9 +373,8 @@ def main() -> int:
     parser.add_argument("--runs", type=count, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    wrong = failures(arguments.device)
-    if wrong:
-        print("checks failed, no time is reported", *wrong, sep="\n  ")
+    if failed := list(found_wrong(sys.modules[__name__], arguments.device)):
+        print("checks failed, no time is reported", *failed, sep="\n  ")
         return 1
     bench = Bench(SEVEN_B if arguments.device == "cuda" else MID, arguments.device)
     rows = [row._asdict() for row in table(bench, arguments.runs)]

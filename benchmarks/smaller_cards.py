@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,13 @@ from benchmarks.end_to_end import (
     timed,
 )
 from benchmarks.end_to_end import line as time_line
-from benchmarks.measure import alone
+from benchmarks.measure import NO_TIME, WITHHELD, Failure, alone
 from benchmarks.shared_prefix import SEVEN_B, Scale, model, seven_b, without_tf32
 from hide.models.quantised import check, quantise, quantised_layers
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.profiling.runs import Settings
 from hide.profiling.workload import Workload
+from hide.texts import named
 
 
 class Option(NamedTuple):
@@ -61,21 +63,22 @@ NOTE = (
 )
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str) -> Iterator[Failure]:
     """Whether an option changes what it must not, or quantised layers multiply with other weights."""
-    wrong = []
-    try:
-        with without_tf32():
-            adapter = model(SMALL, device, torch.float32)
-            benches = [Bench(adapter, SMALL, device, SIZES["2K"], GATE_TOKENS, offload=on) for on in (False, True)]
-            (plain,), (offloaded,) = (bench.ask().shown for bench in benches)
-            if (plain.boxes, plain.answer) != (offloaded.boxes, offloaded.answer):
-                wrong.append("keys and values on the host: other boxes or another answer")
-        for weights in formats(device):
-            wrong += _other_products(model(SMALL, device), weights)
-    except Exception as error:
-        wrong.append(f"smaller cards: {type(error).__name__}: {error}")
-    return wrong
+    host = tuple(name for name, option in OPTIONS.items() if option.offload)
+    with without_tf32():
+        adapter = model(SMALL, device, torch.float32)
+        benches = [Bench(adapter, SMALL, device, SIZES["2K"], GATE_TOKENS, offload=on) for on in (False, True)]
+        (plain,), (offloaded,) = (bench.ask().shown for bench in benches)
+        if (plain.boxes, plain.answer) != (offloaded.boxes, offloaded.answer):
+            yield Failure("one question", host[0], "other boxes or another answer", host)
+    for weights in formats(device):
+        these = tuple(name for name, option in OPTIONS.items() if option.weights == weights)
+        try:
+            for layer, error in _other_products(model(SMALL, device), weights):
+                yield Failure(layer, weights, error, these)
+        except Exception as error:
+            yield Failure("products", weights, named(error), these)
 
 
 def formats(device: str) -> list[str]:
@@ -91,7 +94,8 @@ def formats(device: str) -> list[str]:
 
 
 @torch.no_grad()
-def _other_products(adapter: Qwen25VL, weights: str) -> list[str]:
+def _other_products(adapter: Qwen25VL, weights: str) -> list[tuple[str, str]]:
+    """Layers whose products are too far away, and how far they are."""
     layers = quantised_layers(adapter.model, weights)
     generator = torch.Generator().manual_seed(0)
     given = {
@@ -103,29 +107,35 @@ def _other_products(adapter: Qwen25VL, weights: str) -> list[str]:
     for name in layers:
         away = float((adapter.model.get_submodule(name)(given[name]).float() - want[name]).norm() / want[name].norm())
         if not 0 < away <= ROUNDING[weights]:
-            wrong.append(f"{weights}, {name}: products {away:.3f} of their norm away, want at most {ROUNDING[weights]}")
+            wrong.append((name, f"products {away:.3f} of their norm away, want at most {ROUNDING[weights]}"))
     return wrong
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The 7B and an 8K picture, as far as it fits into the time; then memory beside its prediction."""
-    return _table(SEVEN_B, device, LARGE_TOKENS, "8K", time.monotonic() + seconds, memory=True)
+    return _table(SEVEN_B, device, LARGE_TOKENS, "8K", time.monotonic() + seconds, withheld, memory=True)
 
 
 def whole_table(device: str) -> list[dict[str, Any]]:
     """The mid-size model and a picture of 2,048 tokens at most."""
-    return _table(MIDDLE, device, MIDDLE_TOKENS, "2K", time.monotonic() + 240, memory=False)
+    return list(_table(MIDDLE, device, MIDDLE_TOKENS, "2K", time.monotonic() + 240, memory=False))
 
 
 def _table(
-    scale: Scale, device: str, max_tokens: int, picture: str, end: float, *, memory: bool
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+    scale: Scale,
+    device: str,
+    max_tokens: int,
+    picture: str,
+    end: float,
+    withheld: Collection[str] = (),
+    *,
+    memory: bool,
+) -> Iterator[dict[str, Any]]:
     served, adapter, held = ["bf16", *formats(device)], None, None
     for i, (name, option) in enumerate(OPTIONS.items()):
-        if option.weights not in served or time.monotonic() > end:
-            why = "no time left" if option.weights in served else f"{option.weights} weights are not served here"
-            rows.append({"what": name, "skipped": why})
+        if option.weights not in served or name in withheld or time.monotonic() > end:
+            missing = None if option.weights in served else f"{option.weights} weights are not served here"
+            yield {"what": name, "skipped": missing or (WITHHELD if name in withheld else NO_TIME)}
             continue
         if option.weights != held:
             # One at a time: the last one's memory is free when the next is made.
@@ -133,14 +143,13 @@ def _table(
             adapter, held = _with_weights(scale, option.weights, device), option.weights
         bench = Bench(adapter, scale, device, SIZES[picture], max_tokens, offload=option.offload)
         share = (end - time.monotonic()) / (len(OPTIONS) - i)
-        rows += timed(bench, {f"{name} (c)": bench.ask}, RUNS, share / 2)
+        yield from timed(bench, {f"{name} (c)": bench.ask}, RUNS, share / 2)
         if memory:
             dtype = str(adapter.dtype).removeprefix("torch.")
             settings = Settings(dtype, option.weights)
             work = Workload(max_tokens, offload=option.offload)
             (row,) = measured_memory.compared(adapter, [work], settings, end, flows=["ours"])
-            rows.append({**row, "flow": f"ours, {name}"})
-    return rows
+            yield {**row, "flow": f"ours, {name}"}
 
 
 def _with_weights(scale: Scale, weights: str, device: str) -> Qwen25VL:

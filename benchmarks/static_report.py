@@ -1,22 +1,26 @@
 """What the kernels compile to for six architectures, and how fast the cards could run them at best: no GPU is needed.
 
-`python -m benchmarks.static_report` rewrites `static_report.md` beside it, so that a change for the worse shows in a
-diff; `--check` instead exits with 1 if anything uses the stack or shared memory beyond its limit. Each row ends with a
-hash of all that it was compiled from: tests take the figures of kernels that have not changed since from the report.
+`make static-report` rewrites `static_report.md` beside it with the figures of two Tritons, the locked one and that of a
+card's PyTorch, so that a change for the worse shows in a diff; `--check` instead exits with 1 if anything uses the
+stack or shared memory beyond its limit, or if threads that are neighbours read what is not. Each row ends with a hash
+of all that it was compiled from: what has not changed since is taken from the report, here and in tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.attention_rows import ANCHOR, Shape
 from hide_kernels.launch import Launch
@@ -52,9 +56,9 @@ RAW = {"softmax": False, "softcap": 9.0, "row_reduction": "sum"}
 # (name, head size, rows, further arguments of `planned`). All but one are causal and padded, which takes the most
 # registers.
 CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
-    *((f"bf16 D {depth} R {rows}", depth, rows, {}) for depth in (64, 80, 128, 256) for rows in (8, 16, 32, 64)),
+    *((f"bf16 D {depth} R {rows}", depth, rows, {}) for depth in (64, 80, 128, 256) for rows in (8, 16, 32)),
     ("bf16 D 72 R 16", 72, 16, {}),
-    ("bf16 D 96 R 64", 96, 64, {}),
+    ("bf16 D 96 R 32", 96, 32, {}),
     ("bf16 D 128 R 1, no mask", 128, 1, {"masked": False}),
     ("bf16 D 128 R 32, heads apart", 128, 32, {"head_reduction": "none"}),
     ("bf16 D 128 R 32, raw, softcap, rows summed", 128, 32, RAW),
@@ -68,9 +72,9 @@ CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
         {"dtype": torch.float16, "head_reduction": torch.empty(28, device="meta"), "unaligned": True},
     ),
     ("fp32 D 128 R 32", 128, 32, {"dtype": torch.float32}),
-    *((f"bf16 D 128 R {rows}, packed", 128, rows, {"packed": True}) for rows in (8, 16, 32, 64)),
+    *((f"bf16 D 128 R {rows}, packed", 128, rows, {"packed": True}) for rows in (8, 16, 32)),
     *((f"bf16 D {depth} R 32, packed, paged", depth, 32, PAGED) for depth in (64, 80, 256)),
-    *((f"bf16 D 128 R {rows}, packed, paged", 128, rows, PAGED) for rows in (8, 16, 32, 64)),
+    *((f"bf16 D 128 R {rows}, packed, paged", 128, rows, PAGED) for rows in (8, 16, 32)),
     ("bf16 D 256 R 8, packed, paged", 256, 8, PAGED),
     ("bf16 D 256 R 16, packed, paged", 256, 16, PAGED),
     ("bf16 D 128 R 32, paged", 128, 32, {"block_size": 16}),
@@ -95,15 +99,11 @@ def launches(capability: tuple[int, int]) -> list[tuple[str, Launch]]:
     return found + [("any", launch) for launch in planned_maps((95, 170))[1:]]
 
 
-def compiled(capability: tuple[int, int], number: int) -> Usage:
-    return compile_launch(launches(capability)[number][1], capability)
-
-
 @functools.cache
 def committed() -> dict[str, Usage]:
     """The usages in the report by the hash of what they were compiled from."""
     rows = [[cell.strip() for cell in line.split("|")] for line in REPORT.read_text().splitlines() if "` |" in line]
-    return {row[-2].strip("`"): Usage(row[2], *map(int, row[3:-2])) for row in rows}
+    return {row[-2].strip("`"): Usage(row[2], *map(int, row[4:-2])) for row in rows}
 
 
 def usage(launch: Launch, capability: tuple[int, int]) -> Usage:
@@ -112,10 +112,12 @@ def usage(launch: Launch, capability: tuple[int, int]) -> Usage:
 
 
 def acceptable(usage: Usage, capability: tuple[int, int], name: str) -> bool:
-    """Nothing on the stack for 16-bit types and D <= 128, 32 bytes elsewhere, shared memory fits.
+    """Nothing on the stack for 16-bit types and D <= 128, 32 bytes elsewhere, shared memory fits, all is coalesced.
 
     Four programs of `token_maps` share a multiprocessor.
     """
+    if usage.uncoalesced:
+        return False
     if usage.kernel not in ("partial_lse", "combine_lse", "reduce_rows"):
         return not usage.stack and usage.registers <= 128 and usage.shared <= SHARED_LIMIT[capability] // 4
     stack = 32 if name.startswith("fp32") or "D 256" in name else 0
@@ -146,52 +148,86 @@ def floors(shape: Shape = ANCHOR) -> list[str]:
     return lines
 
 
-def report(usages: dict[tuple[int, int], list[Usage]]) -> str:
-    """The committed table."""
-    import triton
-
+def report(usages: Sequence[Compiled]) -> str:
+    """The committed table, a row of each Triton below the other."""
     lines = [
         "# What the Triton kernels compile to",
         "",
-        "Written by `python -m benchmarks.static_report` (compiled offline, nothing was run). "
-        f"Triton {triton.__version__}; those of attention_rows as causal with padding, 28 heads in 4 groups; those of "
-        "token_maps, from `scan_rows` on, are the same for every size, sigma and number of images. mma, wgmma, "
-        "tcgen05: tensor-core instructions in the machine code. The last column is a hash of what was compiled.",
+        "Written by `make static-report` (compiled offline, nothing was run); those of attention_rows as causal with "
+        "padding, 28 heads in 4 groups; those of token_maps, from `scan_rows` on, are the same for every size, sigma "
+        "and number of images. mma, wgmma, tcgen05: tensor-core instructions in the machine code. uncoalesced: "
+        "accesses whose neighbouring threads do not lie along the columns. The last column is a hash of what was "
+        "compiled.",
         "",
         "## Least time, in microseconds, from data sheets",
         "",
         *floors(),
     ]
-    for capability, of_card in usages.items():
+    for capability in CARDS:
         lines += [
             "",
             f"## sm_{capability[0]}{capability[1]} (shared memory up to {SHARED_LIMIT[capability]} bytes)",
             "",
-            "| configuration | kernel | registers | stack | shared | mma | wgmma | tcgen05 | instructions | hash |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| configuration | kernel | Triton | registers | stack | shared | mma | wgmma | tcgen05 | instructions "
+            "| uncoalesced | hash |",
+            "|---" * 12 + "|",
         ]
-        for (name, launch), found in zip(launches(capability), of_card, strict=True):
-            figures = " | ".join(map(str, astuple(found)))
-            lines.append(f"| {name} | {figures} | `{fingerprint(launch, capability)}` |")
+        own = sorted((row for row in usages if row.capability == capability), key=lambda row: row.number)
+        for row in own:
+            name = launches(capability)[row.number][0]
+            kernel, *figures = astuple(row.usage)
+            cells = [name, kernel, row.triton, *map(str, figures), f"`{row.hash}`"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one launch of the report compiled to. The hash is Triton's own, so it is taken where that Triton is."""
+
+    capability: tuple[int, int]
+    number: int
+    triton: str
+    usage: Usage
+    hash: str
+
+    @classmethod
+    def here(cls, capability: tuple[int, int], number: int) -> Compiled:
+        import triton
+
+        launch = launches(capability)[number][1]
+        return cls(capability, number, triton.__version__, usage(launch, capability), fingerprint(launch, capability))
+
+    @classmethod
+    def read(cls, fields: dict[str, Any]) -> Compiled:
+        own = {**fields, "capability": tuple(fields["capability"]), "usage": Usage(**fields["usage"])}
+        return cls(**own)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="write the figures of this Triton there as JSON alone"
+    )
+    parser.add_argument("--beside", type=Path, metavar="FILE", help="such a file of another Triton, for the report")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     arguments = parser.parse_args()
     jobs = [(capability, number) for capability in CARDS for number in range(len(launches(capability)))]
-    usages: dict[tuple[int, int], list[Usage]] = {capability: [] for capability in CARDS}
+    usages: list[Compiled] = []
     bad = 0
     with ProcessPoolExecutor(arguments.workers) as pool:
-        for (capability, number), found in zip(jobs, pool.map(compiled, *zip(*jobs, strict=True)), strict=True):
-            usages[capability].append(found)
-            name = launches(capability)[number][0]
-            if not acceptable(found, capability, name):
-                print(f"sm_{capability[0]}{capability[1]} {name}: {found}")
+        for found in tqdm(pool.map(Compiled.here, *zip(*jobs, strict=True)), total=len(jobs), disable=None):
+            usages.append(found)
+            name = launches(found.capability)[found.number][0]
+            if not acceptable(found.usage, found.capability, name):
+                print(f"sm_{found.capability[0]}{found.capability[1]} {name}: {found.usage}")
                 bad += 1
-    if not arguments.check:
+    if arguments.save:
+        arguments.save.write_text(json.dumps([asdict(row) for row in usages]), encoding="utf-8")
+    elif not arguments.check:
+        if arguments.beside:
+            usages = [*map(Compiled.read, json.loads(arguments.beside.read_text(encoding="utf-8"))), *usages]
         REPORT.write_text(report(usages), encoding="utf-8")
         print(f"written to {REPORT}")
     return 1 if bad else 0

@@ -17,6 +17,7 @@ from benchmarks import shared_prefix
 from benchmarks.measure import new_memory
 from benchmarks.regions_to_collage import SIZES, THRESHOLD, WHITE, picture, synthetic_maps
 from benchmarks.token_maps import PRIOR, SIGMA
+from hide.engine import stock
 from hide.session import ImageSession
 from hide_kernels import attention_rows, collage_of_maps, pixel_values, token_maps
 
@@ -73,12 +74,18 @@ def test_a_picture_to_pixel_values(benchmark: Any) -> None:
 
 def test_a_question_on_an_open_session(benchmark: Any) -> None:
     bench = shared_prefix.Bench(shared_prefix.MID._replace(image=(20, 22), collage=(7, 7)), DEVICE)
-    assert shared_prefix.check(bench) == []
     ids = bench.model.input_ids(bench.questions[0], bench.every)
+    layers, tokens = [bench.scale.layer], bench.scale.answer_tokens
+    (want,) = stock.attention(bench.model, bench.turn, bench.image, layers=layers, causal=False)
+    reply = stock.generate_ids(bench.model, ids, bench.every, max_new_tokens=tokens)
     with ImageSession(bench.model, bench.image) as session:
 
-        def ask() -> list[int]:
-            session.attention(bench.turn, layers=[bench.scale.layer], causal=False)
-            return session.reply(ids, bench.collage, max_new_tokens=bench.scale.answer_tokens)
+        def ask() -> tuple[torch.Tensor, list[int]]:
+            (rows,) = session.attention(bench.turn, layers=layers, causal=False)
+            return rows, session.reply(ids, bench.collage, max_new_tokens=tokens)
 
+        rows, said = ask()
+        exact = bench.model.dtype == torch.float32
+        assert (rows - want).abs().max() <= (1e-3 if exact else 3e-2) * want.max()
+        assert said == reply or not exact
         timed(benchmark, ask)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import WITHHELD, Failure, in_turn, wrong
 from benchmarks.regions_to_collage import GRID, MAPS, line, measure, synthetic_maps
+from hide.texts import named
 from hide_kernels import explain, token_maps
 from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, map_error
+from hide_kernels.token_maps import TokenMaps
 
 __all__ = ["failures", "gpu_table", "line"]
 
@@ -23,41 +25,48 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 SHAPES = [(MAPS, GRID), *((tokens, grid) for tokens in (8, 48, 100) for grid in ((32, 32), (64, 64), (200, 200)))]
 
 
-def failures(device: str) -> list[str]:
+def failures(device: str) -> Iterator[Failure]:
     """What is wrong on a device: calls of every kind, by every backend that serves them, beside the reference."""
-    failed = []
     for case in MAP_CASES:
         for backend in _backends(case.inputs(DTYPES[device], device)):
             try:
                 error = map_error(case, DTYPES[device], device, backend=backend)
             except Exception as problem:
-                failed.append(f"{case.name}, {backend}: {type(problem).__name__}: {problem}")
+                yield Failure(case.name, backend, named(problem), (backend,))
                 continue
             if not error <= MAP_ERROR:
-                failed.append(f"{case.name}, {backend}: error {error:.1e}")
-    return failed
+                yield Failure(case.name, backend, f"error {error:.1e}", (backend,))
 
 
-def gpu_table(seconds: float, device: str = "cuda") -> list[dict[str, Any]]:
-    """All measurements on the GPU, as far as they fit into the time."""
-    end, table = time.monotonic() + seconds, []
-    for tokens, grid in SHAPES:
-        if time.monotonic() > end:
-            table.append({"what": f"rows to maps, {tokens} of {grid}", "skipped": "no time left"})
-            continue
-        table += shape_rows(tokens, grid, torch.device(device))
-    return table
+def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """All measurements on the GPU, as far as they fit into the time; each is checked before it is timed."""
+    parts = {
+        f"rows to maps, {tokens} of {grid}": functools.partial(shape_rows, tokens, grid, torch.device(device), withheld)
+        for tokens, grid in SHAPES
+    }
+    return in_turn(parts, seconds)
 
 
-def shape_rows(tokens: int, grid: tuple[int, int], device: torch.device) -> list[dict[str, Any]]:
+def shape_rows(
+    tokens: int, grid: tuple[int, int], device: torch.device, withheld: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Every backend at one shape."""
     rows = synthetic_maps(PRIOR + tokens, grid).to(device, DTYPES[device.type])
     moved = rows.nbytes + 4 * tokens * grid[0] * grid[1]
-    table = []
+    (want,) = token_maps([rows.cpu()], prior_rows=PRIOR, sigma=SIGMA, backend="scipy").maps
+
+    def right(got: TokenMaps) -> bool:
+        return bool((got.maps[0].cpu() - want).abs().max() <= MAP_ERROR)
+
     for backend in _backends([rows]):
+        about = {"what": "rows to maps", "shape": f"{tokens} x {grid[0]}x{grid[1]}", "implementation": backend}
         run = functools.partial(token_maps, [rows], prior_rows=PRIOR, sigma=SIGMA, backend=backend)
-        table.append(measure("rows to maps", f"{tokens} x {grid[0]}x{grid[1]}", backend, run, moved, device)._asdict())
-    return table
+        if backend in withheld:
+            yield {**about, "skipped": WITHHELD}
+        elif error := wrong(run, right, "maps"):
+            yield {**about, "failed": error}
+        else:
+            yield measure(*about.values(), run, moved, device)._asdict()
 
 
 def _backends(rows: list[Tensor]) -> Iterator[str]:

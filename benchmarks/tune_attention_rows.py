@@ -24,17 +24,25 @@ from hide_kernels.testing.offline import SHARED_LIMIT, compile_launch
 
 
 def lse_candidates(bucket: int) -> Iterator[LseConfig]:
-    """Tiles of `partial_lse` for a bucket of group * rows."""
+    """Tiles of `partial_lse` for a bucket of group * rows; `resident` decides into how many chunks keys are split."""
     block_m = {16: (16,), 64: (64,), 128: (64, 128)}[bucket]
-    for m, n, warps, stages, registers in itertools.product(block_m, (64, 128), (4, 8), (2, 3), (None, 128, 168)):
-        yield LseConfig(m, n, warps, stages=stages, registers=registers)
+    for m, n, warps, stages, registers, resident in itertools.product(
+        block_m, (64, 128), (4, 8), (2, 3, 4), (None, 128, 168), (1, 2, 3)
+    ):
+        yield LseConfig(m, n, warps, stages=stages, registers=registers, resident=resident)
 
 
 def rows_candidates(bucket: int) -> Iterator[RowsConfig]:
-    """Tiles of `reduce_rows` for a bucket of rows."""
-    for heads, n, warps, unroll, pair in itertools.product((2, 4, 8), (64, 128), (4, 8), (0, 2), (1, 2)):
-        if heads * bucket <= 128:
-            yield RowsConfig(bucket, heads, n, warps, unroll=unroll, pair=pair)
+    """Tiles of `reduce_rows` for a bucket of rows, for one program on a multiprocessor or two."""
+    for heads, n, warps, pair, stages, slice_, registers in itertools.product(
+        (2, 4, 8), (64, 128), (4, 8), (1, 2), (2, 3, 4), (0, 32, 64), (None, 128)
+    ):
+        tile = heads * bucket
+        if 16 <= tile <= 256:
+            fold = max(1, min(tile // (16 * warps), heads // pair))
+            yield RowsConfig(
+                bucket, heads, n, warps, pair=pair, fold=fold, stages=stages, slice=slice_, registers=registers
+            )
 
 
 def time_of(
@@ -50,7 +58,7 @@ def time_of(
     )  # fmt: skip
     out = torch.full(request.shape, torch.nan, device=query.device)
     launches, _ = triton_launch.plan(
-        query, key, request, None, out, False, triton_launch.Card(capability, properties.multi_processor_count),
+        query, key, request, None, out, False, triton_launch.Card.of(capability, properties.multi_processor_count),
         lse_tiles=lse_tiles, rows_tiles=rows_tiles,
     )  # fmt: skip
     first, last = launches[0], launches[-1]
@@ -84,15 +92,15 @@ def main() -> int:
             want = oracle(query, key)
             timed = {tiles: time_of(query, key, want, tiles, None) for tiles in {now, *lse_candidates(bucket)}}
             _show(f'("{own_family}", {bucket})', timed, now)
-    for (name, depth, bucket), tiles_now in ROWS.items():
+    for (name, bucket), tiles_now in ROWS.items():
         if name == own_family:
-            query, key = Shape("", 28, 4, depth, bucket, keys).inputs(torch.bfloat16, "cuda")
+            query, key = Shape("", 28, 4, 128, bucket, keys).inputs(torch.bfloat16, "cuda")
             want = oracle(query, key)
-            candidates = {tiles_now, *rows_candidates(bucket), replace(tiles_now, registers=None)}
+            candidates = {replace(tiles_now, slice=64), *rows_candidates(bucket)}
             _show(
-                f'("{own_family}", {depth}, {bucket})',
+                f'("{own_family}", {bucket})',
                 {t: time_of(query, key, want, None, t) for t in candidates},
-                tiles_now,
+                replace(tiles_now, slice=64),
             )
     return 0
 

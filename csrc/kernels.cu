@@ -2,6 +2,9 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "collage.cuh"
 #include "pixel_values.cuh"
@@ -23,13 +26,27 @@ const Kernel kKernels[] = {
     HIDE_ENTRY(resize_to_patches_16),  HIDE_ENTRY(resize_to_patches_32),
 };
 
+// Lets a kernel have all the shared memory that a block of the device can have; the device is the current one. Once for
+// each, and never less: another thread may be about to launch the same kernel with more than this call needs.
+cudaError_t allow_shared(const void* function, int device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({function, device})) return cudaSuccess;
+  int most = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) allowed.insert({function, device});
+  return error;
+}
+
 cudaError_t launch(const void* function, int device, int blocks, int threads, int shared, void** arguments,
                    void* stream) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) error = allow_shared(function, device);
   if (error == cudaSuccess)
     error = cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared,
                              static_cast<cudaStream_t>(stream));

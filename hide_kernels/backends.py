@@ -48,6 +48,10 @@ def _unquantised_rows(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+# Triton's own interpreter does not, that of `testing.interpreter` does.
+INTERPRETS_BFLOAT16 = False
+
+
 def _triton_rows(arguments: Mapping[str, Any]) -> str | None:
     query = arguments.get("query")
     refused = _unquantised_rows(arguments) or _no_triton(query, "query")
@@ -60,7 +64,7 @@ def _no_triton(tensor: Any, argument: str) -> str | None:
     if device is not None and device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return f"{argument} is on the CPU; the kernels need a CUDA device (or TRITON_INTERPRET=1, to test them)"
-        if str(tensor.dtype) == "torch.bfloat16":
+        if str(tensor.dtype) == "torch.bfloat16" and not INTERPRETS_BFLOAT16:
             return "Triton's interpreter multiplies bfloat16 as bit patterns"
         return _needs("triton")({})
     if device is not None and device.type != "cuda":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hide_kernels.geometry import DEFAULT_SHARED, Geometry
+from hide_kernels.geometry import Geometry, shared_limit
 
 # In an installed package, or in a checkout.
 _HERE = Path(__file__).parent
@@ -84,10 +84,19 @@ def _launch_cupy(
         *(np.float64(real) for real in reals),
     )
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
-        function = _cupy_module().get_function(kernel)
-        if geometry.shared > DEFAULT_SHARED:
-            function.max_dynamic_shared_size_bytes = geometry.shared
+        function = _cupy_function(kernel, device)
         function((geometry.blocks,), (geometry.threads,), arguments, shared_mem=geometry.shared)
+
+
+@functools.cache
+def _cupy_function(kernel: str, device: torch.device) -> Any:
+    """A kernel that may have all the shared memory that a block of the device, the current one, can have.
+
+    Set once and never to what one call needs: another thread may be about to launch with more.
+    """
+    function = _cupy_module().get_function(kernel)
+    function.max_dynamic_shared_size_bytes = shared_limit(device)
+    return function
 
 
 @functools.cache

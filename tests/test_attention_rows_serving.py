@@ -13,7 +13,7 @@ from hide_kernels.testing.cases import SERVING_CASES, ServingCase, error_of
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SERVING_CASES, ids=lambda case: case.name)
 def test_every_kind_of_call_equals_each_sequence_alone_in_float64(case, dtype):
-    assert max(error_of(case, dtype, "cpu", backend="torch", plain_dtype=torch.float32)) <= 1
+    assert max(error_of(case, dtype, "cpu", backend="torch")) <= 1
 
 
 def dense(lengths, seed=0, heads=4, depth=8):

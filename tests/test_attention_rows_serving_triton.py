@@ -36,7 +36,7 @@ KINDS += [(case, torch.float32) for case in SERVING_CASES if case.name in SLICED
 @warnings
 @pytest.mark.parametrize("case, dtype", KINDS, ids=lambda value: getattr(value, "name", str(value)))
 def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
-    errors = error_of(case, dtype, "cpu", backend="triton", plain_dtype=torch.float32)
+    errors = error_of(case, dtype, "cpu", backend="triton")
     assert max(errors) <= 1
     assert launched[-1].kernel.fn.__name__ == "reduce_rows"
     assert launched[-1].arguments["MASKED"] and not launched[-1].arguments["WIDE"]

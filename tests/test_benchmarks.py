@@ -1,5 +1,6 @@
 """The benchmarks' own parts: baselines that say what they claim, a gate that closes, a result that can be read."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from itertools import islice
 from types import SimpleNamespace
 
@@ -31,7 +33,9 @@ from benchmarks import (
 )
 from hide.engine import kv_cache
 from hide.methods.hide import method
+from hide.profiling.runs import Settings
 from hide.session import ImageSession
+from hide_kernels import explain
 from hide_kernels.attention_rows import torch_blocked
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
@@ -74,21 +78,54 @@ def test_without_a_gpu_all_benchmarks_are_one_line_and_an_exit_code(monkeypatch,
 
 
 def test_the_gate_names_the_calls_that_a_broken_implementation_gets_wrong(monkeypatch):
-    assert operator.failures("cpu") == []
+    assert list(operator.failures("cpu")) == []
     real = torch_blocked.visible_keys
     monkeypatch.setattr(torch_blocked, "visible_keys", lambda *a: None if a[0].causal else real(*a))
-    broken = operator.failures("cpu")
-    assert any(text.startswith("causal, torch.float32") for text in broken)
-    assert all("causal" in text or "mask" in text for text in broken)
+    broken = list(operator.failures("cpu"))
+    assert ("causal, float32", "torch") in [(failure.case, failure.backend) for failure in broken]
+    assert all("causal" in failure.case or "mask" in failure.case for failure in broken)
+    # No figure is of a call with a mask.
+    assert not any(failure.figures for failure in broken)
 
 
-def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
+def test_figures_of_rows_rest_on_the_cases_of_their_layout(monkeypatch):
+    def wrong_at(name):
+        monkeypatch.setattr(operator, "error_of", lambda case, *a, **k: (9.0 if case.name == name else 0.1, 0.1))
+        return {failure.figures for failure in operator.failures("cpu")}
+
+    assert wrong_at("one key") == wrong_at("head size 128") == {("dense",)}
+    assert wrong_at("packed") == {("packed",)} and wrong_at("paged, pages of one key") == {("paged",)}
+    assert wrong_at("head size 40") == wrong_at("softcap") == wrong_at("paged, heads first, causal") == {()}
+    assert wrong_at("no such case") == set()
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged"])
+def test_only_figures_of_the_layout_that_failed_are_withheld(layout, monkeypatch):
+    monkeypatch.setattr(operator, "shapes", lambda: [SMALL])
+    monkeypatch.setattr(operator, "REQUESTS", (70, 33))
+    monkeypatch.setattr(operator, "cuda_times", times_on_the_host)
+    rows = list(operator.gpu_table(60, "cpu", {layout}))
+    left_out = [row["variant"] for row in rows if row.get("skipped") == measure.WITHHELD]
+    assert left_out and all("attention_rows" in name for name in left_out)
+    assert {operator._rests_on(name) for name in left_out} == {layout}
+    others = [row["variant"] for row in rows if row["variant"] not in left_out]
+    assert sum(name.startswith("attention_rows") for name in others) == 6 - len(left_out)
+    assert "repeated keys (b)" in others and not any(
+        "skipped" in row or "failed" in row for row in rows if row["variant"] in others
+    )
+
+
+def test_what_fails_is_named_and_gets_no_figures_and_takes_no_other_with_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "environment", lambda: {**ENVIRONMENT})
     monkeypatch.setattr(gpu, "gpu_state", lambda: {"clocks.sm": "1980"})
-    monkeypatch.setattr(operator, "failures", lambda device: ["plain: 3.00 times the budget"])
-    monkeypatch.setattr(operator, "gpu_table", lambda *given: pytest.fail("measured"))
+    wrong = measure.Failure("plain, bfloat16", "triton", "3.00 times the budget", ("dense",))
+    monkeypatch.setattr(operator, "failures", lambda device: [wrong])
+    rest = {**dataclasses.asdict(SMALL), "variant": "attention_rows", "skipped": measure.WITHHELD}
+    monkeypatch.setattr(
+        operator, "gpu_table", lambda seconds, device, withheld: [rest] if withheld == {"dense"} else []
+    )
     monkeypatch.setattr(regions_to_collage, "failures", lambda device: [])
     fast = regions_to_collage.Row("whole", "48", "collage_of_maps", 9.0, 8.0, 10.0, 1000, 5, 1)._asdict()
     monkeypatch.setattr(regions_to_collage, "gpu_table", lambda *given: [fast])
@@ -96,7 +133,7 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     decoded = {**fast, "what": "decode", "largest": 3, "mean": 0.25}
     monkeypatch.setattr(rows_to_pixel_values, "gpu_table", lambda *given: [decoded])
     monkeypatch.setattr(token_maps, "failures", lambda device: [])
-    maps = token_maps.shape_rows(8, (32, 32), torch.device("cpu"))
+    maps = list(token_maps.shape_rows(8, (32, 32), torch.device("cpu")))
     monkeypatch.setattr(token_maps, "gpu_table", lambda *given: maps)
     monkeypatch.setattr(shared_prefix, "failures", lambda device: [])
     shared = shared_prefix.Row("shared prefix (c)", "7B", 1.5, {"prefix": 1.25, "answer": 0.25}, 900)._asdict()
@@ -105,7 +142,8 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     scores = {"variant": "window_scores", "milliseconds": measure.quantiles([0.25]), "new_bytes": 2_000_000}
     monkeypatch.setattr(window_scores, "gpu_table", lambda *given: [scores])
     monkeypatch.setattr(end_to_end, "failures", lambda device: [])
-    monkeypatch.setattr(end_to_end, "gpu_table", lambda *given: 1 / 0)
+    before = {"what": "8K", "skipped": "no room"}
+    monkeypatch.setattr(end_to_end, "gpu_table", lambda *given: (before if i else 1 / 0 for i in (1, 0)))
     monkeypatch.setattr(measured_memory, "failures", lambda device: 1 / 0)
     monkeypatch.setattr(smaller_cards, "failures", lambda device: [])
     monkeypatch.setattr(smaller_cards, "gpu_table", lambda *given: [{"what": "int4 weights", "skipped": "not here"}])
@@ -116,16 +154,21 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     found = json.loads(file.read_text())
     operators = found["operators"]
     assert found["environment"]["gpu after"] == {"clocks.sm": "1980"}
-    assert operators["attention_rows"] == {"failures": ["plain: 3.00 times the budget"]}
+    assert operators["attention_rows"]["failures"] == [json.loads(json.dumps(wrong._asdict()))]
+    assert operators["attention_rows"]["table"] == [rest]
     assert operators["regions_to_collage"]["table"] == [fast] and operators["token_maps"]["table"] == maps
     # One that breaks takes no other with it.
     assert operators["end_to_end"]["error"] == "ZeroDivisionError: division by zero"
-    assert operators["measured_memory"] == {"failures": ["ZeroDivisionError: division by zero"]}
+    assert operators["end_to_end"]["table"] == [before]
+    (broken,) = operators["measured_memory"]["failures"]
+    assert broken["error"] == "ZeroDivisionError: division by zero" and broken["figures"] == [measure.EVERYTHING]
+    assert "table" not in operators["measured_memory"]
     page = file.with_suffix(".md").read_text()
-    assert "Not measured: ZeroDivisionError" in page and "- plain: 3.00 times the budget" in page
+    assert "Ended early: ZeroDivisionError" in page and "8K: no room" in page
+    assert "- plain, bfloat16, triton: 3.00 times the budget (dense)" in page
     printed = capsys.readouterr().out
-    assert "rows to maps    8 x 32x32" in printed
-    assert "its speed is not reported" in printed and "5 launches, 1 syncs" in printed
+    assert "rows to maps     8 x 32x32" in printed
+    assert "attention_rows: checks failed, no speed of dense" in printed and "5 launches, 1 syncs" in printed
     assert operators["rows_to_pixel_values"]["table"] == [decoded]
     assert "3 levels from Pillow, 0.250 on average" in printed
     assert operators["window_scores"]["table"] == [scores]
@@ -133,19 +176,164 @@ def test_a_wrong_operator_gets_no_figures(monkeypatch, capsys, tmp_path):
     assert "900 tokens  (prefix 1.250, answer 0.250)" in printed
 
 
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """`benchmarks.gpu` with one operator, whose check and rows a test gives; the folder of its results."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {**ENVIRONMENT})
+    monkeypatch.setattr(gpu, "gpu_state", dict)
+    monkeypatch.setattr(gpu, "DRAWING", 0)
+    monkeypatch.setattr(token_maps, "failures", lambda device: [])
+    folder = tmp_path / "new" / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "token_maps", "--seconds", "1", "--out", str(folder)])
+    return folder
+
+
+def entry_in(folder):
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())["operators"]["token_maps"]
+
+
+def test_a_run_ends_in_its_time_with_the_rows_so_far(alone, monkeypatch):
+    def rows(seconds, device, withheld):
+        assert seconds == pytest.approx(gpu.BEGIN, rel=0.05)
+        yield {"what": "first", "skipped": "quick"}
+        time.sleep(60)
+        yield {"what": "second", "skipped": "late"}
+
+    monkeypatch.setattr(token_maps, "gpu_table", rows)
+    begun = time.monotonic()
+    assert gpu.main() == 0
+    assert 0.9 < time.monotonic() - begun < 10
+    entry = entry_in(alone)
+    assert entry["table"] == [{"what": "first", "skipped": "quick"}] and entry["cut off"] == "after 1 s"
+    assert "Ended early: after 1 s" in next(alone.glob("*.md")).read_text()
+
+
+def test_a_slow_check_pushes_no_end_and_leaves_what_it_found_and_no_figures(alone, monkeypatch):
+    failure = measure.Failure("equal peaks", "cupy", "wrong", ("cupy",))
+
+    def slow(device):
+        yield failure
+        while True:
+            # Whoever catches every exception must not go on.
+            with contextlib.suppress(Exception):
+                time.sleep(60)
+
+    monkeypatch.setattr(token_maps, "failures", slow)
+    monkeypatch.setattr(token_maps, "gpu_table", lambda *given: pytest.fail("measured"))
+    begun = time.monotonic()
+    assert gpu.main() == 1
+    assert 0.4 < time.monotonic() - begun < 10
+    entry = entry_in(alone)
+    assert entry["failures"][0]["case"] == "equal peaks" and "table" not in entry
+    assert entry["skipped"] == "the checks were not done after 0 s"
+
+
+def test_each_row_is_on_disk_before_the_next_is_measured(alone, monkeypatch):
+    def rows(*given):
+        for name in ("first", "second"):
+            yield {"what": name, "skipped": "quick"}
+            assert entry_in(alone)["table"][-1]["what"] == name
+        assert not list(alone.glob("*.part"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(token_maps, "gpu_table", rows)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    assert [row["what"] for row in entry_in(alone)["table"]] == ["first", "second"]
+
+
+def test_where_there_is_no_repository_the_commit_is_what_the_variable_says(monkeypatch):
+    monkeypatch.setattr(measure, "_output", lambda *command: None)
+    monkeypatch.delenv("HIDE_COMMIT", raising=False)
+    assert measure.environment()["git"] is None and measure.environment()["dirty"] is None
+    for said, dirty in (("0123abc", False), ("0123abc-dirty", True)):
+        monkeypatch.setenv("HIDE_COMMIT", said)
+        found = measure.environment()
+        assert (found["git"], found["dirty"]) == ("0123abc", dirty)
+    monkeypatch.setattr(measure, "_output", lambda *command: "456def" if command[0] == "git" else None)
+    assert measure.environment()["git"] == "456def"
+
+
+def test_times_are_taken_with_clean_and_with_dirty_lines_in_the_l2(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            done.append("event")
+            self.at = len(done)
+
+        def elapsed_time(self, stop):
+            assert stop.at == self.at + 2
+            return 2e-3 if "write" in done[self.at - 2] else 1e-3
+
+    class Other:
+        def zero_(self):
+            done.append("write")
+
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: Other())
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch, "sum", lambda tensor, axis, out: done.append("read"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = measure.cuda_times(lambda: done.append("run"), runs=2, capture=False)
+    assert done[3:] == ["read", "event", "run", "event"] * 2 + ["write", "event", "run", "event"] * 2
+    assert times["median"] == pytest.approx(1) and times["dirty median"] == pytest.approx(2)
+    assert "1.0 us (1.0 to 1.0, dirty L2 2.0)" in measure.spread(times, "us")
+
+
 def test_the_gate_of_maps_to_boxes_names_the_backend_that_is_wrong(monkeypatch):
-    assert regions_to_collage.failures("cpu") == []
+    assert list(regions_to_collage.failures("cpu")) == []
     monkeypatch.setattr(regions_to_collage, "_scikit_image", lambda maps: [[] for _ in maps])
-    (broken,) = regions_to_collage.failures("cpu")
-    assert broken == "maps to boxes: wrong boxes from scikit-image, map by map"
+    broken = list(regions_to_collage.failures("cpu"))
+    name = "scikit-image, map by map"
+    assert [str(failure) for failure in broken] == [f"boxes of {n} maps, {name}: wrong boxes" for n in (3, 48)]
+    assert all(failure.figures == (f"maps to boxes, {name}",) for failure in broken)
+    chosen = explain("regions", maps=torch.ones(1, 3, 3)).chosen
+    monkeypatch.undo()
+    monkeypatch.setattr(regions_to_collage, "regions", fails_by(chosen, regions_to_collage.regions))
+    broken = list(regions_to_collage.failures("cpu"))
+    assert {failure.figures for failure in broken} == {(f"maps to boxes, {chosen}", "collage_of_maps")}
+    assert "RuntimeError: no kernel image" in broken[0].error
+    (row,) = islice(regions_to_collage.gpu_table(60, "cpu", broken[0].figures), 1)
+    assert row["implementation"] == "collage_of_maps" and row["skipped"] == measure.WITHHELD
+
+
+def fails_by(name, real):
+    """A backend that breaks, the others as they are."""
+
+    def call(*given, backend=None, **how):
+        if backend == name:
+            raise RuntimeError("no kernel image")
+        return real(*given, backend=backend, **how)
+
+    return call
+
+
+def test_a_backend_that_breaks_at_a_shape_is_a_row_among_the_others(monkeypatch):
+    monkeypatch.setattr(regions_to_collage, "measure", measured_once)
+    monkeypatch.setattr(regions_to_collage, "regions", fails_by("cpp", regions_to_collage.regions))
+    rows = {row["implementation"]: row for row in islice(regions_to_collage._regions_rows(torch.device("cpu")), 3)}
+    assert "RuntimeError: no kernel image" in rows["cpp"]["failed"] and "median" in rows["scipy"]
+    assert "no kernel image" in regions_to_collage.line(rows["cpp"])
+    assert regions_to_collage.line(rows["cpp"]).startswith("maps to boxes, 8 x 64x64, cpp: ")
 
 
 def test_the_gate_of_rows_to_pixels_notices_other_values(monkeypatch):
-    assert rows_to_pixel_values.failures("cpu") == []
+    assert list(rows_to_pixel_values.failures("cpu")) == []
     real = rows_to_pixel_values._scipy_maps
     monkeypatch.setattr(rows_to_pixel_values, "_scipy_maps", lambda rows: real(rows)[:, ::-1].copy())
-    (broken,) = rows_to_pixel_values.failures("cpu")
-    assert broken == "rows to pixels: other values than from the published steps"
+    (broken,) = list(rows_to_pixel_values.failures("cpu"))
+    assert str(broken) == "a 2K picture, the operators: wrong values beside those of the published steps"
+    first, *_ = rows_to_pixel_values.gpu_table(0, "cpu", broken.figures)
+    assert first == {"what": "rows to pixels", "skipped": measure.NO_TIME}
+    monkeypatch.setattr(rows_to_pixel_values, "_whole_rows", lambda device: pytest.fail("measured"))
+    first, *_ = islice(rows_to_pixel_values.gpu_table(60, "cpu", broken.figures), 1)
+    assert first == {"what": "rows to pixels", "skipped": measure.WITHHELD}
 
 
 @pytest.mark.parametrize("launches, limit", [(None, 120.0), (9, 3.0)])
@@ -156,10 +344,15 @@ def test_rows_to_pixels_have_a_limit_on_each_kind_of_device(launches, limit):
 
 
 def test_the_gate_of_token_maps_names_the_calls_that_a_broken_backend_gets_wrong(monkeypatch):
-    assert token_maps.failures("cpu") == []
+    assert list(token_maps.failures("cpu")) == []
     monkeypatch.setattr(token_maps, "map_error", lambda case, *a, **k: 1e-3 if case.sigma == 40 else 0.0)
-    (broken,) = token_maps.failures("cpu")
-    assert broken == "taps far beyond the map, scipy: error 1.0e-03"
+    (broken,) = list(token_maps.failures("cpu"))
+    assert str(broken) == "taps far beyond the map, scipy: error 1.0e-03" and broken.figures == ("scipy",)
+    (row,) = token_maps.shape_rows(3, (9, 11), torch.device("cpu"), broken.figures)
+    assert row["skipped"] == measure.WITHHELD
+    monkeypatch.setattr(token_maps, "MAP_ERROR", -1.0)
+    (row,) = token_maps.shape_rows(3, (9, 11), torch.device("cpu"))
+    assert row["failed"] == "wrong maps" and "scipy: wrong maps" in token_maps.line(row)
 
 
 def test_an_error_above_the_budget_at_a_measured_shape_gets_no_figures(monkeypatch):
@@ -223,12 +416,20 @@ def test_quantiles_are_of_the_samples():
 
 def test_the_gate_of_the_shared_prefix_notices_other_rows_and_replies(monkeypatch):
     monkeypatch.setattr(shared_prefix, "MID", TINY)
-    assert shared_prefix.failures("cpu") == []
+    assert list(shared_prefix.failures("cpu")) == []
     rows, reply = ImageSession.attention, ImageSession.reply
     monkeypatch.setattr(ImageSession, "attention", lambda *a, **k: [of.roll(1, -1) for of in rows(*a, **k)])
     monkeypatch.setattr(ImageSession, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
-    first, second = shared_prefix.failures("cpu")
-    assert first.startswith("rows differ by") and second.startswith("replies differ: ")
+    first, second = list(shared_prefix.failures("cpu"))
+    assert str(first).startswith("rows, shared prefix (c): they differ by")
+    assert str(second).startswith("replies, shared prefix (c): they differ: ")
+    assert first.figures == second.figures == shared_prefix.OURS
+    monkeypatch.setattr(shared_prefix, "SEVEN_B", TINY)
+    monkeypatch.setattr(shared_prefix, "seven_b", lambda device: shared_prefix.model(TINY, device))
+    monkeypatch.setattr(shared_prefix, "RUNS", 1)
+    rows = list(shared_prefix.gpu_table(60, "cpu", first.figures))
+    assert [row["what"] for row in rows if "seconds" in row] == ["plain answer (a)", "published flow (b)"]
+    assert [shared_prefix.line(row).split()[-1] for row in rows if "skipped" in row] == ["failed"] * 3
 
 
 def test_the_shared_prefix_is_judged_per_token_per_question_and_against_the_published_flow():
@@ -253,13 +454,14 @@ def test_a_result_file_becomes_markdown_and_pictures(tmp_path):
         for keys in (512, 1024)
         for name in ("attention_rows", "other")
     ]
-    operators = {"attention_rows": {"failures": [], "table": table}, "token_maps": {"failures": ["wrong map"]}}
+    wrong = measure.Failure("equal peaks", "cupy", "wrong map")._asdict()
+    operators = {"attention_rows": {"failures": [], "table": table}, "token_maps": {"failures": [wrong]}}
     path = tmp_path / "gpu-test.json"
     path.write_text(json.dumps({"environment": ENVIRONMENT, "operators": operators}))
     page, *drawn = render.render(path)
     text = page.read_text()
     assert "Test Card" in text and "commit 01234567" in text and "9.0 us (8.0 to 10.0)" in text
-    assert "- wrong map" in text and text.count("attention_rows  ") == 2
+    assert "- equal peaks, cupy: wrong map" in text and text.count("attention_rows  ") == 2
     for picture in drawn:
         assert picture.name in text
         with Image.open(picture) as image:
@@ -275,11 +477,16 @@ def test_the_pages_tables_are_those_of_the_newest_results():
 
 
 def test_the_gate_of_window_scores_notices_other_tokens(monkeypatch):
-    assert window_scores.failures("cpu") == []
+    assert list(window_scores.failures("cpu")) == []
     real = window_scores.window_scores
     monkeypatch.setattr(window_scores, "window_scores", lambda *a, **k: real(*a, kernel_size=7))
-    (broken,) = window_scores.failures("cpu")
-    assert broken.startswith("a kept token scores ")
+    (broken,) = list(window_scores.failures("cpu"))
+    assert broken.error.startswith("a kept token scores ") and broken.figures == ("window_scores",)
+    monkeypatch.setattr(window_scores, "inputs", functools.partial(window_scores.inputs, keys=700))
+    monkeypatch.setattr(window_scores, "cuda_times", times_on_the_host)
+    ours, *others = window_scores.gpu_table(60, "cpu", broken.figures)
+    assert ours == {"variant": "window_scores", "skipped": measure.WITHHELD} and all("new_bytes" in x for x in others)
+    assert window_scores.line(ours).endswith(measure.WITHHELD)
 
 
 def test_window_scores_are_judged_by_time_and_memory():
@@ -323,12 +530,13 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     monkeypatch.setattr(operator, "REQUESTS", (70, 33))
     monkeypatch.setattr(operator, "cuda_times", times_on_the_host)
     monkeypatch.setattr(window_scores, "inputs", functools.partial(window_scores.inputs, keys=700))
+    monkeypatch.setattr(window_scores, "cuda_times", times_on_the_host)
     monkeypatch.setattr(token_maps, "SHAPES", [(3, (9, 11))])
     monkeypatch.setattr(token_maps, "GRID", (9, 11))
     for name, size in (("8K", (1152, 1024)), ("4K", (800, 1024)), ("2K", (400, 700))):
         monkeypatch.setitem(regions_to_collage.SIZES, name, size)
-    whole, collages, boxes = regions_to_collage.PARTS
-    monkeypatch.setattr(regions_to_collage, "PARTS", (whole, collages, lambda device: islice(boxes(device), 3)))
+    boxes = regions_to_collage.PARTS["maps to boxes"]
+    monkeypatch.setitem(regions_to_collage.PARTS, "maps to boxes", lambda *given: islice(boxes(*given), 3))
     for module in (regions_to_collage, rows_to_pixel_values, token_maps):
         monkeypatch.setattr(module, "measure", measured_once)
     monkeypatch.setattr(rows_to_pixel_values, "PRIOR", 2)
@@ -373,7 +581,7 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
 
 def test_the_gate_of_the_options_notices_lost_keys_and_other_weights(monkeypatch):
     monkeypatch.setattr(smaller_cards, "SMALL", TINY)
-    assert smaller_cards.failures("cpu") == []
+    assert list(smaller_cards.failures("cpu")) == []
     quantise = smaller_cards.quantise
 
     def swapped(model, *how):
@@ -383,9 +591,11 @@ def test_the_gate_of_the_options_notices_lost_keys_and_other_weights(monkeypatch
 
     monkeypatch.setattr(smaller_cards, "quantise", swapped)
     monkeypatch.setattr(kv_cache.DoubleBuffer, "store", lambda *given: None)
-    lost, products = smaller_cards.failures("cpu")
-    assert lost.startswith("keys and values on the host: other boxes or another answer")
-    assert products.startswith("int8, model.language_model.layers.1.mlp.down_proj: products 1.")
+    lost, products = list(smaller_cards.failures("cpu"))
+    assert lost.error == "other boxes or another answer"
+    assert lost.figures == ("keys and values on the host", "int8, keys and values on the host")
+    assert str(products).startswith("model.language_model.layers.1.mlp.down_proj, int8: products 1.")
+    assert products.figures == ("int8 weights", "int8, keys and values on the host")
 
 
 def test_flows_that_do_not_fit_have_their_prediction_alone(monkeypatch):
@@ -396,7 +606,7 @@ def test_flows_that_do_not_fit_have_their_prediction_alone(monkeypatch):
     ours, kept = rows["ours"], rows["eager, all layers kept"]
     assert ours["measured"] == pytest.approx(ours["predicted"], rel=0.01) and "skipped" not in ours
     assert kept["predicted"] > 0.05e9 and kept["skipped"] == "does not fit into 1.0 GB" and "measured" not in kept
-    assert "predicted   0.063 GB  does not fit" in measured_memory.line(kept)
+    assert f"predicted {kept['predicted'] / 1e9:7.3f} GB  does not fit" in measured_memory.line(kept)
 
 
 def test_what_was_measured_before_an_error_is_kept(monkeypatch):
@@ -416,7 +626,7 @@ def test_what_was_measured_before_an_error_is_kept(monkeypatch):
     monkeypatch.setattr(end_to_end, "PICTURES", ("8K", "2K"))
     large = end_to_end.SIZES["8K"]
     monkeypatch.setattr(end_to_end, "table", lambda size, *given: [first] if size == large else breaks())
-    rows = end_to_end.gpu_table(60, "cpu")
+    rows = list(end_to_end.gpu_table(60, "cpu"))
     assert rows[0] == first and end_to_end.line(rows[1]) == "2K: RuntimeError: CUDA error: no kernel"
 
 
@@ -428,21 +638,26 @@ def test_the_gate_of_measured_memory_names_the_flow_that_takes_more(monkeypatch)
         return predicted.setdefault(flow, real(config, flow, *rest, **how))
 
     monkeypatch.setattr(measured_memory, "predict_flow", kept)
-    assert measured_memory.failures("cpu") == []
+    assert list(measured_memory.failures("cpu")) == []
 
     def less(config, flow, *rest, **how):
         found = predicted[flow]
         return dataclasses.replace(found, report=dataclasses.replace(found.report, peak=found.report.peak * 9 // 10))
 
     monkeypatch.setattr(measured_memory, "predict_flow", less)
-    first, second = measured_memory.failures("cpu")
-    assert first.startswith("ours: ") and second.startswith("published: ") and "bytes at the peak, predicted" in first
+    first, second = list(measured_memory.failures("cpu"))
+    assert [failure.figures for failure in (first, second)] == [("ours",), ("published",)]
+    assert "bytes at the peak, predicted" in first.error
+    how, end = Settings("float32", attention="sdpa"), time.monotonic() + 60
+    given = measured_memory.small_model("cpu", how), [measured_memory.SMALL_WORK], how, end
+    rows = {row["flow"]: row for row in measured_memory.compared(*given, withheld=first.figures)}
+    assert rows["ours"]["skipped"] == measure.WITHHELD and "measured" in rows["published"]
 
 
 def test_the_gate_of_whole_questions_notices_boxes_pixels_and_replies(monkeypatch):
     monkeypatch.setattr(end_to_end, "SMALL", TINY)
     monkeypatch.setitem(regions_to_collage.SIZES, "2K", (400, 700))
-    assert end_to_end.failures("cpu") == []
+    assert list(end_to_end.failures("cpu")) == []
     made, reply, rows = method.collages_of_maps, ImageSession.reply, method.HiDe.attention_rows
 
     def darker(*given, **how):
@@ -457,15 +672,18 @@ def test_the_gate_of_whole_questions_notices_boxes_pixels_and_replies(monkeypatc
     def wrong_with(where, name, broken):
         with monkeypatch.context() as patched:
             patched.setattr(where, name, broken)
-            return end_to_end.failures("cpu")
+            return list(end_to_end.failures("cpu"))
 
     found = wrong_with(method, "collages_of_maps", darker)
-    assert any("HiDe.ask (c): the collage is not that of the references" in text for text in found)
-    assert not any("boxes" in text or "published flow (b)" in text for text in found)
+    assert any("HiDe.ask (c): the collage is not that of the references" in str(failure) for failure in found)
+    assert not any("box" in failure.error or failure.figures == ("published flow (b)",) for failure in found)
     found = wrong_with(method.HiDe, "attention_rows", third_thing)
-    assert any(re.match(r"HiDe.ask \(c\): (no box has the planted|\d boxes, want 2)", text) for text in found)
+    assert any(re.search(r"HiDe.ask \(c\): (no box has the planted|\d boxes, want 2)", str(one)) for one in found)
     (plain, answer) = wrong_with(ImageSession, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
-    assert plain.startswith("plain answers differ: ") and answer.startswith("answers differ: ")
+    assert (plain.case, answer.case) == ("plain answer", "answer")
+    assert plain.figures == answer.figures == ("plain and HiDe on one session (c)",)
+    (published,) = wrong_with(end_to_end, "search_with_logits", lambda *given: 1 / 0)
+    assert published.error.startswith("ZeroDivisionError") and published.figures == ("published flow (b)",)
 
 
 def test_whole_questions_are_judged_by_a_plain_answer_and_the_published_flow():

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide.engine.chunked_sdpa import CONTINUING, continuing
 from hide.engine.kv_cache import cache_keyword
+from hide_kernels.integrations import recorder
 from hide_kernels.integrations.masks import first_position, visible_keys
 from hide_kernels.integrations.transformers import (
     IMPLEMENTATION,
@@ -291,6 +292,54 @@ def test_wrong_requests_are_named(arguments, text):
     model = qwen2_5_vl()
     with pytest.raises(ValueError, match=text), torch.no_grad(), capture_attention(model, **arguments):
         model(input_ids=text_inputs())
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Whether each call for rows was given the log-sum-exp."""
+    calls = []
+    rows_of = recorder.attention_rows
+    monkeypatch.setattr(
+        recorder, "attention_rows", lambda *x, lse=None, **y: calls.append(lse is not None) or rows_of(*x, lse=lse, **y)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("padding", [0, 9], ids=["whole", "left padding"])
+def test_the_log_sum_exp_of_the_models_own_attention_is_taken_and_gives_the_rows_of_eager(known, padding, mode):
+    model, ids = qwen2_5_vl(), text_inputs()
+    model.set_attn_implementation("sdpa")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["attention_mask"][0, :padding] = 0
+    rows = [0, 3, 10, 29]
+    with mode():
+        plain = model(**inputs).logits
+        with capture_attention(model, layers=[1], queries=rows, head_reduction="none") as captured:
+            logits = model(**inputs).logits
+    assert known == [True] and torch.equal(logits, plain)
+    want = eager_rows(model, inputs, 1)[:, :, rows]
+    hidden = [row for row in rows if row < padding]
+    # Eager attention spreads a row that sees nothing over all keys.
+    want[0, :, [rows.index(row) for row in hidden]] = 0
+    assert (captured[1].weights - want).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "arguments, implementation",
+    [({"causal": False}, "sdpa"), ({"return_lse": True}, "sdpa"), ({}, "eager")],
+    ids=["every row sees every key", "it is asked for", "eager"],
+)
+def test_the_log_sum_exp_is_computed_where_the_models_own_is_of_other_scores_or_absent(
+    known, arguments, implementation
+):
+    model, ids = qwen2_5_vl(), text_inputs()
+    model.set_attn_implementation(implementation)
+    with torch.no_grad(), capture_attention(model, layers=[1], queries=[10, 29], **arguments):
+        model(input_ids=ids)
+    with torch.enable_grad(), capture_attention(model, layers=[1], queries=[10, 29]):
+        model(input_ids=ids)
+    assert known == [False, False]
 
 
 def test_layers_named_twice_are_captured_once_and_gradients_may_be_recorded():

@@ -4,7 +4,10 @@ what becomes of a call where the extension is missing."""
 import re
 import shutil
 import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +26,15 @@ def test_blocks_of_real_threads_do_what_the_definitions_say(tmp_path):
     build = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", str(DRIVER), "-o", str(program)]
     subprocess.run(build, check=True)
     run = subprocess.run([program, "3"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_threads_that_launch_one_kernel_with_much_and_little_shared_memory_disturb_nobody(tmp_path):
+    program, source = tmp_path / "launches", DRIVER.with_name("launches.cpp")
+    build = ["g++", "-std=c++17", "-O1", "-Wall", "-Werror", "-pthread", f"-I{DRIVER.parent / 'runtime'}"]
+    subprocess.run([*build, str(source), "-o", str(program)], check=True)
+    run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
 
 
@@ -102,6 +114,32 @@ def test_an_extension_that_does_not_load_is_a_reason_and_no_crash(monkeypatch):
     monkeypatch.setattr(native.importlib, "import_module", broken)
     module, reason = native.extension.__wrapped__()
     assert module is None and "does not load: _csrc.abi3.so: undefined symbol" in reason
+
+
+def test_cupys_kernels_get_all_shared_memory_once_per_device_whatever_a_call_needs(monkeypatch):
+    """With a stand-in for CuPy: two devices, and calls that need little, much and little again."""
+    given, launched = [], []
+
+    class Kernel:
+        def __setattr__(self, name, value):
+            given.append((name, value))
+
+        def __call__(self, blocks, threads, arguments, shared_mem):
+            launched.append(shared_mem)
+
+    module = SimpleNamespace(get_function=lambda name: Kernel())
+    here = SimpleNamespace(Device=lambda index: nullcontext(), ExternalStream=lambda stream, index: nullcontext())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=here))
+    monkeypatch.setattr(native, "_cupy_module", lambda: module)
+    monkeypatch.setattr(native, "shared_limit", lambda device: 99_000 + device.index)
+    native._cupy_function.cache_clear()
+    for index in (0, 1, 0):
+        tensor = SimpleNamespace(device=torch.device("cuda", index), data_ptr=lambda: 0)
+        for shared in (100, 60_000, 200):
+            native._launch_cupy("resize", geometry.Geometry(1, 32, shared), [tensor], (), (), 0)
+    native._cupy_function.cache_clear()
+    assert given == [("max_dynamic_shared_size_bytes", 99_000), ("max_dynamic_shared_size_bytes", 99_001)]
+    assert launched == [100, 60_000, 200] * 3
 
 
 def test_without_a_cuda_part_cupy_launches_the_kernels(monkeypatch):

@@ -37,8 +37,9 @@ def run_without(*modules):
 
 def test_nothing_but_torch_is_enough_to_be_told_what_is_missing():
     output = run_without(
-        "numpy", "scipy", "transformers", "safetensors", "PIL", "matplotlib", "typer", "rich", "triton"
-    )
+        "numpy", "scipy", "transformers", "safetensors", "PIL", "matplotlib", "typer", "rich", "triton", "torchao",
+        "accelerate",
+    )  # fmt: skip
     assert "pip install 'hide-kernels[hide]'" in output and "pip install pillow" in output
     assert "torch: runs" in output
     assert "scipy is not installed" in output and "numpy is not installed" in output

@@ -1,7 +1,6 @@
 """Forms in which boxes are shown, tables, the gallery, calibration."""
 
 import dataclasses
-import functools
 import json
 from contextlib import nullcontext
 
@@ -227,8 +226,7 @@ def test_the_grid_is_what_hide_itself_makes_of_the_rows(hide):
     assert grid[1.0, 0.3].collage == pytest.approx(np.mean(shares)) and max(shares) > 0
 
 
-def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "scenes", functools.partial(data.scenes, sizes=[(280, 196)]))
+def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scenes):
     call = ["calibrate", "--limit", "2", "--answers", "1", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output

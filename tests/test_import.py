@@ -15,9 +15,6 @@ import hide_kernels
 from hide import doctor
 from hide.extra import INSTALL, MODULES
 
-# One process: several tests look at what a fresh process said.
-pytestmark = pytest.mark.xdist_group("imports")
-
 OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
 HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
 NEED_TRITON = {
@@ -160,7 +157,7 @@ print(json.dumps([len(names), compute()]))
 @pytest.fixture(scope="module")
 def bare():
     """What `PUBLIC`, `COMMANDS` and `EACH_ALONE` print where nothing optional is installed."""
-    return run("\n".join((WITHOUT_OPTIONAL, COMPUTE, PUBLIC)), COMMANDS, EACH_ALONE if hasattr(os, "fork") else "")
+    return run("\n".join((WITHOUT_OPTIONAL, COMPUTE, PUBLIC)), COMMANDS, EACH_ALONE)
 
 
 def test_without_anything_optional_the_public_names_are_there_and_compute_the_same(bare):
@@ -195,8 +192,14 @@ print(json.dumps([len(names), outcomes, compute()]))
 """
 
 
-def test_the_operators_need_torch_numpy_scipy_and_pillow_alone():
-    names, failed, computed = json.loads(run("\n".join((CORE_ALONE, COMPUTE, OPERATORS)))[0])
+@pytest.fixture(scope="module")
+def core():
+    """What `HIDE` and `OPERATORS` print where there is the core alone."""
+    return run(f"{CORE_ALONE}\n{HIDE}", COMPUTE + OPERATORS)
+
+
+def test_the_operators_need_torch_numpy_scipy_and_pillow_alone(core):
+    names, failed, computed = json.loads(core[1])
     assert names == len(hide_kernels.__all__)
     capture = failed.pop("hide_kernels.integrations.transformers")
     assert capture == f"hide_kernels.integrations.transformers needs transformers: {INSTALL}"
@@ -224,14 +227,20 @@ for command in (["--help"], ["models"]):
 """
 
 
-@pytest.mark.parametrize("lacking, first", [(CORE_ALONE, "typer"), (without(["transformers"]), "")])
-def test_without_its_extra_hide_says_in_one_line_what_to_install(lacking, first):
-    package, *commands = run(f"{lacking}\n{HIDE}")[0].splitlines()
-    rest = f", which is not installed: {INSTALL}; python -m hide.doctor says what else is missing"
-    assert package.startswith("hide needs ") and package.endswith(rest)
-    said = [f"hide needs typer{rest}"] * 2 if first else ["0", f"hide needs transformers{rest}"]
+LACKING = f", which is not installed: {INSTALL}; python -m hide.doctor says what else is missing"
+
+
+def test_without_its_extra_hide_says_in_one_line_what_to_install(core):
+    package, *commands = core[0].splitlines()
+    assert package.startswith("hide needs ") and package.endswith(LACKING)
+    assert commands == [f"hide needs typer{LACKING}"] * 2, "nothing else is said"
+
+
+def test_without_transformers_hide_has_its_help_and_says_in_one_line_what_to_install():
+    package, *commands = run(without(["transformers"]) + HIDE)[0].splitlines()
+    said = ["0", f"hide needs transformers{LACKING}"]
+    assert package.startswith("hide needs ") and package.endswith(LACKING)
     assert [line for line in commands if line in said] == said
-    assert first == "" or commands == said, "nothing else is said"
 
 
 COMMANDS = """
@@ -252,7 +261,7 @@ def test_without_anything_optional_the_command_line_answers(bare):
 
 
 EACH_ALONE = """
-import gc, importlib, json, os, pkgutil
+import gc, importlib, json, pkgutil
 import hide, hide_kernels
 
 def outcome(name):
@@ -264,27 +273,19 @@ def outcome(name):
 
 packages = [(package.__path__, package.__name__ + ".") for package in (hide_kernels, hide)]
 names = [module.name for package in packages for module in pkgutil.walk_packages(*package)]
-# What others wrote is slow to import: it is loaded once, then ours is forgotten, and each module starts from there.
+# What others wrote is slow to import: it is loaded once. Ours is forgotten before each module, which starts from there.
 for name in names:
     outcome(name)
-for name in [name for name in sys.modules if name.partition(".")[0] in ("hide", "hide_kernels")]:
-    del sys.modules[name]
 gc.freeze()
 outcomes = {}
 for name in names:
-    reading, writing = os.pipe()
-    if not os.fork():
-        os.write(writing, outcome(name).encode())
-        os._exit(0)
-    os.close(writing)
-    with open(reading) as pipe:
-        outcomes[name] = pipe.read()
-    os.wait()
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] in ("hide", "hide_kernels")]:
+        del sys.modules[loaded]
+    outcomes[name] = outcome(name)
 print(json.dumps(outcomes))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported(bare):
     outcomes = json.loads(bare[2].splitlines()[-1])
     failed = {name: outcome for name, outcome in outcomes.items() if outcome != "imported"}

@@ -63,13 +63,29 @@ for variant in get_variants_local(folder / "build"):
     for validator in default_metadata_validators():
         validator.validate_metadata(metadata=metadata, variant=variant.variant_str)
     found["ids"][variant.variant_str] = [metadata.id, metadata.name.python_name, metadata.version, metadata.license]
+"""
+
+CARD = """
+import re
+
+code, = re.findall(r"^```python\\n(.*?)^```", (folder / "CARD.md").read_text(), re.DOTALL | re.MULTILINE)
+assert 'get_kernel("you/hide-kernels", version=0, ' in code
+names = {}
+exec(code, names)
+found["card"] = [list(names["rows"].shape), list(names["lse"].shape), bool(names["valid"].all())]
 print(json.dumps(found))
 """
 
 
+@pytest.fixture(scope="module")
+def seen_by_the_client(layout):
+    # The client's own way to have a local folder stand in for what the hub would send.
+    return run(READ + CARD, layout, LOCAL_KERNELS=f"you/hide-kernels={layout}")
+
+
 @needs_client
-def test_the_client_reads_and_accepts_every_file_of_the_format(layout):
-    found = run(READ, layout)
+def test_the_client_reads_and_accepts_every_file_of_the_format(seen_by_the_client):
+    found = seen_by_the_client
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert found["backends"] == ["cpu", "cuda"]
     assert sorted(found["ids"]) == ["torch-cpu", "torch-cuda"]
@@ -98,8 +114,8 @@ import hide_kernels
 
 assert kernel is not hide_kernels and Path(kernel.__file__).is_relative_to(folder)
 torch.manual_seed(0)
-query, key = torch.randn(1, 6, 5, 40), torch.randn(1, 2, 163, 40)
-weights = torch.rand(6)
+query, key = torch.randn(1, 2, 5, 40), torch.randn(1, 1, 163, 40)
+weights = torch.rand(2)
 answers = []
 for module in (kernel, hide_kernels):
     answer = []
@@ -113,8 +129,9 @@ for module in (kernel, hide_kernels):
     rows = module.attention_rows(leaf, key, backend=backend).rows  # through torch.library
     rows.square().sum().backward()
     answer += [rows.detach(), leaf.grad]
-    compiled = torch.compile(module.attention_rows, backend="eager", fullgraph=True)
-    answer.append(compiled(query, key, backend="torch").rows)
+    if backend == "torch":  # once: torch's compiler takes seconds
+        compiled = torch.compile(module.attention_rows, backend="eager", fullgraph=True)
+        answer.append(compiled(query, key, backend="torch").rows)
     maps = module.token_maps(
         [rows.detach()[0][:, :161].reshape(5, 7, 23)], prior_rows=2, sigma=1.5,
         backend="scipy" if backend == "torch" else backend,
@@ -136,7 +153,7 @@ def test_beside_the_package_the_kernel_gives_the_same_bits_from_operators_of_its
     if backend == "triton":
         pytest.importorskip("triton")
     found = run(COMPARE, layout, order, backend, TRITON_INTERPRET="1" if backend == "triton" else "0")
-    assert found["equal"] == [True] * len(found["equal"]) and len(found["equal"]) >= 11
+    assert found["equal"] == [True] * len(found["equal"]) and len(found["equal"]) >= 10 + (backend == "torch")
     assert found["operators"] == sorted([found["loaded as"], "hide_kernels"])
 
 
@@ -240,20 +257,6 @@ def test_another_content_has_another_name(layout, tmp_path, monkeypatch):
     assert ids[0] != ids[1]
 
 
-CARD = """
-import json, re, sys
-from pathlib import Path
-import kernels
-folder = Path(sys.argv[1])
-code, = re.findall(r"^```python\\n(.*?)^```", (folder / "CARD.md").read_text(), re.DOTALL | re.MULTILINE)
-assert 'get_kernel("you/hide-kernels", version=0, ' in code
-names = {}
-exec(code, names)
-print(json.dumps([list(names["rows"].shape), list(names["lse"].shape), bool(names["valid"].all())]))
-"""
-
-
 @needs_client
-def test_the_code_of_the_card_runs(layout):
-    # The client's own way to have a local folder stand in for what the hub would send.
-    assert run(CARD, layout, LOCAL_KERNELS=f"you/hide-kernels={layout}") == [[1, 32, 3885], [1, 28, 32], True]
+def test_the_code_of_the_card_runs(seen_by_the_client):
+    assert seen_by_the_client["card"] == [[1, 32, 3885], [1, 28, 32], True]

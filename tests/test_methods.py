@@ -86,7 +86,9 @@ def scene():
     return draw_scene(0, 300, 200, objects=3).image
 
 
-def test_a_method_of_another_package_has_the_commands_the_report_the_costs_and_the_scores(package, scene, tmp_path):
+def test_a_method_of_another_package_has_the_commands_the_report_the_costs_and_the_scores(
+    package, scene, small_scenes, tmp_path
+):
     assert "half" in method_names() and method_class("half").name == "half"
     scene.save(tmp_path / "a.png")
     call = ["ask", str(tmp_path / "a.png"), "What is the color of the star?", "--method", "half", "--set", "word=ring"]

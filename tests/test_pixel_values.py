@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 
 import numpy as np
@@ -380,3 +381,24 @@ def test_what_a_device_says_is_not_said_of_the_file(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", full)
     with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
         decode(data, device="cuda:0")
+
+
+def test_tables_are_pinned_once_for_each_device_and_under_it(monkeypatch):
+    """Under the current device PyTorch would make a context there, for tensors that lie on another."""
+    entered, under = [], []
+
+    @contextmanager
+    def device(chosen):
+        entered.append(chosen)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (under.append(entered[-1]), tensor)[1])
+    passes = compiled.plan((300, 517), [(140, 224)], any_layout=True)
+    compiled._packed.cache_clear()
+    for index in (1, 0, 1, 1):
+        compiled._packed(passes, (), (), torch.float32, torch.device("cuda", index))
+    compiled._packed(passes, (), (), torch.float32, None)
+    compiled._packed.cache_clear()
+    assert under == [torch.device("cuda", 1), torch.device("cuda", 0)]

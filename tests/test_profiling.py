@@ -1,11 +1,13 @@
 """`hide profile` and its flows: the configurations' sizes, the paper's figures, what fits, and a baseline of peaks."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import math
 import re
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -44,10 +46,7 @@ from hide.profiling.runs import (
 )
 from hide.profiling.workload import Workload, scene
 from hide.tiny import CHECKPOINT
-from hide_kernels.memory import predict
-
-# One process: what is predicted of the 7B takes half a minute, and several tests look at the same predictions.
-pytestmark = pytest.mark.xdist_group("predictions")
+from hide_kernels.memory import Sample, predict, stage
 
 TINY = str(CHECKPOINT)
 SMALL = Workload(400, collage=64, text=9, chunk=150)
@@ -70,6 +69,32 @@ def run(*arguments):
     return CliRunner().invoke(app, ["profile", *arguments])
 
 
+def seven(layers=28, blocks=32):
+    """The 7B's configuration with so many decoder layers and blocks of the vision encoder, the last of which is full."""
+    config = read_config(memory.MODEL)
+    config.text_config.num_hidden_layers, config.text_config.layer_types = layers, ["full_attention"] * layers
+    config.vision_config.depth = blocks
+    if blocks < 32:
+        config.vision_config.fullatt_block_indexes = [blocks - 1]
+    return config
+
+
+def tiny_config(layers=2):
+    """The embedded model's configuration with fewer layers: a window, a full one, and what every layer allocates."""
+    config = read_config(TINY)
+    config.text_config.num_hidden_layers, config.text_config.layer_types = layers, ["full_attention"] * layers
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 2, [1]
+    return config
+
+
+@functools.cache
+def weights_of_the_7b():
+    with predict() as recording:
+        adapter = build(seven(), torch.bfloat16, "bf16")
+        assert adapter.dtype == torch.bfloat16
+        return recording.report.live
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_a_packaged_configuration_has_the_checkpoints_parameters(name):
     assert set(configurations()) == set(PUBLISHED)
@@ -82,12 +107,8 @@ def test_a_packaged_configuration_has_the_checkpoints_parameters(name):
 
 
 def test_the_7b_in_bfloat16_is_the_published_16_58_gb():
-    config = read_config("Qwen/Qwen2.5-VL-7B-Instruct")
-    assert parameter_count(config) == 8_292_166_656
-    with predict() as recording:
-        adapter = build(config, torch.bfloat16, "bf16")
-    assert adapter.dtype == torch.bfloat16
-    assert recording.report.live == pytest.approx(16.584e9, rel=1e-4)
+    assert parameter_count(seven()) == 8_292_166_656
+    assert weights_of_the_7b() == pytest.approx(16.584e9, rel=1e-4)
 
 
 # -- the claim --------------------------------------------------------------------------------------------------------
@@ -96,15 +117,74 @@ def test_the_7b_in_bfloat16_is_the_published_16_58_gb():
 CLAIMED = [flow for flow in FLOWS if flow != "eager, all layers kept"]
 
 
+def build_with_a_stage(*arguments):
+    """A flow's search and answer have their peaks in the vision encoder or in the decoder, which grows with its depth."""
+    adapter = build(*arguments)
+    running = contextlib.ExitStack()
+    adapter.language_model.register_forward_pre_hook(lambda *_: running.enter_context(stage("decoder")) and None)
+    adapter.language_model.register_forward_hook(lambda *_: running.close())
+    return adapter
+
+
 @functools.cache
-def predicted(flow, tokens):
+def shallow(flow, tokens, layers):
     """With larger slices of a large picture in the vision encoder, so fewer operators: more memory, but not at a peak
     that is elsewhere. Up to 4,096 tokens the slices are as they are."""
     larger = functools.partial(qwen2_5_vl.in_slices, patches=max(PATCHES, tokens))
-    with mock.patch.object(qwen2_5_vl, "in_slices", larger):
-        found = predict_flow(read_config(memory.MODEL), flow, Workload(tokens))
+    with (
+        mock.patch.object(qwen2_5_vl, "in_slices", larger),
+        mock.patch.object(runs, "build", build_with_a_stage),
+    ):
+        return predict_flow(seven(layers, 2), flow, Workload(tokens))
+
+
+def at_depth(layers, pair, weights):
+    """The run of so many layers from those of two and three: beside the weights, each stage grows by the same a layer."""
+    two, three = ({one.name: one for one in run.report.stages} for run in pair)
+
+    def grown(small, large):
+        return small + (layers - 2) * (large - small)
+
+    peaks = {name: grown(*(at[name].peak - at["weights"].live for at in (two, three))) for name in two}
+    highest = max(peaks, key=peaks.get)
+    kinds = [
+        {dataclasses.replace(owner, bytes=0, count=0): (owner.bytes, owner.count) for owner in at[highest].owners}
+        for at in (two, three)
+    ]
+    owners = [
+        dataclasses.replace(kind, bytes=size, count=count)
+        for kind in kinds[1]
+        if kind.group != "weights"
+        for size, count in [map(grown, kinds[0].get(kind, (0, 0)), kinds[1][kind])]
+    ]
+    groups = Counter(weights=weights)
+    for owner in owners:
+        groups[owner.group] += owner.bytes
+    report = dataclasses.replace(
+        pair[0].report,
+        peak=weights + peaks[highest],
+        peak_stage=highest,
+        owners=tuple(sorted(owners, key=lambda owner: -owner.bytes)),
+        timeline=(Sample(0, weights + peaks[highest], highest, groups),),
+    )
+    return dataclasses.replace(pair[0], report=report)
+
+
+@functools.cache
+def predicted(flow, tokens):
+    """Of the whole 7B, from predictions of two and three of its layers: a tenth of the operators, and the same bytes."""
+    found = at_depth(28, [shallow(flow, tokens, layers) for layers in (2, 3)], weights_of_the_7b())
     assert found.report.peak_stage != "encode"
     return found
+
+
+@pytest.mark.parametrize("flow", CLAIMED)
+def test_a_prediction_from_two_depths_is_that_of_the_depth_itself(flow):
+    two, three, four = (shallow(flow, 4096, layers) for layers in (2, 3, 4))
+    found = at_depth(4, [two, three], four.groups["weights"])
+    assert found.report.peak == four.report.peak
+    large = [{owner for owner in run.owners if owner.bytes > 10**6} for run in (found, four)]
+    assert large[0] == large[1] != set()
 
 
 @pytest.mark.parametrize("flow", CLAIMED)
@@ -172,33 +252,35 @@ def test_a_rise_names_its_owner():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return build(read_config(TINY), torch.float32)
+    return build(tiny_config(), torch.float32)
 
 
 OFFLOADED = dataclasses.replace(SMALL, offload=True)
 
 
-@pytest.mark.parametrize("flow, work", [*((flow, SMALL) for flow in FLOWS), ("ours", OFFLOADED)])
-def test_a_flows_prediction_is_its_measurement(tiny, flow, work):
-    predicted = predict_flow(read_config(TINY), flow, work, Settings("float32", attention="sdpa")).report
-    measured = measure_flow(tiny, flow, work, owners=True)
+# Two layers always stay on the device: of an offloaded session two more are looked at.
+@pytest.mark.parametrize("flow, work, layers", [*((flow, SMALL, 2) for flow in FLOWS), ("ours", OFFLOADED, 4)])
+def test_a_flows_prediction_is_its_measurement(flow, work, layers):
+    config = tiny_config(layers)
+    predicted = predict_flow(config, flow, work, Settings("float32", attention="sdpa")).report
+    measured = measure_flow(build(config, torch.float32), flow, work, owners=True)
     stages = {stage.name: stage.peak for stage in predicted.stages}
-    for stage in measured.report.stages:
+    for part in measured.report.stages:
         # What the operators take inside, and 512 bytes of each tensor, are not in both.
-        assert stage.peak == pytest.approx(stages[stage.name], rel=0.03), stage.name
+        assert part.peak == pytest.approx(stages[part.name], rel=0.03), part.name
     assert measured.report.peak == pytest.approx(predicted.peak, rel=0.01)
     assert measured.groups.keys() <= {*predicted.timeline[-1].groups}
 
 
 def test_keeping_all_layers_keeps_a_matrix_of_each():
-    config, settings = read_config(TINY), Settings("float32")
+    config, settings = tiny_config(layers=3), Settings("float32")
     flows = flows_of("eager")
     kept, alive = (predict_flow(config, flow, SMALL, settings, owners=False).report.peak for flow in flows)
     rows = 15 + 400 + 1 + 9
     matrix = 6 * rows**2 * 4
     # The last layer's are there with and without the others'; what vision attention returns is kept too.
-    vision = 4 * 1600 * 128 * 4
-    assert kept - alive == pytest.approx(5 * matrix + vision, rel=0.02)
+    vision = 2 * 1600 * 128 * 4
+    assert kept - alive == pytest.approx(2 * matrix + vision, rel=0.02)
 
 
 def test_fused_attention_counts_output_and_log_sum_exp_and_leaves_the_model_as_it_was(tiny):
@@ -208,7 +290,7 @@ def test_fused_attention_counts_output_and_log_sum_exp_and_leaves_the_model_as_i
         FLOWS["published, last logits"].run(tiny, work)
     assert recording.report.error is None
     assert tiny.model.config.text_config._attn_implementation == before != "flash_attention_2"
-    exact = predict_flow(read_config(TINY), "published, last logits", work, Settings("float32", attention="sdpa"))
+    exact = predict_flow(tiny_config(), "published, last logits", work, Settings("float32", attention="sdpa"))
     assert recording.report.peak == pytest.approx(exact.report.peak, rel=0.02)
 
 
@@ -232,7 +314,7 @@ def test_prompts_share_the_prefix_and_count_the_pictures(tiny):
 
 
 def test_a_picture_in_pixels_has_the_tokens_of_the_familys_rule():
-    config = read_config(TINY)
+    config = tiny_config(layers=1)
     found = predict_flow(config, "ours", Workload((420, 830), collage=64), Settings("float32"), owners=False)
     picture = Image.new("RGB", (830, 420))
     adapter = load(CHECKPOINT, device="cpu")
@@ -304,24 +386,31 @@ def test_int8_turns_one_weight_at_a_time_into_the_activations_dtype():
 
 
 def test_the_7b_with_int4_weights_takes_two_fifths():
-    config = read_config(memory.MODEL)
+    layers, blocks = 2, 2
     sizes = {}
     for weights in ("bf16", "int8", "int4"):
         with predict() as recording:
-            adapter = build(config, torch.bfloat16, weights)
+            adapter = build(seven(layers, blocks), torch.bfloat16, weights)
             sizes[weights] = recording.report.live / 1e9
             assert recording.report.peak <= recording.report.live * 1.01, "the full weights are never there"
             del adapter
-    hidden, wide = 3584, 18944
-    linear = 28 * (2 * hidden * hidden + 2 * 512 * hidden + 3 * hidden * wide) / 1e9
-    vision = 32 * (4 * 1280**2 + 3 * 1280 * 3420) / 1e9 + (5120**2 + 5120 * hidden) / 1e9
-    assert sizes["bf16"] - sizes["int8"] == pytest.approx(linear + vision, rel=2e-3)
-    # Of the vision encoder's feed-forward layers, 3,420 channels are neither whole groups nor whole rows.
-    packed = vision - 32 * 3 * 1280 * 3420 / 1e9
-    filled = 28 * (4096 * (2 * hidden + 2 * 512 + 2 * wide) + 19456 * hidden) / 1e9
-    filled += (32 * 2048 * 4 * 1280 + 5120 * (5120 + hidden)) / 1e9
-    assert sizes["int4"] == pytest.approx(sizes["bf16"] - 2 * (linear + packed) + filled * (0.5 + 4 / 64), rel=2e-3)
-    assert sizes["int4"] < 0.45 * sizes["bf16"]
+
+    def saved(layers, blocks):
+        """GB that int8 and int4 save."""
+        hidden, wide = 3584, 18944
+        linear = layers * (2 * hidden * hidden + 2 * 512 * hidden + 3 * hidden * wide) / 1e9
+        vision = blocks * (4 * 1280**2 + 3 * 1280 * 3420) / 1e9 + (5120**2 + 5120 * hidden) / 1e9
+        # Of the vision encoder's feed-forward layers, 3,420 channels are neither whole groups nor whole rows.
+        packed = vision - blocks * 3 * 1280 * 3420 / 1e9
+        filled = layers * (4096 * (2 * hidden + 2 * 512 + 2 * wide) + 19456 * hidden) / 1e9
+        filled += (blocks * 2048 * 4 * 1280 + 5120 * (5120 + hidden)) / 1e9
+        return linear + vision, 2 * (linear + packed) - filled * (0.5 + 4 / 64)
+
+    int8, int4 = saved(layers, blocks)
+    assert sizes["bf16"] - sizes["int8"] == pytest.approx(int8, rel=2e-3)
+    assert sizes["bf16"] - sizes["int4"] == pytest.approx(int4, rel=2e-3)
+    whole = weights_of_the_7b() / 1e9
+    assert whole - saved(28, 32)[1] < 0.45 * whole
 
 
 # -- what fits --------------------------------------------------------------------------------------------------------
@@ -349,9 +438,7 @@ def test_nothing_fits_or_everything_does():
 
 
 def test_a_fit_is_the_largest_picture_that_the_prediction_allows():
-    config, settings = read_config(TINY), Settings("float32")
-    # As many predictions, of fewer layers.
-    config.text_config.num_hidden_layers = config.vision_config.depth = 1
+    config, settings = tiny_config(layers=1), Settings("float32")
     work = Workload(1, collage=16)
     (fit,) = fits(config, ["eager, one layer alive"], 60 * 10**6, work, settings, ["bf16"])
     width, height = fit.size
@@ -408,9 +495,16 @@ def test_sizes_of_pictures_are_width_first():
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_and_writes_stages_owners_and_pictures(tmp_path):
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four-layers")
+    tiny_config(layers=4).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_command_prints_and_writes_stages_owners_and_pictures(tiny_folder, tmp_path):
     done = run(
-        "--model", TINY, "--tokens", "400", "--collage", "64", "--dtype", "float32", "--measure", "--device", "cpu",
+        "--model", tiny_folder, "--tokens", "400", "--collage", "64", "--dtype", "float32", "--measure", "--device", "cpu",
         "--flow", "ours", "--out", str(tmp_path),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -429,10 +523,10 @@ def test_the_command_prints_and_writes_stages_owners_and_pictures(tmp_path):
     assert page.count("data:image") == 1 and "http" not in page.replace("http-equiv", "") and "answer/encode" in page
 
 
-def test_the_command_keeps_keys_and_values_on_the_host():
+def test_the_command_keeps_keys_and_values_on_the_host(tiny_folder):
     arguments = (
         "--model",
-        TINY,
+        tiny_folder,
         "--tokens",
         "400",
         "--collage",
@@ -448,15 +542,17 @@ def test_the_command_keeps_keys_and_values_on_the_host():
         {stage["name"]: stage["live"] for stage in document["flows"][0]["stages"]}["prefill"]
         for document in (plain, offloaded)
     ]
-    # Six layers of 15 + 400 + 1 + 256 tokens in float32; two of them stay.
-    text = read_config(TINY).get_text_config()
+    # Four layers of 15 + 400 + 1 + 256 tokens in float32; two of them stay.
+    text = tiny_config().get_text_config()
     channels = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    assert held[0] - held[1] == pytest.approx(4 * 2 * channels * 4 * 672, rel=0.01)
+    assert held[0] - held[1] == pytest.approx(2 * 2 * channels * 4 * 672, rel=0.01)
     assert (plain["workload"]["offload"], offloaded["workload"]["offload"]) == (False, True)
 
 
-def test_json_is_json_and_a_fit_needs_no_size():
-    done = run("--model", TINY, "--fit", "3MB", "--flow", "ours", "--dtype", "float32", "--weights", "int8", "--json")
+def test_json_is_json_and_a_fit_needs_no_size(tiny_folder):
+    done = run(
+        "--model", tiny_folder, "--fit", "3MB", "--flow", "ours", "--dtype", "float32", "--weights", "int8", "--json"
+    )
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document["flows"] == [] and document["budget"] == 3 * 10**6

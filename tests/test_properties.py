@@ -1,4 +1,4 @@
-"""What holds for every input, shown on random ones: 50 for each property, 600 with HYPOTHESIS_PROFILE=many."""
+"""What holds for every input, shown on random ones: 50 for each property, 480 with HYPOTHESIS_PROFILE=many."""
 
 import io
 import tempfile
@@ -499,7 +499,7 @@ def hide():
 replies = SimpleNamespace(text="")
 
 
-# A whole question takes a tenth of a second: of 600 examples it gets 100.
+# A whole question takes a tenth of a second: of 480 examples it gets 80.
 @settings(max_examples=max(50, settings.default.max_examples // 6))
 @given(
     st.integers(1, 60), st.integers(1, 60), st.sampled_from(["L", "RGB", "RGBA", "P", "F", "CMYK"]), seeds, texts, texts

@@ -107,19 +107,19 @@ def test_every_4_by_4_mask_agrees_with_scikit_image() -> None:
     picture = np.pad(masks, ((0, 0), (0, 0), (0, 1), (0, 1))).transpose(0, 2, 1, 3).reshape(256 * 5, 256 * 5)
     labels = measure.label(picture, connectivity=2)
     tiled = np.tile(np.pad(values, (0, 1)), (256, 256))
-    scores = np.bincount(labels.ravel(), weights=tiled.ravel()).tolist()
-    want: dict[int, list[Any]] = {i: [] for i in range(len(masks.reshape(-1, 4, 4)))}
-    for region in measure.regionprops(labels):
-        y0, x0, y1, x1 = region.bbox
-        row, column = y0 // 5, x0 // 5
-        box = [x0 - 5 * column, y0 - 5 * row, x1 - 5 * column, y1 - 5 * row]
-        want[256 * row + column].append((box, scores[region.label], int(region.area)))
-    for i, regions_of_mask in want.items():
-        count = len(regions_of_mask)
-        got = zip(*(part[i, :count].tolist() for part in (found.boxes, found.scores, found.sizes)), strict=True)
-        assert found.counts[i] == count
-        assert sorted(got, key=str) == sorted(regions_of_mask, key=str)
-        assert found.scores[i].tolist() == sorted(found.scores[i].tolist(), reverse=True)
+    scores = np.bincount(labels.ravel(), weights=tiled.ravel())[1:]
+    sizes = np.bincount(labels.ravel())[1:]
+    corners = np.array([[y.start, x.start, y.stop, x.stop] for y, x in ndimage.find_objects(labels)])
+    row, column = corners[:, 0] // 5, corners[:, 1] // 5
+    boxes = corners[:, [1, 0, 3, 2]] - 5 * np.stack([column, row, column, row], axis=1)
+    used = torch.arange(4) < found.counts[:, None]
+    got = (used.nonzero()[:, :1], found.boxes[used], found.scores[used][:, None], found.sizes[used][:, None])
+    tables = [
+        np.concatenate([np.asarray(part, np.float64) for part in parts], axis=1)
+        for parts in (got, ((256 * row + column)[:, None], boxes, scores[:, None], sizes[:, None]))
+    ]
+    assert np.array_equal(*(table[np.lexsort(table.T)] for table in tables))
+    assert ((found.scores[:, 1:] <= found.scores[:, :-1]) | ~used[:, 1:]).all()
 
 
 def comb(height: int, width: int, spine: int) -> Array:

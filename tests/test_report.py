@@ -99,6 +99,13 @@ def usual():
     )
 
 
+@pytest.fixture(scope="module")
+def saved(usual, tmp_path_factory):
+    """The folder with its pictures, and their paths as they were returned."""
+    folder = tmp_path_factory.mktemp("pictures")
+    return folder, save_pictures(usual[0], folder, plain=usual[1])
+
+
 class Page(HTMLParser):
     """Elements with their attributes, the text of the page, and the text of each `h1`, `code` and `li`."""
 
@@ -263,14 +270,13 @@ def find(canvas, tag):
     return found[0]
 
 
-def test_a_box_has_the_same_number_on_the_picture_and_in_the_collage(usual, tmp_path):
-    save_pictures(usual[0], tmp_path, plain=usual[1])
+def test_a_box_has_the_same_number_on_the_picture_and_in_the_collage(usual, saved):
     layout = plan_layout(usual[0].boxes[0])
     for name, boxes, full in (
         ("boxes", usual[0].boxes[0], (320, 320)),
         ("layout", layout.positions, usual[0].shown[0].size),
     ):
-        with Image.open(tmp_path / f"image_0_{name}.png") as canvas:
+        with Image.open(saved[0] / f"image_0_{name}.png") as canvas:
             scale = (canvas.width - 2 * draw.MARGIN) / full[0]
             assert scale == pytest.approx((canvas.height - 2 * draw.MARGIN) / full[1], abs=0.02)
             drawn = boxes.double().numpy() * scale + draw.MARGIN
@@ -284,10 +290,9 @@ def test_a_box_has_the_same_number_on_the_picture_and_in_the_collage(usual, tmp_
                 assert min(gaps) > 4, "and at no other"
 
 
-def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_what_is_kept(usual, tmp_path):
-    save_pictures(usual[0], tmp_path, plain=usual[1])
+def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_what_is_kept(usual, saved):
     source = np.asarray(usual[0].images[0], np.int64)
-    with Image.open(tmp_path / "image_0_boxes.png") as opened:
+    with Image.open(saved[0] / "image_0_boxes.png") as opened:
         canvas = np.asarray(opened.convert("RGB"), np.int64)
     m = draw.MARGIN
     columns, rows, boxed = np.zeros(320, bool), np.zeros(320, bool), np.zeros((320, 320), bool)
@@ -304,7 +309,7 @@ def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_wha
     strip = draw.EDGE + draw.STRIP // 2
     assert (blue[strip, m : m + 320] == columns).all() and (blue[m : m + 320, strip] == rows).all()
 
-    with Image.open(tmp_path / "image_0_layout.png") as opened:
+    with Image.open(saved[0] / "image_0_layout.png") as opened:
         layout = np.asarray(opened.convert("RGB"), np.int64)
     across = layout[strip, m:-m]
     changes = np.flatnonzero((across[1:] != across[:-1]).any(axis=1)) + 1
@@ -312,14 +317,14 @@ def test_picture_shows_what_is_copied_deleted_and_left_blank_and_strips_show_wha
     assert ((across[:, 2] - across[:, 0]) > 60).all()
 
 
-def test_pictures_are_saved_and_the_collage_is_the_one_that_the_model_gets(usual, tmp_path):
-    paths = save_pictures(usual[0], tmp_path, plain=usual[1])
+def test_pictures_are_saved_and_the_collage_is_the_one_that_the_model_gets(usual, saved):
+    folder, paths = saved
     names = {"heat", "tokens", "boxes", "layout", "shown"}
     assert {path.name for path in paths} == {"overview.png", *(f"image_0_{name}.png" for name in names)}
     for path in paths:
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 20, f"{path.name} shows nothing"
-    with Image.open(tmp_path / "image_0_shown.png") as picture:
+    with Image.open(folder / "image_0_shown.png") as picture:
         assert picture.tobytes() == usual[0].shown[0].tobytes()
 
 

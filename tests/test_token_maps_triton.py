@@ -48,7 +48,7 @@ def test_every_kind_of_call_gives_the_maps_of_the_reference(case, launched):
     assert launched == ["scan_rows"] * scans + ["smooth_rows", "subtract_prior", "normalise_maps"] * (scans > 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "name", ["several tiles of lines, columns and cells", "rows that are not finite", "equal peaks"]
 )
@@ -101,10 +101,7 @@ def test_other_kernels_run_unchecked_beside_them():
 
 
 def test_what_the_kernels_cannot_serve_is_refused_by_name_and_goes_to_the_reference():
-    for rows, text in (
-        (torch.zeros(2, 3, 4, dtype=torch.bfloat16), "interpreter multiplies bfloat16"),
-        (torch.zeros(1, 1, 1).expand(2, 1 << 16, 1 << 15), "too many for 32-bit"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            token_maps([rows], prior_rows=1, sigma=1.0, backend="triton")
-        assert explain("token_maps", rows=[rows]).chosen == "scipy"
+    rows = torch.zeros(1, 1, 1).expand(2, 1 << 16, 1 << 15)
+    with pytest.raises(ValueError, match="too many for 32-bit"):
+        token_maps([rows], prior_rows=1, sigma=1.0, backend="triton")
+    assert explain("token_maps", rows=[rows]).chosen == "scipy"

@@ -182,7 +182,7 @@ def test_presets_hold_the_published_values_and_other_models_the_middle_layer(mod
             ViCropSettings(**wrong)
 
 
-def test_the_commands_take_it_like_any_method(tmp_path):
+def test_the_commands_take_it_like_any_method(small_scenes, tmp_path):
     picture(200, 150).save(tmp_path / "a.png")
     call = ["ask", str(tmp_path / "a.png"), "What is it?", "--method", "vicrop", "--set", "base=40", "--memory"]
     result = CliRunner().invoke(app, [*call, "--report", str(tmp_path / "seen")])

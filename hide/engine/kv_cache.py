@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, ClassVar
 
@@ -189,7 +189,8 @@ class HostLayer(PreallocatedLayer):
     def _room(self, like: Tensor, capacity: int) -> Tensor:
         # Only pinned memory is copied while the host goes on; PyTorch frees it after the copies that it is part of.
         pinned = self.device.type == "cuda"
-        with host_memory():
+        here = torch.cuda.device(self.device) if pinned else nullcontext()
+        with host_memory(), here:
             return _token_by_token(like, capacity, torch.device("cpu"), pin_memory=pinned)
 
 

@@ -21,6 +21,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from hide_kernels.pinned import pinned
+
 ImageLike = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
 
 # A path loses one of two slashes; one letter before the colon is a drive.
@@ -341,7 +343,8 @@ def on_colour(image: Image.Image, fill: tuple[int, int, int] = (255, 255, 255)) 
 def to_tensor(image: Image.Image, device: torch.device | str = "cpu") -> Tensor:
     """(H, W, 3 or 4) uint8; a GPU copies it from pinned memory while the host goes on."""
     pixels = torch.from_numpy(np.array(image))
-    return pixels if torch.device(device).type == "cpu" else pixels.pin_memory().to(device, non_blocking=True)
+    device = torch.device(device)
+    return pixels if device.type == "cpu" else pinned(pixels, device).to(device, non_blocking=True)
 
 
 def to_image(image: Tensor | Image.Image) -> Image.Image:

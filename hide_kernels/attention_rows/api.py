@@ -58,7 +58,8 @@ def attention_rows(
     The softmax normalises over every visible key, also those outside `key_spans`. New memory is the output and, by
     backend, a block of scores or a few floats per row and chunk of keys. A row that sees no key is zeros with lse -inf.
     Hidden keys may hold NaN or inf. Differentiable once, with respect to query, key, lse and weights. A call can be
-    captured in a CUDA graph (weights as a tensor, not a list); spans and other Python arguments are then fixed.
+    captured in a CUDA graph (weights as a tensor, not a list), after an eager call of the same shapes and arguments,
+    which compiles and loads the kernels; spans and other Python arguments are then fixed.
 
     Batches of serving engines are read as they lie. Query and key are each dense, packed or, the key, paged, in any
     combination, and "its keys" below are then those of a sample, counted from its first::

@@ -36,16 +36,17 @@ class LseConfig:
 class RowsConfig:
     """`reduce_rows`: a tile of `heads` heads x `block_r` rows by `block_n` keys.
 
-    `unroll`: most tiles per group that are unrolled. `pair`: 2 where the accumulator folds pairs of heads; not on
-    tcgen05, whose threads own whole rows.
+    `pair`: 2 where the accumulator folds pairs of heads; not on tcgen05, whose threads own whole rows. `fold`: how
+    often the warps go over the tile, where their turns are heads. `slice`: columns of D that are copied and multiplied
+    at a time; 0 for all of them.
     """
 
     block_r: int
     heads: int
     block_n: int
     warps: int
-    unroll: int
     pair: int = 2
+    fold: int = 1
     stages: int = 2
     slice: int = 0
     registers: int | None = None
@@ -64,40 +65,25 @@ LSE: dict[tuple[Family, int], LseConfig] = {
     ("tcgen05", 128): LseConfig(128, 64, 8),
 }
 
-# By rows: at most 8, 16, 32, more; for head sizes up to 128 and up to 256.
-ROWS: dict[tuple[Family, int, int], RowsConfig] = {
-    ("mma", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1),
-    ("mma", 128, 16): RowsConfig(16, 8, 64, 8, unroll=1),
-    ("mma", 128, 32): RowsConfig(32, 2, 64, 4, unroll=0, registers=168),
-    ("mma", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0),
-    ("mma", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1),
-    ("mma", 256, 16): RowsConfig(16, 8, 64, 8, unroll=1),
-    ("mma", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0),
-    ("mma", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0),
-    ("wgmma", 128, 8): RowsConfig(8, 8, 128, 4, unroll=1),
-    ("wgmma", 128, 16): RowsConfig(16, 8, 128, 8, unroll=1),
-    ("wgmma", 128, 32): RowsConfig(32, 4, 128, 8, unroll=2),
-    ("wgmma", 128, 64): RowsConfig(64, 2, 128, 8, unroll=0),
-    ("wgmma", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1),
-    ("wgmma", 256, 16): RowsConfig(16, 8, 64, 8, unroll=1),
-    ("wgmma", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0),
-    ("wgmma", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0),
-    ("tcgen05", 128, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1, registers=168),
-    ("tcgen05", 128, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),
-    ("tcgen05", 128, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1, registers=168),
-    ("tcgen05", 128, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),
-    ("tcgen05", 256, 8): RowsConfig(8, 8, 64, 4, unroll=1, pair=1),
-    ("tcgen05", 256, 16): RowsConfig(16, 4, 64, 4, unroll=2, pair=1),
-    ("tcgen05", 256, 32): RowsConfig(32, 2, 128, 8, unroll=0, pair=1),
-    ("tcgen05", 256, 64): RowsConfig(64, 2, 64, 8, unroll=0, pair=1),
+# By rows: at most 8, 16, more. Slices make the tiles independent of the head size.
+ROWS: dict[tuple[Family, int], RowsConfig] = {
+    ("mma", 8): RowsConfig(8, 8, 64, 4, stages=3),
+    ("mma", 16): RowsConfig(16, 8, 64, 8, stages=3),
+    ("mma", 32): RowsConfig(32, 8, 64, 8, fold=2, stages=3, registers=255),
+    ("wgmma", 8): RowsConfig(8, 8, 64, 4, stages=4),
+    ("wgmma", 16): RowsConfig(16, 8, 128, 8, stages=3),
+    ("wgmma", 32): RowsConfig(32, 8, 128, 8, fold=2, stages=3),
+    ("tcgen05", 8): RowsConfig(8, 8, 64, 4, pair=1, stages=3),
+    ("tcgen05", 16): RowsConfig(16, 8, 64, 4, pair=1, stages=3),
+    ("tcgen05", 32): RowsConfig(32, 4, 128, 8, pair=1, stages=3),
 }
 
 # D in slices, one small tile for every card: for float32, which has no tensor-core path in IEEE arithmetic, and for
 # rows that are not 16-byte aligned, whose narrow loads would put larger tiles on the stack.
 LSE_SLICED = LseConfig(32, 64, 4, stages=1, slice=16, registers=224)
-ROWS_SLICED = RowsConfig(16, 2, 64, 4, unroll=0, stages=1, slice=16, registers=168)
+ROWS_SLICED = RowsConfig(16, 2, 64, 4, stages=1, slice=16, registers=168)
 # One head per tile (heads not reduced, or a group of one) reads more than it multiplies: any tile will do.
-ROWS_ONE_HEAD = RowsConfig(32, 1, 64, 4, unroll=1, pair=1, registers=168)
+ROWS_ONE_HEAD = RowsConfig(32, 1, 64, 4, pair=1, registers=168)
 
 # Keys per block of packed and paged tensors: their bounds and pages take registers that wider tiles have not left.
 NARROW = 64
@@ -122,17 +108,23 @@ def rows_config(
     capability: tuple[int, int], depth: int, rows: int, group: int, sliced: bool, dense: bool = True
 ) -> RowsConfig:
     """Tiles of `reduce_rows` for a sum over `group` heads (1: heads are not reduced); `dense` as above."""
-    bucket = next((most for most in (8, 16, 32) if rows <= most), 64 if dense or depth <= 128 else 32)
-    config = ROWS_SLICED if sliced else ROWS[family(capability), 128 if depth <= 128 else 256, bucket]
-    if not (dense or sliced):
-        config = replace(config, block_n=NARROW, registers=255)
-        if depth > 128:
-            config = replace(config, warps=8, unroll=0)
+    if sliced:
+        config = ROWS_SLICED
+    else:
+        config = ROWS[family(capability), next((most for most in (8, 16) if rows <= most), 32)]
+        if depth % 64 == 0:
+            config = replace(config, slice=64)
+        elif depth > 128 or depth % 32 == 0:
+            config = replace(config, slice=32)
+        else:
+            config = replace(config, stages=2)
+        if not dense:
+            config = replace(config, block_n=NARROW)
     if group == 1:
         return replace(ROWS_ONE_HEAD, slice=config.slice, stages=config.stages)
     # A tile needs 16 queries; more heads than the group has would be idle.
     heads = min(config.heads, max(1 << (group - 1).bit_length(), 16 // config.block_r))
-    return replace(config, heads=heads)
+    return replace(config, heads=heads, fold=min(config.fold, max(1, heads // config.pair)))
 
 
 # Costs of the work model, in units of one tile of scores: starting a program (its queries and the pipeline's first

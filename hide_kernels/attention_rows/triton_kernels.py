@@ -6,7 +6,9 @@ m packed (head, row) index of a tile. Scores are in log2 units, `t = log2(e) * s
 `partial_lse` makes log-sum-exp per chunk of keys, `combine_lse` joins the chunks, `reduce_rows` recomputes the scores,
 normalises, sums over heads in registers and writes each column once. What a row sees is one interval of keys,
 whatever mask it comes from. Everything that changes from picture to picture (lengths, spans, strides) is a run-time
-integer that Triton may not specialise on, so nothing recompiles for it. Strides come in units of `ALIGN` elements: the
+integer that Triton may not specialise on, so nothing recompiles for it. DEPENDENT: a card that starts a kernel before
+the one in front has ended (programmatic dependent launch); every program waits for that one before it reads anything,
+so that what comes after a call comes after all of its kernels. Strides come in units of `ALIGN` elements: the
 compiler then knows that rows are 16-byte aligned without knowing the stride, and reads them in 16-byte pieces.
 
 Where the keys and queries of a sample lie is one of a few layouts, and a pointer that is `None` says which: `cu_q` and
@@ -15,10 +17,10 @@ packed or paged has no stride over samples; `rows` and `length` are then the mos
 """
 
 # mypy: disable-error-code="no-untyped-def, operator, arg-type, assignment"
-# ruff: noqa: SIM102 (Triton evaluates both sides of `and` and of a conditional expression)
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Adding this to a position reaches past every key.
 _UNBOUNDED = tl.constexpr(1 << 40)
@@ -93,6 +95,20 @@ def _dot_pair(a, a_high, b, b_high, D2: tl.constexpr):
 
 
 @triton.jit
+def _load_slice(k_rows, q_rows, real, first, SLICE: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns [first, first + SLICE) of keys and queries."""
+    column = first + tl.arange(0, SLICE)
+    if DEPTH % SLICE == 0:
+        k = tl.load(k_rows[:, None] + column[None, :])
+        q = tl.load(q_rows[:, None] + column[None, :], mask=real[:, None], other=0.0)
+    else:
+        inside = (column < DEPTH)[None, :]
+        k = tl.load(k_rows[:, None] + column[None, :], mask=inside, other=0.0)
+        q = tl.load(q_rows[:, None] + column[None, :], mask=inside & real[:, None], other=0.0)
+    return k, q
+
+
+@triton.jit
 def _dot_sliced(a_rows, b_rows, keep, M: tl.constexpr, N: tl.constexpr, DEPTH: tl.constexpr, SLICE: tl.constexpr):
     """As `_dot_pair`, D in slices that are loaded here, in IEEE arithmetic for float32."""
     product = tl.zeros([M, N], tl.float32)
@@ -118,18 +134,22 @@ def _tanh(x):
 
 @triton.jit
 def _visible_keys(
-    positions, starts, lens, b, r, length, stride_pb, stride_pr, ahead, window
+    positions, starts, lens, b, r, length, stride_pb, stride_pr, ahead, window, AGAIN: tl.constexpr
 ):  # fmt: skip
-    """First and one past the last key that rows r see: int32 in [0, length], the last below the first for none."""
+    """First and one past the last key that rows r see: int32 in [0, length], the last below the first for none.
+
+    AGAIN: read anew, where the compiler would rather keep an earlier answer in registers.
+    """
     first = tl.zeros_like(r)
     stop = tl.zeros_like(r) + length
     if starts is not None:
-        start = tl.load(starts + b)
+        start = tl.load(starts + b, volatile=AGAIN)
         first += tl.minimum(tl.maximum(start, 0), length).to(tl.int32)
     if lens is not None:
-        stop = tl.minimum(stop, tl.minimum(tl.maximum(tl.load(lens + b), 0), length).to(tl.int32))
+        stop = tl.minimum(stop, tl.minimum(tl.maximum(tl.load(lens + b, volatile=AGAIN), 0), length).to(tl.int32))
     if positions is not None:
-        position = tl.load(positions + b.to(tl.int64) * stride_pb + r.to(tl.int64) * stride_pr).to(tl.int64)
+        position = positions + b.to(tl.int64) * stride_pb + r.to(tl.int64) * stride_pr
+        position = tl.load(position, volatile=AGAIN).to(tl.int64)
         position = tl.minimum(tl.maximum(position, -_UNBOUNDED), _UNBOUNDED)
         from_window = tl.minimum(tl.maximum(position - window + 1, 0), length)
         to_position = tl.minimum(tl.maximum(position + ahead + 1, 0), length)
@@ -165,13 +185,16 @@ def partial_lse(
     stride_pb: tl.int64, stride_pr: tl.int64, ahead: tl.int64, window: tl.int64,
     DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    SOFTCAP: tl.constexpr, NEGATE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    SOFTCAP: tl.constexpr, NEGATE: tl.constexpr, MASKED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """log2-sum-exp2 of one chunk of keys, for BLOCK_M of the group * rows queries of one key/value head.
 
     Grid (chunks, tiles of group * rows, B * Hkv). Writes `partial` [chunks, B * Hq * R], or [chunks, Hq * total_q]
     if packed; -inf for a row that sees nothing in the chunk.
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
     b = tl.program_id(2) // kv_heads
     g = tl.program_id(2) % kv_heads
     if cu_q is not None:
@@ -203,14 +226,20 @@ def partial_lse(
             q_high = -q_high
 
     # Blocks that every row sees whole need no mask and are pipelined; the others, at either end, are masked.
-    first, stop = _visible_keys(positions, starts, lens, b, r, length, stride_pb, stride_pr, ahead, window)
+    first, stop = _visible_keys(positions, starts, lens, b, r, length, stride_pb, stride_pr, ahead, window, False)
     chunk = tl.program_id(0) * chunk_keys
     chunk_stop = tl.minimum(chunk + chunk_keys, length)
-    some_first = chunk + tl.maximum(tl.min(first, 0) - chunk, 0) // BLOCK_N * BLOCK_N
-    some_stop = tl.minimum(tl.max(stop, 0), chunk_stop)
-    all_first = chunk + tl.cdiv(tl.maximum(tl.max(first, 0) - chunk, 0), BLOCK_N) * BLOCK_N
-    all_stop = chunk + tl.maximum(tl.minimum(tl.min(stop, 0), chunk_stop) - chunk, 0) // BLOCK_N * BLOCK_N
-    all_stop = tl.maximum(all_first, all_stop)
+    if MASKED:
+        some_first = chunk + tl.maximum(tl.min(first, 0) - chunk, 0) // BLOCK_N * BLOCK_N
+        some_stop = tl.minimum(tl.max(stop, 0), chunk_stop)
+        all_first = chunk + tl.cdiv(tl.maximum(tl.max(first, 0) - chunk, 0), BLOCK_N) * BLOCK_N
+        all_stop = chunk + tl.maximum(tl.minimum(tl.min(stop, 0), chunk_stop) - chunk, 0) // BLOCK_N * BLOCK_N
+        all_stop = tl.maximum(all_first, all_stop)
+    else:  # not the same by way of reductions, whose barriers would come before the first keys are asked for
+        some_first = chunk
+        some_stop = chunk_stop
+        all_first = chunk
+        all_stop = chunk + tl.maximum(chunk_stop - chunk, 0) // BLOCK_N * BLOCK_N
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -263,11 +292,16 @@ def partial_lse(
 
 
 @triton.jit(do_not_specialize=["total", "chunks"], do_not_specialize_on_alignment=["partial", "lse"])
-def combine_lse(partial, lse, total: tl.int32, chunks: tl.int32, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+def combine_lse(
+    partial, lse, total: tl.int32, chunks: tl.int32, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     """`lse` [total] from `partial` [chunks, total], CHUNKS at a time, always in the same order.
 
     Grid (blocks of `total`,).
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
@@ -283,36 +317,13 @@ def combine_lse(partial, lse, total: tl.int32, chunks: tl.int32, BLOCK: tl.const
 
 
 @triton.jit
-def _add_heads(
-    total, query, k, k_high, k_rows, lse, weights, lse_scale, log2_scale, inner_scale,
-    b, g, j, r, group, stride_qh, stride_qr, stride_lh, stride_lr,
-    DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,
-    TILE_M: tl.constexpr, BLOCK_N: tl.constexpr, PAIR: tl.constexpr,
-    SOFTMAX: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Adds the probabilities (or scores) of the heads and rows of one tile to `total` [TILE_M / PAIR, BLOCK_N]."""
-    real = j < group
-    h = g * group + j
-    q_rows = _rows_at(_rows_at(query, h, stride_qh, WIDE), r, stride_qr, WIDE)
-    if SLICE == 0:
-        q, q_high = _load_pair(q_rows, real, DEPTH, D1, D2)
-        s = _dot_pair(q, q_high, k, k_high, D2)
-    else:
-        s = _dot_sliced(q_rows, k_rows, real, TILE_M, BLOCK_N, DEPTH, SLICE)
-    if SOFTCAP:
-        s = _tanh(s * inner_scale)
-    if SOFTMAX:
-        # A head that does not exist, and a row that sees nothing: +inf, so that exp2 gives 0.
-        normaliser = tl.load(lse + h * stride_lh + r * stride_lr, mask=real, other=float("inf"))
-        normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser) * lse_scale
-        p = tl.exp2(s * log2_scale - normaliser[:, None])
-    else:
-        p = s
-    if WEIGHTED:
-        p = p * tl.load(weights + h, mask=real, other=0.0)[:, None]
-    if PAIR == 2:
-        p = tl.reshape(tl.sum(tl.reshape(p, [TILE_M // 16, 2, 8, BLOCK_N]), 1), [TILE_M // 2, BLOCK_N])
-    return total + p
+def _sum_heads(total, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[HEADS * ROWS, COLUMNS] summed over heads by halves: each is one trip through shared memory, a `tl.sum` many."""
+    for level in tl.static_range(HEADS.bit_length() - 1):
+        halves = tl.reshape(total, [2, HEADS // 2 ** (level + 1) * ROWS, COLUMNS])
+        low, high = tl.split(tl.permute(halves, (1, 2, 0)))
+        total = low + high
+    return total
 
 
 @triton.jit(
@@ -335,17 +346,19 @@ def reduce_rows(
     start0: tl.int32, stop0: tl.int32, start1: tl.int32, stop1: tl.int32,
     start2: tl.int32, stop2: tl.int32, start3: tl.int32, stop3: tl.int32,
     DEPTH: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, SLICE: tl.constexpr,
-    BLOCK_R: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_R: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr, PAIR: tl.constexpr, FOLD: tl.constexpr,
     STAGES: tl.constexpr, REDUCE: tl.constexpr, SUM_ROWS: tl.constexpr, MEAN_ROWS: tl.constexpr,
-    SOFTMAX: tl.constexpr, WEIGHTED: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, ACCUMULATE: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    SOFTMAX: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    ACCUMULATE: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Columns of up to four spans: one block of keys, one block of rows, all heads that are summed.
 
     Grid (blocks of all spans, blocks of rows, samples * output heads). REDUCE is "all", "group" or "none". A tile holds
-    HEADS heads x BLOCK_R rows; STEPS tiles make a group (0: counted at run time), unrolled so that the loop over
-    key/value heads is the innermost and prefetches the next head's keys and queries.
+    HEADS heads x BLOCK_R rows. Tiles, and the slices of D within each, are one loop, so that copies run ahead of the
+    products through all of it. UNIT: columns of `out` are adjacent.
     """
+    if DEPENDENT:
+        gdc_wait()
     # Which span this block lies in, and its first key and column.
     block = tl.program_id(0)
     start = start0
@@ -416,10 +429,20 @@ def reduce_rows(
 
     row = first_row + tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = row < rows
-    first, last = _visible_keys(
-        positions, starts, lens, b, tl.minimum(row, rows - 1), length, stride_pb, stride_pr, ahead, window
-    )
     if MASKED:
+        first, last = _visible_keys(
+            positions,
+            starts,
+            lens,
+            b,
+            tl.minimum(row, rows - 1),
+            length,
+            stride_pb,
+            stride_pr,
+            ahead,
+            window,
+            False,
+        )
         if (start >= tl.max(last, 0)) | (start + BLOCK_N <= tl.min(first, 0)):
             g_stop = g_first  # no row sees a key of this block
     if cu_k is not None:
@@ -427,43 +450,75 @@ def reduce_rows(
     page = _page_of(pages, key_of, page_shift, last_page)
 
     # Bit 3 of m is a head bit if PAIR is 2. In an mma accumulator one thread owns m and m + 8, so that summing this
-    # pair of heads costs no shuffle and halves the accumulator over heads.
+    # pair of heads costs no shuffle and halves the accumulator over heads. So does FOLD with the tile's upper bits,
+    # where they count the turns of the warps.
     TILE_M: tl.constexpr = HEADS * BLOCK_R
+    SLICES: tl.constexpr = 1 if SLICE == 0 else (DEPTH + SLICE - 1) // SLICE
     m = tl.arange(0, TILE_M)
     j_tile = j_first + m // (BLOCK_R * PAIR) * PAIR + m // 8 % PAIR
     r = first_row + tl.program_id(1) * BLOCK_R + m // (8 * PAIR) % (BLOCK_R // 8) * 8 + m % 8
     r = tl.minimum(r, rows - 1)
-    total = tl.zeros([TILE_M // PAIR, BLOCK_N], tl.float32)
-    for g in tl.range(g_first, g_stop, num_stages=STAGES if STEPS > 0 else 1):
+    steps = tl.cdiv(group, HEADS)
+    if REDUCE == "none":
+        steps = 1
+    total = tl.zeros([TILE_M // (PAIR * FOLD), BLOCK_N], tl.float32)
+    s = tl.zeros([TILE_M, BLOCK_N], tl.float32)
+    for i in tl.range(g_first * steps * SLICES, g_stop * steps * SLICES, num_stages=STAGES):
+        g = i // SLICES // steps
+        j = j_tile + i // SLICES % steps * HEADS
+        h = g * group + j
+        real = j < group
         k_head = k_sample + g * (stride_kh * ALIGN)
         k_rows = _keys_at(k_head, pages, page, key_of, page_shift, stride_kb * ALIGN, stride_kn * ALIGN, WIDE)
+        q_rows = _rows_at(_rows_at(q_sample, h, stride_qh * ALIGN, WIDE), r, stride_qr * ALIGN, WIDE)
         if SLICE == 0:
             k, k_high = _load_pair(k_rows, None, DEPTH, D1, D2)
+            q, q_high = _load_pair(q_rows, real, DEPTH, D1, D2)
+            s = _dot_pair(q, q_high, k, k_high, D2)
         else:
-            k = k_rows
-            k_high = k_rows
-        if STEPS > 0:
-            for step in tl.static_range(STEPS):
-                total = _add_heads(
-                    total, q_sample, k, k_high, k_rows, lse_sample, weights, lse_scale, log2_scale, inner_scale,
-                    b, g, j_tile + step * HEADS, r, group, stride_qh * ALIGN, stride_qr * ALIGN, stride_lh, stride_lr,
-                    DEPTH, D1, D2, SLICE, TILE_M, BLOCK_N, PAIR, SOFTMAX, WEIGHTED, SOFTCAP, WIDE,
-                )  # fmt: skip
-        else:
-            for step in tl.range(0, tl.cdiv(group, HEADS), num_stages=STAGES):
-                total = _add_heads(
-                    total, q_sample, k, k_high, k_rows, lse_sample, weights, lse_scale, log2_scale, inner_scale,
-                    b, g, j_tile + step * HEADS, r, group, stride_qh * ALIGN, stride_qr * ALIGN, stride_lh, stride_lr,
-                    DEPTH, D1, D2, SLICE, TILE_M, BLOCK_N, PAIR, SOFTMAX, WEIGHTED, SOFTCAP, WIDE,
-                )  # fmt: skip
-    if HEADS > PAIR:
-        total = tl.sum(tl.reshape(total, [HEADS // PAIR, BLOCK_R, BLOCK_N]), 0)
+            k, q = _load_slice(k_rows, q_rows, real, i % SLICES * SLICE, SLICE, DEPTH)
+            s = tl.dot(q, tl.trans(k), acc=s, input_precision="ieee")
+        if SLICES == 1 or i % SLICES == SLICES - 1:
+            p = s
+            if SOFTCAP:
+                p = _tanh(p * inner_scale)
+            if SOFTMAX:
+                # A head that does not exist, and a row that sees nothing: +inf, so that exp2 gives 0.
+                normaliser = tl.load(lse_sample + h * stride_lh + r * stride_lr, mask=real, other=float("inf"))
+                normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser) * lse_scale
+                p = tl.exp2(p * log2_scale - normaliser[:, None])
+            if WEIGHTED:
+                p = p * tl.load(weights + h, mask=real, other=0.0)[:, None]
+            if PAIR == 2:
+                p = tl.reshape(tl.sum(tl.reshape(p, [TILE_M // 16, 2, 8, BLOCK_N]), 1), [TILE_M // 2, BLOCK_N])
+            if FOLD > 1:
+                p = tl.sum(tl.reshape(p, [FOLD, TILE_M // (PAIR * FOLD), BLOCK_N]), 0)
+            total += p
+            s = tl.zeros([TILE_M, BLOCK_N], tl.float32)
+    total = _sum_heads(total, HEADS // (PAIR * FOLD), BLOCK_R, BLOCK_N)
 
     result = total * out_scale
     if MASKED:  # a select and no product: hidden columns may hold NaN
+        first, last = _visible_keys(
+            positions,
+            starts,
+            lens,
+            b,
+            tl.minimum(row, rows - 1),
+            length,
+            stride_pb,
+            stride_pr,
+            ahead,
+            window,
+            True,
+        )
         seen = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
         result = tl.where(seen, result, 0.0)
-    columns = out + b.to(tl.int64) * stride_ob + out_head * stride_oh + (column + tl.arange(0, BLOCK_N)) * stride_oc
+    columns = out + b.to(tl.int64) * stride_ob + out_head * stride_oh
+    if UNIT:  # said, for what the compiler finds out about a stride of 1 depends on its version
+        columns += column + tl.arange(0, BLOCK_N)
+    else:
+        columns += (column + tl.arange(0, BLOCK_N)) * stride_oc
     if SUM_ROWS:
         result = tl.sum(tl.where(in_rows[:, None], result, 0.0), 0)
         if MEAN_ROWS:

@@ -59,6 +59,7 @@ class RowRecorder:
         window: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        lse: Tensor | None = None,
     ) -> None:
         """Add the rows that are wanted of one forward.
 
@@ -68,6 +69,8 @@ class RowRecorder:
             visible: (B, Q, K), or (B, 1, K) for padding alone, bool; `None`: as `causal` says.
             key_spans: instead of the recorder's, where samples have become several sequences.
             window, scale, softcap: as in `attention_rows`.
+            lse: (B, Hq, Q), natural log, of the same scores under the model's own mask; any value for a query that sees
+                no key. Then the keys are read once instead of twice.
 
         Raises:
             ValueError: a mask that is neither causal, sliding nor padding.
@@ -93,9 +96,14 @@ class RowRecorder:
             # A span that lies in a later part of the prompt: keys that nobody sees yet.
             limits.setdefault("kv_lens", torch.full((query.shape[0],), key.shape[2], device=query.device))
             key = nn.functional.pad(key, (0, 0, 0, to_come))
+        whole = len(here) == here[-1] - here[0] + 1
+        chosen: Any = slice(here[0], here[-1] + 1) if whole else here
+        # Of hidden keys, and for a query that sees none, it says nothing.
+        known = lse is not None and self.causal and not self.return_lse and self.process_group is None
         new = attention_rows(
-            query[:, :, here[0] : here[-1] + 1] if len(here) == here[-1] - here[0] + 1 else query[:, :, here],
+            query[:, :, chosen],
             key,
+            lse=lse[:, :, chosen].float().nan_to_num(nan=-torch.inf) if known and lse is not None else None,
             key_spans=spans,
             causal=self.causal,
             window=window,

@@ -15,12 +15,14 @@ import copy
 import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     from transformers import AttentionInterface, PreTrainedModel
@@ -157,8 +159,10 @@ class _Capture(ThreadRecorder):
     base_config: Any = None
     called: bool = False
 
-    def record_call(self, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Record one call of transformers' attention interface."""
+    def record_call(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, lse: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Record one call of transformers' attention interface, whose attention found this log-sum-exp."""
         for name in ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"layer {self.layer}: {name} changes its softmax; rows cannot be captured")
@@ -189,6 +193,7 @@ class _Capture(ThreadRecorder):
             window=sliding,
             scale=kwargs.get("scaling"),
             softcap=kwargs.get("softcap"),
+            lse=lse,
         )
 
     def check(self) -> None:
@@ -295,15 +300,9 @@ class _ModuleView:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The function registered as `hide_rows`: record, then run the model's own implementation."""
+    """The function registered as `hide_rows`: run the model's own implementation, and record."""
     # Read once: another thread may close the last capture meanwhile, and the module then has its own config again.
     config = module.config
-    for capture in _captures(config):
-        if capture.here:
-            capture.called = True
-            capture.record_call(query, key, attention_mask, kwargs)
-        else:
-            capture.elsewhere = True
     base_config = getattr(config, "hide_base", config)
     implementation = _implementation(base_config)
     if implementation == "eager":
@@ -312,7 +311,43 @@ def _attention(
             raise ValueError(f"layer {module.layer_idx}: no eager attention function found; load the model with sdpa")
     else:
         base = ALL_ATTENTION_FUNCTIONS[implementation]
-    return base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
+    own = _OwnLse()
+    # Its gradient would be lost, and another implementation may scale or mask as it likes.
+    watched = implementation == "sdpa" and not torch.compiler.is_compiling()
+    with own if watched and not (query.requires_grad or key.requires_grad) else nullcontext():
+        result = base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
+    for capture in _captures(config):
+        if capture.here:
+            capture.called = True
+            capture.record_call(query, key, attention_mask, own.of(query), kwargs)
+        else:
+            capture.elsewhere = True
+    return result
+
+
+class _OwnLse(TorchDispatchMode):
+    """Inside, the log-sum-exp that PyTorch's fused attention returns beside its output is kept instead of dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            # As it arrives in inference mode: what it is made of says more.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        for place, returned in enumerate(func._schema.returns):
+            if returned.name == "logsumexp":
+                self._found.append(results[place])
+        return results
+
+    def of(self, query: Tensor) -> Tensor | None:
+        """(B, Hq, Q), that of one call for all queries; `None` if there was another call, or one that kept none."""
+        if len(self._found) != 1 or self._found[0].shape != query.shape[:3]:
+            return None
+        return self._found[0]
 
 
 def _implementation(config: Any) -> str:

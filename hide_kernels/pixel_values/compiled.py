@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hide_kernels import geometry, native
+from hide_kernels.pinned import pinned
 from hide_kernels.pixel_values.levels import normalised_values
 from hide_kernels.pixel_values.taps import COLUMNS, ROWS, rows_first, taps
 
@@ -113,7 +114,7 @@ def _tables(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
     """Weights of each pass and, where there is a mean, the bits of the normalised values, on the device."""
-    packed, lengths = _packed(passes, mean, std, dtype, device.type == "cuda")
+    packed, lengths = _packed(passes, mean, std, dtype, device if device.type == "cuda" else None)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured.append(packed)
     return packed.to(device, non_blocking=True).split(lengths)
@@ -121,11 +122,15 @@ def _tables(
 
 @functools.lru_cache(maxsize=64)
 def _packed(
-    passes: tuple[Pass, ...], mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, pinned: bool
+    passes: tuple[Pass, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> tuple[Tensor, list[int]]:
-    """All tables in one int32 tensor, for one copy that nobody waits for; and their lengths."""
+    """All tables in one int32 tensor, pinned for one copy to a GPU that nobody waits for; and their lengths."""
     parts = [torch.from_numpy(taps(one.before[one.axis], one.targets)).view(-1) for one in passes]
     if mean:
         parts.append(torch.from_numpy(normalised_values(mean, std)).to(dtype).view(-1).view(torch.int32))
     packed = torch.cat(parts)
-    return packed.pin_memory() if pinned else packed, [len(part) for part in parts]
+    return packed if device is None else pinned(packed, device), [len(part) for part in parts]

@@ -219,45 +219,34 @@ def error_of(
     device: str | torch.device,
     *,
     backend: str | None,
-    plain_dtype: torch.dtype | None = None,
     call: Callable[..., AttentionRows] = attention_rows,
 ) -> tuple[float, float]:
     """Largest error of a call against float64, as a multiple of its budget, for rows and lse; 1 and less passes.
 
-    The budget is that of the plain expression in the order of sums that errs most: over few elements one order's error
-    is a matter of luck, and libraries of matrix products differ by several times.
-
-    `plain_dtype` is the type whose plain expression sets the budget (default: `dtype`). A wrong -inf, or a NaN, is an
-    infinite error.
+    The budget is that of the plain expression, computed in float32, in the order of sums that errs most: over few
+    elements one order's error is a matter of luck, and libraries of matrix products differ by several times. A wrong
+    -inf, or a NaN, is an infinite error.
     """
     query, key, arguments = case.inputs(dtype, device)
     softmax = arguments.get("softmax", True)
     want = textbook_attention_rows(query.double(), key.double(), **arguments)
 
-    def plainly(precision: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        forward, backward = (
-            (query.to(precision), key.to(precision)),
-            (query.to(precision).flip(-1), key.to(precision).flip(-1)),
-        )
-        orders = ((forward, False), (forward, True), (backward, False))
-        return [textbook_attention_rows(*of_order, grouped=grouped, **arguments) for of_order, grouped in orders]
-
-    plain = plainly(plain_dtype or dtype)
-    if any(not torch.equal(p.isfinite(), w.isfinite()) for one in plain for p, w in zip(one, want, strict=True)):
-        # float16 overflows where we do not.
-        plain = plainly(torch.float32)
+    forward = query.float(), key.float()
+    backward = forward[0].flip(-1), forward[1].flip(-1)
+    orders = ((forward, False), (forward, True), (backward, False))
+    plain = [textbook_attention_rows(*of_order, grouped=grouped, **arguments) for of_order, grouped in orders]
     with poisoned_empty():
         got = call(query, key, return_lse=softmax, backend=backend, **arguments)
-    rows = _relative(got.rows, want[0], [one[0] for one in plain])
-    return (rows, _relative(got.lse, want[1], [one[1] for one in plain])) if got.lse is not None else (rows, 0.0)
+    rows = _relative(got.rows, want[0], [one[0] for one in plain], dtype)
+    return (rows, _relative(got.lse, want[1], [one[1] for one in plain], dtype)) if got.lse is not None else (rows, 0.0)
 
 
-def _relative(got: Tensor, want: Tensor, plain: Sequence[Tensor]) -> float:
+def _relative(got: Tensor, want: Tensor, plain: Sequence[Tensor], dtype: torch.dtype) -> float:
     if got.shape != want.shape or got.dtype != torch.float32 or not torch.equal(got.isinf(), want.isinf()):
         return torch.inf
     finite = want.isfinite()
     if not finite.any():
         return 0.0
     error = (got.double() - want)[finite].abs().max().item()
-    budget = max(error_budget(one[finite], want[finite]) for one in plain)
+    budget = max(error_budget(one[finite], want[finite], dtype) for one in plain)
     return error / budget if error == error and budget else (0.0 if error == 0 else torch.inf)

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 from torch import Tensor
 
+from hide_kernels import backends
 from hide_kernels.attention_rows import triton_kernels as row_kernels
 from hide_kernels.attention_rows import triton_launch as row_launch
 from hide_kernels.launch import Launch
@@ -24,7 +25,11 @@ from hide_kernels.token_maps import triton_launch as map_launch
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Inside, `backend="triton"` of `attention_rows` and `token_maps` serves float16 and float32 tensors on the CPU.
+    """Inside, `backend="triton"` of `attention_rows` and `token_maps` serves tensors on the CPU.
+
+    With a GPU's arithmetic, which Triton's interpreter has not: products of bfloat16, additions that are contracted
+    with a product where a launch allows it (`enable_fp_fusion`), and an exp2 in float32 that is wrong by up to two
+    units in the last place.
 
     Triton decides when a function is decorated whether it is to be interpreted, for its own standard functions too.
     So their modules are loaded a second time with `TRITON_INTERPRET=1` and take the place of the first.
@@ -67,7 +72,8 @@ def interpreted() -> Iterator[None]:
             )
         )
         _check_addresses(stack)
-        _round_products_once(stack)
+        _calculate_as_a_gpu(stack)
+        stack.enter_context(mock.patch.object(backends, "INTERPRETS_BFLOAT16", True))
         yield
 
 
@@ -128,15 +134,75 @@ def _check_addresses(stack: ExitStack) -> None:
         stack.enter_context(mock.patch.object(InterpreterBuilder, name, checked(name, mask_at)))
 
 
-def _round_products_once(stack: ExitStack) -> None:
-    """An element of a product has the same bits in a tile of any shape, as on a card, whatever BLAS numpy calls."""
+def _calculate_as_a_gpu(stack: ExitStack) -> None:
+    import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    fused = [False]
+    run = Launch.run
+
+    def run_fused(launch: Launch) -> None:
+        fused[0] = bool(launch.arguments.get("enable_fp_fusion"))
+        run(launch)
+
+    def values(handle: Any) -> Any:
+        """The numbers of a tile. The interpreter keeps bfloat16 as its bits."""
+        bits = handle.data
+        return (bits.astype(np.uint32) << 16).view(np.float32) if handle.dtype.scalar == tl.bfloat16 else bits
+
     def dot(builder: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
-        exact = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + total.data
+        # An element has the same bits in a tile of any shape, as on a card, whatever BLAS numpy calls.
+        exact = np.matmul(values(a).astype(np.float64), values(b).astype(np.float64)) + total.data
         return TensorHandle(exact.astype(total.data.dtype), total.dtype.scalar)
 
-    stack.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
+    def negative(builder: Any, x: Any) -> Any:
+        flipped = x.data ^ np.uint16(1 << 15) if x.dtype.scalar == tl.bfloat16 else -x.data
+        return TensorHandle(flipped, x.dtype.scalar)
+
+    def exp2(builder: Any, x: Any) -> Any:
+        result = np.exp2(x.data)
+        if result.dtype == np.float32:
+            # Two units up, two down or exact, as the argument's bits say; always exact at 0, as on a card.
+            units = (np.ascontiguousarray(x.data).view(np.uint32) * np.uint32(2654435761) >> 16) % 3
+            wrong = result + (units.astype(np.float32) - 1) * 2 * np.spacing(result)
+            result = np.where((x.data == 0) | ~np.isfinite(result) | (result == 0), result, wrong)
+        return TensorHandle(result, x.dtype.scalar)
+
+    multiply, add, subtract = (getattr(InterpreterBuilder, f"create_f{name}") for name in ("mul", "add", "sub"))
+    wider = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
+
+    def product(builder: Any, x: Any, y: Any) -> Any:
+        result = multiply(builder, x, y)
+        if fused[0] and result.data.dtype in wider:
+            result.set_attr("factors", (x.data, y.data))
+        return result
+
+    def contracted(operation: Callable[..., Any], plainly: Callable[..., Any]) -> Callable[..., Any]:
+        def call(builder: Any, x: Any, y: Any) -> Any:
+            of_x, of_y = (handle.attr.get("factors") if fused[0] else None for handle in (x, y))
+            if of_x is None and of_y is None:
+                return plainly(builder, x, y)
+            wide = wider[x.data.dtype]
+            # One of them is a product that is not rounded; the other is what it is.
+            left, right = x.data.astype(wide), y.data.astype(wide)
+            if of_x is not None:
+                left = of_x[0].astype(wide) * of_x[1]
+            elif of_y is not None:
+                right = of_y[0].astype(wide) * of_y[1]
+            return TensorHandle(operation(left, right).astype(x.data.dtype), x.dtype.scalar)
+
+        return call
+
+    stack.enter_context(mock.patch.object(Launch, "run", run_fused))
+    for name, function in (
+        ("dot", dot),
+        ("fneg", negative),
+        ("exp2", exp2),
+        ("fmul", product),
+        ("fadd", contracted(np.add, add)),
+        ("fsub", contracted(np.subtract, subtract)),
+    ):
+        stack.enter_context(mock.patch.object(InterpreterBuilder, f"create_{name}", function))
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -33,7 +33,11 @@ SHARED_LIMIT = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel uses: registers and stack bytes per thread, shared memory per program, instructions."""
+    """What one compiled kernel uses: registers and stack bytes per thread, shared memory per program, instructions.
+
+    `uncoalesced`: accesses of two-dimensional tiles to global memory whose neighbouring threads do not lie along the
+    columns, where elements are adjacent.
+    """
 
     kernel: str
     registers: int
@@ -43,6 +47,7 @@ class Usage:
     wgmma: int
     tcgen05: int
     instructions: int
+    uncoalesced: int
 
 
 class _Driver:
@@ -142,7 +147,7 @@ def planned(
         row_reduction=arguments.pop("row_reduction", None),
     )
     out = torch.empty(request.shape, device="meta")
-    card = triton_launch.Card(capability, processors)
+    card = triton_launch.Card.of(capability, processors)
     return triton_launch.plan(query, key, request, None, out, accumulate, card, **arguments)[0]
 
 
@@ -171,7 +176,7 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Usage:
     """Compile one launch (tensors may be on the "meta" device) and read its machine code."""
     with target(capability):
         compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-    return read_cubin(launch.kernel.fn.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+    return usage_of(launch.kernel.fn.__name__, compiled)
 
 
 def variants(launches: Sequence[Launch], capability: tuple[int, int]) -> list[tuple[str, str]]:
@@ -212,29 +217,44 @@ def fingerprint(launch: Launch, capability: tuple[int, int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_cubin(name: str, cubin: bytes, shared: int) -> Usage:
-    """Registers, stack and tensor-core instructions of the one kernel in `cubin`."""
+def sass(cubin: bytes, option: str = "-sass") -> str:
+    """Machine code as text; with "-res-usage" what it takes."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-    def dump(option: str, file: str) -> str:
-        return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = dump("-res-usage", file.name), dump("-sass", file.name)
-    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def opcodes(code: str) -> list[str]:
+    """The instructions of `sass` in order, without operands."""
     # An instruction stands after its address in a comment; @P0 and the like before it are predicates.
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)", code)
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)", code)
+
+
+def uncoalesced(ttgir: str) -> int:
+    """`Usage.uncoalesced` of a kernel in Triton's GPU representation. A layout that is not known counts."""
+    along_columns = set(re.findall(r"^(#\w+) = #ttg\.blocked<\{.*order = \[1, 0\]", ttgir, re.MULTILINE))
+    access = r"(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local)\b.*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
+    return sum(layout not in along_columns for layout in re.findall(access, ttgir))
+
+
+def usage_of(name: str, compiled: Any) -> Usage:
+    """What the kernel of this name uses, from what Triton compiled."""
+    cubin = compiled.asm["cubin"]
+    usage, instructions = sass(cubin, "-res-usage"), opcodes(sass(cubin))
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
     return Usage(
         kernel=name,
         registers=registers,
         stack=stack,
-        shared=shared,
-        mma=sum(opcode.split(".")[0] in ("HMMA", "IMMA", "DMMA") for opcode in opcodes),
-        wgmma=sum(opcode.split(".")[0] == "HGMMA" for opcode in opcodes),
-        tcgen05=sum(opcode.split(".")[0] == "UTCHMMA" for opcode in opcodes),
-        instructions=len(opcodes),
+        shared=compiled.metadata.shared,
+        mma=sum(opcode.split(".")[0] in ("HMMA", "IMMA", "DMMA") for opcode in instructions),
+        wgmma=sum(opcode.split(".")[0] == "HGMMA" for opcode in instructions),
+        tcgen05=sum(opcode.split(".")[0] == "UTCHMMA" for opcode in instructions),
+        instructions=len(instructions),
+        uncoalesced=uncoalesced(compiled.asm["ttgir"]),
     )

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,25 +96,36 @@ def _textbook_by_sample(
     return stacked, packed_lse
 
 
-def error_budget(plain: Tensor, oracle: Tensor) -> float:
-    """Largest absolute error allowed against a float64 `oracle`.
+def error_budget(plain: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+    """Largest absolute error allowed against a float64 `oracle` where inputs are of `dtype`.
 
-    Twice the sum of what the plain expression in the dtype under test errs by, and the rounding of the oracle to the
-    output's float32.
+    plain: the plain expression of the inputs as they are, computed in float32 (of float64 inputs in float64).
+
+    Of 32 and 64 bits: twice the sum of the plain expression's error and of the rounding of the oracle to the output's
+    float32, and two units in the last place of the peak, which a GPU's exp2 may be wrong by and the plain expression's
+    is not. Of 16 bits: four times the plain expression's error and 8 units in the last place of the peak, because a
+    16-bit expression's own error would let a result pass that is wrong by a hundredth.
     """
-    error = (plain.double() - oracle).abs().max().item() if oracle.numel() else 0.0
-    rounding = (oracle.float().double() - oracle).abs().max().item() if oracle.numel() else 0.0
-    return 2 * (error + rounding)
+    if not oracle.numel():
+        return 0.0
+    error = (plain.double() - oracle).abs().max().item()
+    unit = float(np.spacing(np.float32(oracle.abs().max().item())))
+    if dtype.itemsize == 2:
+        return 4 * error + 8 * unit
+    return 2 * (error + (oracle.float().double() - oracle).abs().max().item() + unit)
 
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Inside, every `torch.empty*` and `new_empty*` returns NaN, so that memory read before it is written shows."""
+    """Inside, every `torch.empty*` and `new_empty*` returns NaN, or integers that are no index, so that memory read
+    before it is written shows."""
     owners: list[tuple[Any, str]] = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
     owners += [(Tensor, "new_empty"), (Tensor, "new_empty_strided")]
 
     def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
     def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(function(*args, **kwargs))

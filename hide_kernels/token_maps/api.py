@@ -49,7 +49,8 @@ def token_maps(rows: Sequence[Tensor], *, prior_rows: int, sigma: float, backend
     within 1e-6 of its own peak is not valid either. Finite means in float32. Nothing is ever NaN.
 
     Every backend computes in float64, and their maps agree to a unit in the last place of float32. On a GPU, "scipy"
-    synchronises, the others never, and a call of "triton" may be captured in a CUDA graph.
+    synchronises, the others never, and a call of "triton" may be captured in a CUDA graph after an eager call of the
+    same shapes, which compiles and loads the kernels.
 
     Args:
         rows: per image (T, h_i, w_i) float tensor, the rows reduced over heads and layers, laid out on the token grid

@@ -61,7 +61,7 @@ def _locate(block, sizes, images, OF_LINES: tl.constexpr, LINES: tl.constexpr, C
 @triton.jit
 def _taken_by(peaks, t, rows, images):
     """The image where row t has its largest peak, the first of equals, and that peak: -inf if it is finite nowhere."""
-    best = 0
+    best = t * 0
     top = tl.load(peaks + t)
     for image in range(1, images):
         peak = tl.load(peaks + image * rows + t)
@@ -78,26 +78,31 @@ def _mirrored(at, length):
 
 
 @triton.jit
-def _range(lows, highs, block, blocks, t, rows, flat, PARTS: tl.constexpr):
-    """Lowest value of a smoothed row, and from there to its highest: 0 if the row is constant."""
-    low = tl.full([PARTS], float("inf"), tl.float64)
-    high = tl.full([PARTS], float("-inf"), tl.float64)
+def _ranges(
+    lows, highs, block, blocks, t, keep, rows, flat, PARTS: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Lowest value of smoothed rows t, and 1 over what it is from there to the highest: 0 if a row is constant."""
+    low = tl.full([PARTS, TOKENS], float("inf"), tl.float64)
+    high = tl.full([PARTS, TOKENS], float("-inf"), tl.float64)
     for first in tl.range(0, blocks, PARTS, num_stages=1):
         part = first + tl.arange(0, PARTS)
-        at = (block + part) * rows + t
-        low = tl.minimum(low, tl.load(lows + at, mask=part < blocks, other=float("inf")))
-        high = tl.maximum(high, tl.load(highs + at, mask=part < blocks, other=float("-inf")))
-    lowest = tl.min(low, 0)
-    highest = tl.max(high, 0)
+        at = ((block + part) * rows)[:, None] + t[None, :]
+        inside = (part < blocks)[:, None] & keep[None, :]
+        low = tl.minimum(low, tl.load(lows + at, mask=inside, other=float("inf")))
+        high = tl.maximum(high, tl.load(highs + at, mask=inside, other=float("-inf")))
+    lowest = tl.where(keep, tl.min(low, 0), 0.0)
+    highest = tl.where(keep, tl.max(high, 0), 0.0)
     span = highest - lowest
     varied = span > flat * tl.maximum(tl.abs(lowest), tl.abs(highest))
-    return lowest, tl.where(varied, span, 0.0)
+    return lowest, tl.where(varied, 1.0 / tl.where(varied, span, 1.0), 0.0)
 
 
 @triton.jit
-def _normalised(smooth, low, span):
-    """Min-max of a row by its `_range`; a constant one is zeros."""
-    return tl.where(span > 0, (smooth - low) / tl.where(span > 0, span, 1.0), 0.0)
+def _normalised(smooth, t, cell, cells, low, inverse, keep):
+    """Cells of rows t after min-max by their `_ranges`; zeros where a row is constant or not kept."""
+    inside = (keep & (inverse > 0))[:, None] & (cell < cells)[None, :]
+    value = tl.load(smooth + (t * cells)[:, None] + cell[None, :], mask=inside, other=0.0)
+    return tl.where(inside, (value - low[:, None]) * inverse[:, None], 0.0)
 
 
 # Of a slot: the map, its strides over rows, lines and columns, and its size.
@@ -176,10 +181,10 @@ _INTEGERS = ["rows", "images", "prior"]
 _TENSORS = ["packed", "weights", "sizes", "peaks", "half", "smooth", "lows", "highs", "tops", "out", "index", "valid"]
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "radius"], do_not_specialize_on_alignment=_TENSORS)
+@triton.jit(do_not_specialize=[*_INTEGERS, "radius", "most_columns"], do_not_specialize_on_alignment=_TENSORS)
 def smooth_rows(
     packed, weights, sizes, peaks, half, smooth, lows, highs,
-    rows: tl.int32, images: tl.int32, prior: tl.int32, radius: tl.int32,
+    rows: tl.int32, images: tl.int32, prior: tl.int32, radius: tl.int32, most_columns: tl.int32,
     LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Both passes of the Gaussian over LINES lines of a map: rows of the prior everywhere, others where they are taken.
@@ -187,6 +192,9 @@ def smooth_rows(
     Grid (blocks of lines * rows,). Writes `smooth`, as `packed`, by way of `half`, and of its block the lowest and
     highest value to `lows` and `highs` [blocks, rows]. Rows that are not finite, and those that another image has
     taken, leave all of that unwritten.
+
+    Either pass takes lines as a whole and mirrors their numbers: what neighbouring threads read lies side by side. For
+    the second pass, along the columns, `half` is transposed: [programs, most_columns, LINES].
     """
     block = tl.program_id(0) // rows
     t = tl.program_id(0) % rows
@@ -195,36 +203,37 @@ def smooth_rows(
     if ((t < prior) | (taken == image)) & (tl.load(peaks + image * rows + t) > float("-inf")):
         offset = first_cell * rows + t * height * width
         packed += offset
-        half += offset
         smooth += offset
+        half += tl.program_id(0).to(tl.int64) * most_columns * LINES
         weights += first_weight
-        # Past an edge the last line and the last column are made again, and not stored.
+        # Past an edge the last line is made again, and not stored.
         line = (block - first_block) * LINES + tl.arange(0, LINES)
         y = tl.minimum(line, height - 1)
+        of_block = tl.arange(0, LINES)[None, :]
         for first in tl.range(0, width, COLUMNS, num_stages=1):
             column = first + tl.arange(0, COLUMNS)
-            x = tl.minimum(column, width - 1)
+            inside = (column < width)[None, :] & (y >= 0)[:, None]
             total = tl.zeros([LINES, COLUMNS], tl.float64)
             for tap in tl.range(-tl.minimum(radius, height - 1), tl.minimum(radius, height) + 1, num_stages=1):
                 source = _mirrored(y + tap, height) * width
-                total += tl.load(packed + source[:, None] + x[None, :]) * tl.load(weights + tl.abs(tap))
-            inside = (line < height)[:, None] & (column < width)[None, :]
-            tl.store(half + (y * width)[:, None] + x[None, :], total, mask=inside)
+                value = tl.load(packed + source[:, None] + column[None, :], mask=inside, other=0.0)
+                total += value * tl.load(weights + tl.abs(tap))
+            tl.store(half + (column * LINES)[:, None] + of_block, tl.trans(total), mask=(column < width)[:, None])
 
         # What this program has written, other threads of it read.
         tl.debug_barrier()
         weights += height + 1
-        low = tl.full([LINES, COLUMNS], float("inf"), tl.float64)
-        high = tl.full([LINES, COLUMNS], float("-inf"), tl.float64)
+        low = tl.full([COLUMNS, LINES], float("inf"), tl.float64)
+        high = tl.full([COLUMNS, LINES], float("-inf"), tl.float64)
         for first in tl.range(0, width, COLUMNS, num_stages=1):
             column = first + tl.arange(0, COLUMNS)
             x = tl.minimum(column, width - 1)
-            total = tl.zeros([LINES, COLUMNS], tl.float64)
+            total = tl.zeros([COLUMNS, LINES], tl.float64)
             for tap in tl.range(-tl.minimum(radius, width - 1), tl.minimum(radius, width) + 1, num_stages=1):
-                source = _mirrored(x + tap, width)
-                total += tl.load(half + (y * width)[:, None] + source[None, :]) * tl.load(weights + tl.abs(tap))
+                source = _mirrored(x + tap, width) * LINES
+                total += tl.load(half + source[:, None] + of_block) * tl.load(weights + tl.abs(tap))
             inside = (line < height)[:, None] & (column < width)[None, :]
-            tl.store(smooth + (y * width)[:, None] + x[None, :], total, mask=inside)
+            tl.store(smooth + (y * width)[:, None] + column[None, :], tl.trans(total), mask=inside)
             low = tl.minimum(low, total)
             high = tl.maximum(high, total)
         tl.store(lows + block * rows + t, tl.min(tl.min(low, 1), 0))
@@ -237,10 +246,10 @@ def subtract_prior(
     flat: tl.float64, rows: tl.int32, images: tl.int32, prior: tl.int32,
     LINES: tl.constexpr, CELLS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Normalised maps of TOKENS tokens less the mean normalised map of the prior, clipped at 0, over CELLS cells.
+    """Normalised maps of all tokens less the mean normalised map of the prior, clipped at 0, over CELLS cells.
 
-    Grid (blocks of cells, blocks of tokens). Takes the place of the token's row in `smooth`; its largest value in the
-    block goes to `tops` [blocks, tokens].
+    Grid (blocks of cells,). Takes the place of the token's row in `smooth`; its largest value in the block goes to
+    `tops` [blocks, tokens].
     """
     block = tl.program_id(0)
     image, height, width, first_lines, first_block, first_cell, _ = _locate(block, sizes, images, False, LINES, CELLS)
@@ -248,24 +257,25 @@ def subtract_prior(
     smooth += first_cell * rows
     parts = tl.cdiv(height, LINES)
     cell = (block - first_block) * CELLS + tl.arange(0, CELLS)
-    inside = cell < cells
 
     noise = tl.zeros([CELLS], tl.float64)
-    for t in tl.range(0, prior, num_stages=1):
-        if tl.load(peaks + image * rows + t) > float("-inf"):
-            low, span = _range(lows, highs, first_lines, parts, t, rows, flat, PARTS)
-            noise += _normalised(tl.load(smooth + t * cells + cell, mask=inside, other=0.0), low, span)
-    noise = noise / tl.maximum(prior, 1).to(tl.float64)
+    for first in tl.range(0, prior, TOKENS, num_stages=1):
+        t = first + tl.arange(0, TOKENS)
+        keep = tl.load(peaks + image * rows + t, mask=t < prior, other=float("-inf")) > float("-inf")
+        low, inverse = _ranges(lows, highs, first_lines, parts, t, keep, rows, flat, PARTS, TOKENS)
+        noise += tl.sum(_normalised(smooth, t, cell, cells, low, inverse, keep), 0)
+    noise = noise * (1.0 / tl.maximum(prior, 1).to(tl.float64))
 
-    first = prior + tl.program_id(1) * TOKENS
-    for t in tl.range(first, tl.minimum(first + TOKENS, rows), num_stages=1):
-        taken, peak = _taken_by(peaks, t, rows, images)
-        if (taken == image) & (peak > float("-inf")):
-            low, span = _range(lows, highs, first_lines, parts, t, rows, flat, PARTS)
-            value = _normalised(tl.load(smooth + t * cells + cell, mask=inside, other=0.0), low, span)
-            value = tl.where(inside, tl.maximum(value - noise, 0.0), 0.0)
-            tl.store(smooth + t * cells + cell, value, mask=inside)
-            tl.store(tops + block * (rows - prior) + t - prior, tl.max(value, 0))
+    for first in tl.range(prior, rows, TOKENS, num_stages=1):
+        t = first + tl.arange(0, TOKENS)
+        taken, peak = _taken_by(peaks, tl.minimum(t, rows - 1), rows, images)
+        keep = (t < rows) & (taken == image) & (peak > float("-inf"))
+        low, inverse = _ranges(lows, highs, first_lines, parts, t, keep, rows, flat, PARTS, TOKENS)
+        inside = keep[:, None] & (cell < cells)[None, :]
+        value = _normalised(smooth, t, cell, cells, low, inverse, keep) - noise[None, :]
+        value = tl.where(inside, tl.maximum(value, 0.0), 0.0)
+        tl.store(smooth + (t * cells)[:, None] + cell[None, :], value, mask=inside)
+        tl.store(tops + block * (rows - prior) + t - prior, tl.max(value, 1), mask=keep)
 
 
 @triton.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=_TENSORS)
@@ -294,7 +304,7 @@ def normalise_maps(
 
     cell = (block - first_block) * CELLS + tl.arange(0, CELLS)
     row = smooth + first_cell * rows + (prior + e) * cells
-    value = tl.load(row + cell, mask=cell < tl.where(kept, cells, 0), other=0.0) / tl.where(kept, highest, 1.0)
+    value = tl.load(row + cell, mask=cell < tl.where(kept, cells, 0), other=0.0) * (1.0 / tl.where(kept, highest, 1.0))
     tl.store(out + first_cell * tokens + e * cells + cell, value.to(tl.float32), mask=cell < cells)
     if (taken == image) & (block == first_block):
         tl.store(index + e, taken.to(tl.int64))

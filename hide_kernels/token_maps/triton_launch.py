@@ -17,7 +17,7 @@ from . import triton_kernels as kernels
 
 IMAGES_AT_ONCE = 8
 # Tiles: of the scan, of the smoothing (lines and columns), of what follows (cells and tokens).
-SCAN, LINES, COLUMNS, CELLS, TOKENS = 2048, 16, 64, 256, 16
+SCAN, LINES, COLUMNS, CELLS, TOKENS = 2048, 16, 64, 256, 8
 # Partial results that are read at once.
 PARTS = 32
 # Triton's default for fp fusion changes between versions.
@@ -102,11 +102,18 @@ def plan(
         Launch(
             kernels.smooth_rows,
             (lines * length, 1, 1),
-            {**packed, **shared, **ranges, "half": scratch(length * sum(cells)), "COLUMNS": COLUMNS},
+            {
+                **packed,
+                **shared,
+                **ranges,
+                "half": scratch(lines * length, max(widths), LINES),
+                "most_columns": max(widths),
+                "COLUMNS": COLUMNS,
+            },
         ),
         Launch(
             kernels.subtract_prior,
-            (blocks, -(-tokens // TOKENS), 1),
+            (blocks, 1, 1),
             {**shared, **ranges, **tops, "TOKENS": TOKENS},
         ),
         Launch(

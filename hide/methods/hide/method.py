@@ -24,6 +24,7 @@ from hide.session import Session
 from hide_kernels import regions, token_maps
 from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps
 from hide_kernels.host_read import host_read
+from hide_kernels.pinned import pinned
 from hide_kernels.token_maps import TokenMaps
 
 # How far a map's cell may be from the published one's, by the dtype of the model: after min-max, bfloat16 rows were
@@ -253,4 +254,4 @@ def region_boxes(maps: Tensor, threshold: float, size: tuple[int, int]) -> Tenso
 
 def _on_device(index: Tensor, device: torch.device) -> Tensor:
     """A small tensor where it is needed; the host does not wait for the copy."""
-    return index if device.type == "cpu" else index.pin_memory().to(device, non_blocking=True)
+    return index if device.type == "cpu" else pinned(index, device).to(device, non_blocking=True)
