@@ -196,7 +196,7 @@ def entry_in(folder):
 
 def test_a_run_ends_in_its_time_with_the_rows_so_far(alone, monkeypatch):
     def rows(seconds, device, withheld):
-        assert seconds == pytest.approx(gpu.BEGIN, rel=0.05)
+        assert 0 < seconds <= gpu.BEGIN
         yield {"what": "first", "skipped": "quick"}
         time.sleep(60)
         yield {"what": "second", "skipped": "late"}
