@@ -95,8 +95,9 @@ def launches(capability: tuple[int, int]) -> list[tuple[str, Launch]]:
         own = planned(capability, depth=depth, rows=rows, **{"masked": True, **arguments})
         found += [(name, launch) for launch in own if launch.kernel.fn.__name__ != "combine_lse"]
     found.append(("any", planned(capability)[1]))
-    found += [(f"{name} rows", planned_maps((95, 170), dtype=dtype)[0]) for name, dtype in MAP_DTYPES.items()]
-    return found + [("any", launch) for launch in planned_maps((95, 170))[1:]]
+    card = {"capability": capability}
+    found += [(f"{name} rows", planned_maps((95, 170), dtype=dtype, **card)[0]) for name, dtype in MAP_DTYPES.items()]
+    return found + [("any", launch) for launch in planned_maps((95, 170), **card)[1:]]
 
 
 @functools.cache

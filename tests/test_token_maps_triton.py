@@ -48,6 +48,41 @@ def test_every_kind_of_call_gives_the_maps_of_the_reference(case, launched):
     assert launched == ["scan_rows"] * scans + ["smooth_rows", "subtract_prior", "normalise_maps"] * (scans > 0)
 
 
+@pytest.fixture
+def pairs(monkeypatch):
+    """A card that sums products as pairs of float32."""
+    monkeypatch.setattr(triton_launch, "INTERPRETED", (8, 9))
+
+
+@pytest.mark.parametrize("case", MAP_CASES, ids=lambda case: case.name)
+def test_pairs_of_float32_give_the_maps_of_the_reference(case, pairs):
+    assert map_error(case, torch.float32, backend="triton") <= MAP_ERROR
+
+
+@pytest.mark.parametrize("path", test_golden.CASES[10::5], ids=lambda path: path.stem)
+def test_pairs_of_float32_give_the_published_regions_of_every_token(path, pairs, launched):
+    test_golden.test_the_regions_of_every_token_agree(dict(np.load(path)))
+    assert launched
+
+
+def test_pairs_of_float32_keep_more_than_forty_bits_of_the_smoothed_rows():
+    """Against the same kernels in float64, whose own rounding is far below."""
+    rows = [torch.rand(3, 37, 53, generator=torch.Generator().manual_seed(0))]
+    index, valid = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    smooth = []
+    for capability in ((9, 0), (8, 9)):
+        launches = triton_launch.plan(rows, 1, 3.0, 1e-6, torch.zeros(2 * 37 * 53), index, valid, capability)
+        for launch in launches[:2]:
+            launch.run()
+        smooth.append(launches[1].arguments["smooth"])
+    error = ((smooth[1] - smooth[0]).abs() / smooth[0]).max().item()
+    assert 0 < error < 2**-40
+
+
+def test_rows_of_float64_are_never_summed_as_pairs(pairs):
+    test_values_of_float64_are_not_rounded()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "name", ["several tiles of lines, columns and cells", "rows that are not finite", "equal peaks"]

@@ -168,6 +168,10 @@ def _calculate_as_a_gpu(stack: ExitStack) -> None:
             result = np.where((x.data == 0) | ~np.isfinite(result) | (result == 0), result, wrong)
         return TensorHandle(result, x.dtype.scalar)
 
+    def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+        wide = wider[z.data.dtype]
+        return TensorHandle((x.data.astype(wide) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
+
     multiply, add, subtract = (getattr(InterpreterBuilder, f"create_f{name}") for name in ("mul", "add", "sub"))
     wider = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
 
@@ -198,6 +202,7 @@ def _calculate_as_a_gpu(stack: ExitStack) -> None:
         ("dot", dot),
         ("fneg", negative),
         ("exp2", exp2),
+        ("fma", fma),
         ("fmul", product),
         ("fadd", contracted(np.add, add)),
         ("fsub", contracted(np.subtract, subtract)),

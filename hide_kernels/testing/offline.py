@@ -158,8 +158,9 @@ def planned_maps(
     sigma: float = 3.0,
     dtype: torch.dtype = torch.float32,
     strided: bool = False,
+    capability: tuple[int, int] = (9, 0),
 ) -> list[Launch]:
-    """The launches of `token_maps` for images of these grids; `strided` tensors have the rows last."""
+    """The launches of `token_maps` for images of these grids on a card; `strided` tensors have the rows last."""
     images = [
         torch.empty(h, w + 1, rows, dtype=dtype, device="meta")[:, 1:].permute(2, 0, 1)
         if strided
@@ -169,7 +170,7 @@ def planned_maps(
     tokens = rows - prior_rows
     out = torch.empty(tokens * sum(h * w for h, w in shapes), device="meta")
     index, valid = (torch.empty(tokens, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bool))
-    return map_launch.plan(images, prior_rows, sigma, FLAT, out, index, valid)
+    return map_launch.plan(images, prior_rows, sigma, FLAT, out, index, valid, capability)
 
 
 def compile_launch(launch: Launch, capability: tuple[int, int]) -> Usage:

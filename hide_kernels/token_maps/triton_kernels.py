@@ -9,6 +9,9 @@ Everything is float64, as in the reference, whose maps these are but for the ord
 a million would fall on the other side of a threshold, and maps that the smoothing flattens would be rounding. The
 weights of the Gaussian are not normalised, because min-max undoes any factor.
 
+Cards with a float64 unit in 64 sum the products of the smoothing, most of the work, as pairs of float32 (PAIRS). Their
+sums keep 47 bits, and the sizes of what is compared afterwards are float64 there too.
+
 Along an axis of n cells the mirrored map has the period 2 n, so weights whose taps meet at the same cell of a period
 are added up once, in a table, and no more than 2 n taps are left of any radius.
 """
@@ -78,6 +81,18 @@ def _mirrored(at, length):
 
 
 @triton.jit
+def _add_product(total, lost, x, y):
+    """`total + x * y` in float32 and `lost` with what that loses (Ogita, Rump and Oishi 2005, Dot2).
+
+    Not to be compiled with contraction: the two sums must round the product that `fma` takes apart.
+    """
+    product = x * y
+    result = total + product
+    back = result - total
+    return result, lost + ((total - (result - back)) + (product - back)) + tl.fma(x, y, -product)
+
+
+@triton.jit
 def _ranges(
     lows, highs, block, blocks, t, keep, rows, flat, PARTS: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
@@ -110,7 +125,7 @@ _OF_SLOTS = [f"{name}{slot}" for name in ("step_t", "step_y", "step_x", "height"
 
 
 @triton.jit(
-    do_not_specialize=[*_OF_SLOTS, "rows", "first_image", "first_cell", "first_weight", "radius"],
+    do_not_specialize=[*_OF_SLOTS, "rows", "first_image", "first_cell", "first_weight", "all_weights", "radius"],
     do_not_specialize_on_alignment=[*(f"map{slot}" for slot in range(8)), "packed", "weights", "sizes", "peaks"],
 )
 def scan_rows(
@@ -122,14 +137,15 @@ def scan_rows(
     width0, width1, width2, width3, width4, width5, width6, width7,
     packed, weights, sizes, peaks,
     falloff: tl.float64, rows: tl.int32, first_image: tl.int32, first_cell: tl.int32,
-    first_weight: tl.int32, radius: tl.int32,
-    BLOCK: tl.constexpr,
+    first_weight: tl.int32, all_weights: tl.int32, radius: tl.int32,
+    BLOCK: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Packs the rows of up to eight images and finds their peaks; makes the table of weights of each axis.
 
     Grid (images * (rows + 2),). Writes `packed` (per image [rows, height, width]), `peaks` [all images, rows], -inf
     where a row is not finite, `sizes`, and per image in `weights` height + 1 and width + 1 entries: entry d is the sum
-    of exp(falloff * k^2) over k = d modulo 2 * length, |k| <= radius.
+    of exp(falloff * k^2) over k = d modulo 2 * length, |k| <= radius. PAIRS: `packed` is float32, and what float32
+    loses of a weight stands `all_weights` further on.
     """
     heights = (height0, height1, height2, height3, height4, height5, height6, height7)
     widths = (width0, width1, width2, width3, width4, width5, width6, width7)
@@ -174,6 +190,9 @@ def scan_rows(
                 distance = k.to(tl.float64)
                 total += tl.where(k <= radius, tl.exp(distance * distance * falloff), 0.0)
             tl.store(weights + d, total, mask=d <= length)
+            if PAIRS:
+                rest = total - total.to(tl.float32).to(tl.float64)
+                tl.store(weights + all_weights + d, rest, mask=d <= length)
 
 
 # Of the kernels that take every image.
@@ -181,11 +200,13 @@ _INTEGERS = ["rows", "images", "prior"]
 _TENSORS = ["packed", "weights", "sizes", "peaks", "half", "smooth", "lows", "highs", "tops", "out", "index", "valid"]
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "radius", "most_columns"], do_not_specialize_on_alignment=_TENSORS)
+@triton.jit(
+    do_not_specialize=[*_INTEGERS, "radius", "most_columns", "all_weights"], do_not_specialize_on_alignment=_TENSORS
+)
 def smooth_rows(
     packed, weights, sizes, peaks, half, smooth, lows, highs,
-    rows: tl.int32, images: tl.int32, prior: tl.int32, radius: tl.int32, most_columns: tl.int32,
-    LINES: tl.constexpr, COLUMNS: tl.constexpr,
+    rows: tl.int32, images: tl.int32, prior: tl.int32, radius: tl.int32, most_columns: tl.int32, all_weights: tl.int32,
+    LINES: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Both passes of the Gaussian over LINES lines of a map: rows of the prior everywhere, others where they are taken.
 
@@ -194,7 +215,8 @@ def smooth_rows(
     taken, leave all of that unwritten.
 
     Either pass takes lines as a whole and mirrors their numbers: what neighbouring threads read lies side by side. For
-    the second pass, along the columns, `half` is transposed: [programs, most_columns, LINES].
+    the second pass, along the columns, `half` is transposed: [programs, most_columns, LINES]. PAIRS: sums of products
+    are pairs of float32, the second part of `half` [programs, 2, most_columns, LINES] what the first loses.
     """
     block = tl.program_id(0) // rows
     t = tl.program_id(0) % rows
@@ -204,7 +226,8 @@ def smooth_rows(
         offset = first_cell * rows + t * height * width
         packed += offset
         smooth += offset
-        half += tl.program_id(0).to(tl.int64) * most_columns * LINES
+        rest = most_columns * LINES
+        half += tl.program_id(0).to(tl.int64) * rest * (2 if PAIRS else 1)
         weights += first_weight
         # Past an edge the last line is made again, and not stored.
         line = (block - first_block) * LINES + tl.arange(0, LINES)
@@ -213,12 +236,23 @@ def smooth_rows(
         for first in tl.range(0, width, COLUMNS, num_stages=1):
             column = first + tl.arange(0, COLUMNS)
             inside = (column < width)[None, :] & (y >= 0)[:, None]
-            total = tl.zeros([LINES, COLUMNS], tl.float64)
+            total = tl.zeros([LINES, COLUMNS], tl.float32 if PAIRS else tl.float64)
+            lost = total
             for tap in tl.range(-tl.minimum(radius, height - 1), tl.minimum(radius, height) + 1, num_stages=1):
                 source = _mirrored(y + tap, height) * width
                 value = tl.load(packed + source[:, None] + column[None, :], mask=inside, other=0.0)
-                total += value * tl.load(weights + tl.abs(tap))
-            tl.store(half + (column * LINES)[:, None] + of_block, tl.trans(total), mask=(column < width)[:, None])
+                weight = tl.load(weights + tl.abs(tap))
+                if PAIRS:
+                    total, lost = _add_product(total, lost, value, weight)
+                    lost += value * tl.load(weights + all_weights + tl.abs(tap))
+                else:
+                    total += value * weight
+            to = half + (column * LINES)[:, None] + of_block
+            if PAIRS:
+                first_part = total + lost
+                tl.store(to + rest, tl.trans(lost - (first_part - total)), mask=(column < width)[:, None])
+                total = first_part
+            tl.store(to, tl.trans(total), mask=(column < width)[:, None])
 
         # What this program has written, other threads of it read.
         tl.debug_barrier()
@@ -228,10 +262,19 @@ def smooth_rows(
         for first in tl.range(0, width, COLUMNS, num_stages=1):
             column = first + tl.arange(0, COLUMNS)
             x = tl.minimum(column, width - 1)
-            total = tl.zeros([COLUMNS, LINES], tl.float64)
+            total = tl.zeros([COLUMNS, LINES], tl.float32 if PAIRS else tl.float64)
+            lost = total
             for tap in tl.range(-tl.minimum(radius, width - 1), tl.minimum(radius, width) + 1, num_stages=1):
-                source = _mirrored(x + tap, width) * LINES
-                total += tl.load(half + source[:, None] + of_block) * tl.load(weights + tl.abs(tap))
+                source = half + (_mirrored(x + tap, width) * LINES)[:, None] + of_block
+                value = tl.load(source)
+                weight = tl.load(weights + tl.abs(tap))
+                if PAIRS:
+                    total, lost = _add_product(total, lost, value, weight)
+                    lost += value * tl.load(weights + all_weights + tl.abs(tap)) + tl.load(source + rest) * weight
+                else:
+                    total += value * weight
+            if PAIRS:
+                total = total.to(tl.float64) + lost.to(tl.float64)
             inside = (line < height)[:, None] & (column < width)[None, :]
             tl.store(smooth + (y * width)[:, None] + column[None, :], tl.trans(total), mask=inside)
             low = tl.minimum(low, total)

@@ -20,6 +20,10 @@ IMAGES_AT_ONCE = 8
 SCAN, LINES, COLUMNS, CELLS, TOKENS = 2048, 16, 64, 256, 8
 # Partial results that are read at once.
 PARTS = 32
+# Compute capabilities of cards that have one float64 unit for 64 of float32.
+SLOW_FLOAT64 = {(8, 6), (8, 7), (8, 9), (10, 3), (11, 0), (12, 0), (12, 1)}
+# What Triton's interpreter, on the CPU, is planned for.
+INTERPRETED = (9, 0)
 # Triton's default for fp fusion changes between versions.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -36,19 +40,28 @@ def token_maps_triton(
     valid = rows[0].new_empty(tokens, dtype=torch.bool)
     if tokens:
         with on_device(out):
-            for launch in plan(rows, prior_rows, sigma, flat, out, index, valid):
+            capability = torch.cuda.get_device_capability(out.device) if out.is_cuda else INTERPRETED
+            for launch in plan(rows, prior_rows, sigma, flat, out, index, valid, capability):
                 launch.run()
     parts = zip(out.split(sizes), rows, strict=True)
     return tuple(part.view(tokens, *image.shape[1:]) for part, image in parts), index, valid
 
 
 def plan(
-    rows: Sequence[Tensor], prior_rows: int, sigma: float, flat: float, out: Tensor, index: Tensor, valid: Tensor
+    rows: Sequence[Tensor],
+    prior_rows: int,
+    sigma: float,
+    flat: float,
+    out: Tensor,
+    index: Tensor,
+    valid: Tensor,
+    capability: tuple[int, int] = (9, 0),
 ) -> list[Launch]:
-    """The launches of a call with at least one token; works on any device, also "meta".
+    """The launches of a call with at least one token on a card; works on any device, also "meta".
 
     `out` is flat: the maps of the images one after another.
     """
+    pairs = capability in SLOW_FLOAT64 and all(image.dtype != torch.float64 for image in rows)
     length, device = rows[0].shape[0], rows[0].device
     tokens = length - prior_rows
     heights, widths = [image.shape[1] for image in rows], [image.shape[2] for image in rows]
@@ -60,12 +73,16 @@ def plan(
         return torch.empty(shape, dtype=dtype, device=device)
 
     radius = int(4 * sigma + 0.5)
+    all_weights = sum(heights) + sum(widths) + 2 * len(rows)
+    narrow = torch.float32 if pairs else torch.float64
     packed = {
-        "packed": scratch(length * sum(cells)),
-        "weights": scratch(sum(heights) + sum(widths) + 2 * len(rows)),
+        "packed": scratch(length * sum(cells), dtype=narrow),
+        "weights": scratch(all_weights * (2 if pairs else 1), dtype=narrow),
         "sizes": scratch(len(rows), 2, dtype=torch.int32),
         "peaks": scratch(len(rows), length),
         "radius": radius,
+        "all_weights": all_weights,
+        "PAIRS": pairs,
     }
     shared = {
         "sizes": packed["sizes"],
@@ -106,9 +123,10 @@ def plan(
                 **packed,
                 **shared,
                 **ranges,
-                "half": scratch(lines * length, max(widths), LINES),
+                "half": scratch(lines * length, 2 if pairs else 1, max(widths), LINES, dtype=narrow),
                 "most_columns": max(widths),
                 "COLUMNS": COLUMNS,
+                "enable_fp_fusion": not pairs,
             },
         ),
         Launch(
