@@ -267,6 +267,14 @@ def test_token_maps_of_every_backend_are_those_of_the_reference(backend, dtype):
         assert map_error(case, dtype, "cuda", backend=backend) <= MAP_ERROR, case.name
 
 
+def test_token_maps_as_pairs_of_float32_are_those_of_the_reference(monkeypatch):
+    """What another card would run: the arithmetic is the same on all."""
+    map_launch = pytest.importorskip("hide_kernels.token_maps.triton_launch")
+    monkeypatch.setattr(map_launch, "SLOW_FLOAT64", {torch.cuda.get_device_capability()})
+    for case in MAP_CASES:
+        assert map_error(case, torch.float32, "cuda", backend="triton") <= MAP_ERROR, case.name
+
+
 @pytest.mark.parametrize("backend", MAP_BACKENDS[:3])
 def test_token_maps_never_synchronise_and_run_on_the_current_stream(backend):
     for module in {"cupy": ("cupy",), "cucim": ("cupy", "cucim")}.get(backend, ()):
