@@ -32,6 +32,8 @@ class RunSettings:
     """How a session is run, whatever is asked of it.
 
     min_tokens, max_tokens: image tokens that an image is resized to lie between.
+    view_tokens: at most so many for the session's own images; `None`: `max_tokens`. What is cut out of them comes from
+        their full resolution all the same, and has the whole budget.
     join_images: whether images behind the session's join them as one image of the prompt, instead of following as
         images of their own; only where the family can (InternVL).
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large image, the same result.
@@ -42,6 +44,7 @@ class RunSettings:
 
     min_tokens: int = 256
     max_tokens: int = 16384
+    view_tokens: int | None = None
     join_images: bool = False
     prefill_chunk: int = 2048
     offload_kv: bool = False
@@ -50,6 +53,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("min_tokens", "max_tokens", "prefill_chunk"):
             check_count(name, getattr(self, name))
+        if self.view_tokens is not None:
+            check_count("view_tokens", self.view_tokens)
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
         if self.decoder not in ("pillow", "nvimgcodec"):

@@ -373,7 +373,8 @@ def open_session(
             source = _decoded(image, run, device)
             read.append(load_image(image) if source is None else to_image(source))
             pixels.append(to_tensor(read[-1], device) if source is None else source)
-        inputs = preprocess(model, pixels, run)
+        view = run.max_tokens if run.view_tokens is None else min(run.view_tokens, run.max_tokens)
+        inputs = preprocess(model, pixels, run, view)
     with step("prefix"):
         # The encoder's input is let go of before the prefill.
         inputs, features = encode(model, inputs)
@@ -385,9 +386,10 @@ def open_session(
 def preprocess(
     model: Adapter, images: Sequence[Image.Image | Tensor], run: RunSettings, max_tokens: int | None = None
 ) -> ImageInputs:
-    """What the vision encoder takes, within the run's budget."""
+    """What the vision encoder takes, within the run's budget, or in `max_tokens` tokens per image at most."""
     most = run.max_tokens if max_tokens is None else max_tokens
-    return replace(model.preprocess(images, min_tokens=run.min_tokens, max_tokens=most), joined=run.join_images)
+    least = min(run.min_tokens, most)
+    return replace(model.preprocess(images, min_tokens=least, max_tokens=most), joined=run.join_images)
 
 
 def listed(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:

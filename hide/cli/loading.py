@@ -72,6 +72,10 @@ class LoadOptions(ModelOptions):
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="A region's cells reach this part of the peak.")
     ] = None
+    view: Annotated[
+        int | None,
+        typer.Option("--view", help="Look at the image in at most so many tokens; crops keep their resolution."),
+    ] = None
     offload_kv: Annotated[
         bool, typer.Option("--offload-kv", help="Keep keys and values in host memory: fits more, takes longer.")
     ] = False
@@ -83,7 +87,7 @@ class LoadOptions(ModelOptions):
     def changes(self) -> dict[str, Any]:
         """Settings that the options change."""
         given: dict[str, Any] = {"layers": tuple(self.layer) if self.layer else None, "sigma": self.sigma}
-        given |= {"threshold": self.threshold, "offload_kv": self.offload_kv or None}
+        given |= {"threshold": self.threshold, "offload_kv": self.offload_kv or None, "view_tokens": self.view}
         changes = {name: value for name, value in given.items() if value is not None}
         for text in self.setting or ():
             name, equals, value = text.partition("=")
