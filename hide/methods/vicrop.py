@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hide.images import on_colour, to_image
 from hide.methods.base import Answer, AnswerSettings, Evidence, Method, Preset, Steps, presets_of
+from hide.methods.prompts import GENERAL_PROMPT, SHORT_PHRASE
 from hide.questions import Question
 from hide.session import RunSettings, Session
 
@@ -40,8 +41,8 @@ class ViCropSettings:
     layers: tuple[int, ...] | None = None
     base: int = 224
     tile: int | None = None
-    answer_request: str = "Answer with a single word or a short phrase."
-    general_prompt: str = "Describe this image in general."
+    answer_request: str = SHORT_PHRASE
+    general_prompt: str = GENERAL_PROMPT
     published_faults: bool = False
 
     def __post_init__(self) -> None:
