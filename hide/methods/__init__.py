@@ -23,6 +23,7 @@ BUILT_IN = {
     "plain": "hide.methods.plain:Plain",
     "hide": "hide.methods.hide.method:HiDe",
     "vicrop": "hide.methods.vicrop:ViCrop",
+    "zoom-refine": "hide.methods.zoom_refine.method:ZoomRefine",
     "tiles": "hide.methods.ablations:Tiles",
     "masked": "hide.methods.ablations:Masked",
     "crop": "hide.methods.ablations:OneCrop",

@@ -157,6 +157,11 @@ class Adapter(ChatPrompts):
 
     # -- what a family gives --------------------------------------------------------------------------------------
 
+    def box_extent(self, image: ImageInput) -> tuple[int, int] | None:
+        """How many units across and down the boxes span that the family writes of an image; `None`: it writes parts of
+        the width and height, from 0 to 1."""
+        return None
+
     @abstractmethod
     def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Resize and cut each image into what the vision encoder takes, at most `max_tokens` tokens each.

@@ -32,6 +32,10 @@ class InternVL(Adapter):
     checkpoints = tuple(f"OpenGVLab/InternVL3-{size}-hf" for size in ("1B", "2B", "8B", "14B", "38B", "78B"))
     joins_images = True
 
+    def box_extent(self, image: ImageInput) -> tuple[int, int]:
+        """Thousandths."""
+        return 1000, 1000
+
     def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Stretch each image to whole tiles with Pillow's bicubic filter and cut it, as the published code does.
 

@@ -41,6 +41,12 @@ class Qwen25VL(Adapter):
     )
     tested = f"{Adapter.tested}; the embedded model"
 
+    def box_extent(self, image: ImageInput) -> tuple[int, int]:
+        """Pixels of the image as it was resized."""
+        rows, columns = image.grid
+        cell = self.image_processor.patch_size * self.image_processor.merge_size
+        return columns * cell, rows * cell
+
     def preprocess(self, images: Sequence[Image.Image | Tensor], *, min_tokens: int, max_tokens: int) -> ImageInputs:
         """Resize and cut into patches, as the published code does: Pillow bicubic to multiples of 28 pixels, and once
         more where the model's cells are of another size or fewer than `min_tokens`; transparency becomes white.

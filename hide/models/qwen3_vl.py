@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hide.models.base import Adapter
-from hide.models.inputs import Features
+from hide.models.inputs import Features, ImageInput
 from hide.models.qwen2_5_vl import Qwen25VL
 
 
@@ -28,6 +28,10 @@ class Qwen3VL(Qwen25VL):
         "Qwen/Qwen3-VL-32B-Instruct",
     )
     tested = Adapter.tested
+
+    def box_extent(self, image: ImageInput) -> tuple[int, int]:
+        """Thousandths."""
+        return 1000, 1000
 
     def _features(self, encoded: Any) -> Features:
         # Transformers 4 returns a pair, 5 an output object.
