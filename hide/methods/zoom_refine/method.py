@@ -78,6 +78,7 @@ class ZoomRefine(Method[ZoomRefineSettings]):
         answered = self.read_answer(reply.text, question)
         box, notes = self.read_box(reply.text, session), list[str]()
         details: dict[str, Any] = {"first_reply": reply.text, "first_answer": answered, "box": box}
+        details |= {"second_reply": None, "rechecked_answer": None}
         if len(session.images) > 1:
             notes.append("box: the method asks for one box, which is taken to be in the first image")
         if answered is None:
