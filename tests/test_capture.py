@@ -1,6 +1,7 @@
 """capture_attention against output_attentions=True with eager attention, on models of four families."""
 
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hide.engine.chunked_sdpa import CONTINUING, continuing
 from hide.engine.kv_cache import cache_keyword
 from hide_kernels.integrations import recorder
+from hide_kernels.integrations import transformers as transformers_capture
 from hide_kernels.integrations.masks import first_position, visible_keys
 from hide_kernels.integrations.transformers import (
     IMPLEMENTATION,
@@ -340,6 +342,42 @@ def test_the_log_sum_exp_is_computed_where_the_models_own_is_of_other_scores_or_
     with torch.enable_grad(), capture_attention(model, layers=[1], queries=[10, 29]):
         model(input_ids=ids)
     assert known == [False, False]
+
+
+def test_in_inference_mode_too_the_log_sum_exp_is_taken_and_logits_keep_their_bits(known):
+    model, ids = qwen2_5_vl(), text_inputs()
+    model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+        with capture_attention(model, layers=[1]) as captured:
+            logits = model(input_ids=ids).logits
+    assert known == [True] and torch.equal(logits, plain)
+    assert (captured[1].weights - eager_rows(model, {"input_ids": ids}, 1).mean(1)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("change", ["autocast", "is_causal", "softcap"])
+def test_the_log_sum_exp_of_other_scores_than_those_recorded_is_not_taken(known, change, monkeypatch):
+    """SDPA casts its inputs under autocast, takes `is_causal` from the call, and in transformers 4 ignores a softcap."""
+    model, ids = qwen2_5_vl(), text_inputs()
+    model.set_attn_implementation("sdpa")
+    keywords = {} if change == "autocast" else {"is_causal": False} if change == "is_causal" else {"softcap": 0.5}
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *x, softcap=None, **y: sdpa(*x, **y))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast")
+    with torch.no_grad(), autocast, capture_attention(model, layers=[1]) as captured:
+        model(input_ids=ids, **keywords)
+    assert known == [False]
+    torch.testing.assert_close(captured[1].weights.sum(-1), torch.ones(2, 30), rtol=0, atol=1e-5)
+
+
+def test_fused_attention_that_keeps_no_log_sum_exp_leaves_it_to_be_computed():
+    """cuDNN's, and PyTorch's memory-efficient one without gradients, return none or an empty one."""
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    for kept in (None, torch.zeros(2, 4, 0)):
+        own = transformers_capture._OwnLse()
+        fused = mock.Mock(return_value=(torch.zeros(2, 4, 3, 8), kept, *[None] * 7), _schema=operator._schema)
+        own.__torch_dispatch__(fused, (), (torch.zeros(2, 4, 3, 8),))
+        assert own.of(torch.zeros(2, 4, 3, 8)) is None
 
 
 def test_layers_named_twice_are_captured_once_and_gradients_may_be_recorded():

@@ -103,7 +103,9 @@ class RowRecorder:
         new = attention_rows(
             query[:, :, chosen],
             key,
-            lse=lse[:, :, chosen].float().nan_to_num(nan=-torch.inf) if known and lse is not None else None,
+            lse=lse[:, :, chosen].float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            if known and lse is not None
+            else None,
             key_spans=spans,
             causal=self.causal,
             window=window,

@@ -312,8 +312,10 @@ def _attention(
     else:
         base = ALL_ATTENTION_FUNCTIONS[implementation]
     own = _OwnLse()
-    # Its gradient would be lost, and another implementation may scale or mask as it likes.
+    # Its gradient would be lost, and another implementation may scale or mask as it likes. SDPA itself is not causal
+    # where the call says so, and knows no softcap.
     watched = implementation == "sdpa" and not torch.compiler.is_compiling()
+    watched = watched and kwargs.get("is_causal") is not False and kwargs.get("softcap") is None
     with own if watched and not (query.requires_grad or key.requires_grad) else nullcontext():
         result = base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
     for capture in _captures(config):
@@ -330,7 +332,7 @@ class _OwnLse(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: list[Tensor] = []
+        self._found: list[tuple[Tensor | None, torch.dtype]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.scaled_dot_product_attention.default:
@@ -340,14 +342,18 @@ class _OwnLse(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         for place, returned in enumerate(func._schema.returns):
             if returned.name == "logsumexp":
-                self._found.append(results[place])
+                self._found.append((results[place], args[0].dtype))
         return results
 
     def of(self, query: Tensor) -> Tensor | None:
-        """(B, Hq, Q), that of one call for all queries; `None` if there was another call, or one that kept none."""
-        if len(self._found) != 1 or self._found[0].shape != query.shape[:3]:
+        """(B, Hq, Q), that of one call for all queries as they are; `None` if there was another, or it kept none.
+
+        Autocast may have rounded the queries, and cuDNN's attention returns nothing where no gradient is recorded.
+        """
+        if len(self._found) != 1:
             return None
-        return self._found[0]
+        ((lse, dtype),) = self._found
+        return lse if lse is not None and lse.shape == query.shape[:3] and dtype == query.dtype else None
 
 
 def _implementation(config: Any) -> str:
