@@ -52,6 +52,13 @@ def test_the_report_says_what_a_fresh_compilation_says(capability):
         assert static_report.usage(launch, capability) == compile_launch(launch, capability)
 
 
+@pytest.mark.parametrize("depth", [104, 120])
+def test_head_sizes_between_those_of_the_report_use_no_stack(depth):
+    """Two halves of 64, of which the second is padded, did where all columns were taken at once."""
+    last = planned((10, 0), depth=depth, rows=5, masked=True)[-1]
+    assert static_report.acceptable(compile_launch(last, (10, 0)), (10, 0), f"bf16 D {depth}")
+
+
 def order_of(launch):
     """The instructions of a launch on a Hopper, in order, without their variants."""
     with target((9, 0)):

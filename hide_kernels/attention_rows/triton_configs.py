@@ -114,7 +114,7 @@ def rows_config(
         config = ROWS[family(capability), next((most for most in (8, 16) if rows <= most), 32)]
         if depth % 64 == 0:
             config = replace(config, slice=64)
-        elif depth > 128 or depth % 32 == 0:
+        elif depth > 96 or depth % 32 == 0:
             config = replace(config, slice=32)
         else:
             config = replace(config, stages=2)
