@@ -30,6 +30,7 @@ Q, K = inputs()
         ({"key_spans": [("a", "b")]}, (TypeError, ValueError), "key_spans"),
         ({"causal": True}, ValueError, "q_positions: got None"),
         ({"window": 0, "q_positions": torch.arange(5)}, ValueError, "window"),
+        ({"window": 4.0, "q_positions": torch.arange(5)}, TypeError, "window"),
         ({"q_positions": torch.arange(4)}, ValueError, "q_positions: got shape"),
         ({"q_positions": torch.arange(5.0)}, TypeError, "q_positions: got torch.float32"),
         ({"kv_lens": torch.tensor([1])}, ValueError, "kv_lens: got shape"),

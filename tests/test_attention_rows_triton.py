@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from hide_kernels import attention_rows, explain
 from hide_kernels.attention_rows import triton_configs, triton_launch
 from hide_kernels.attention_rows.dispatch import run
 from hide_kernels.attention_rows.request import RowOutput, RowRequest
+from hide_kernels.attention_rows.validate import validated_request
 from hide_kernels.testing.cases import CASES, Case, ServingCase, error_of
 from hide_kernels.testing.interpreter import interpreted
 
@@ -241,6 +243,34 @@ def test_weights_may_have_any_stride_and_are_not_printed(monkeypatch):
     assert torch.equal(rows_of(query, key, head_reduction=weights.repeat_interleave(3)[::3]), want)
     one = rows_of(query, key, head_reduction=torch.full((heads,), 0.5))
     assert torch.equal(rows_of(query, key, head_reduction=torch.tensor(0.5).expand(heads)), one)
+
+
+@pytest.mark.parametrize(
+    "given, plain",
+    [
+        ({"softcap": np.float32(2.5)}, {"softcap": 2.5}),
+        ({"softcap": torch.tensor(2.5)}, {"softcap": 2.5}),
+        ({"window": np.int64(40)}, {"window": 40}),
+        ({"causal": np.bool_(True), "softmax": np.bool_(False)}, {"causal": True, "softmax": False}),
+    ],
+    ids=["softcap", "softcap, tensor", "window", "truth values"],
+)
+def test_numbers_of_numpy_are_as_good_as_pythons_and_spoil_no_plan_for_them(given, plain):
+    """They are equal and have equal hashes, by which plans are kept."""
+    query, key, _ = Case("numbers").inputs(torch.float16)
+    positions = {"q_positions": torch.tensor([0, 50, 7, 130, 138])}
+    triton_launch._planned.cache_clear()
+    first = rows_of(query, key, **positions, **given)
+    assert torch.equal(first, rows_of(query, key, **positions, **plain))
+    for launch in triton_launch.plan(*planning(query, key, **positions, **given))[0]:
+        numbers = [x for x in launch.arguments.values() if not isinstance(x, torch.Tensor | str | None)]
+        assert {type(x) for x in numbers} <= {int, float, bool}
+
+
+def planning(query, key, **arguments):
+    """What `plan` takes for a call."""
+    request = validated_request(query, key, **arguments)
+    return query, key, request, None, torch.zeros(request.shape), False, triton_launch.INTERPRETED
 
 
 def test_out_may_be_strided_and_accumulates_without_touching_anything_else():

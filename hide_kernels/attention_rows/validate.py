@@ -40,6 +40,9 @@ def validated_request(
     if cu_seqlens_k is not None and block_table is not None:
         raise ValueError("block_table: got a table together with cu_seqlens_k, want kv_lens for lengths of paged keys")
     _check_query_key(query, key, cu_seqlens_q is not None, cu_seqlens_k is not None, block_table is not None)
+    # Python's own numbers: plans are kept by their values, which others may equal.
+    window = _check_int("window", window)
+    max_seqlen_q, max_seqlen_k = _check_int("max_seqlen_q", max_seqlen_q), _check_int("max_seqlen_k", max_seqlen_k)
     batch = _check_layout(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     length = max_seqlen_k
@@ -65,7 +68,7 @@ def validated_request(
         max_seqlen_k=max_seqlen_k,
         spans=spans,
         q_positions=_check_positions(q_positions, query, batch),
-        causal=causal,
+        causal=bool(causal),
         window=window,
         kv_starts=_check_integers("kv_starts", kv_starts, (batch,), query.device),
         kv_lens=_check_integers("kv_lens", kv_lens, (batch,), query.device),
@@ -73,8 +76,8 @@ def validated_request(
         cu_seqlens_k=cu_seqlens_k,
         block_table=block_table,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
-        softcap=softcap,
-        softmax=softmax,
+        softcap=None if softcap is None else float(softcap),
+        softmax=bool(softmax),
         head_reduction=_check_head_reduction(head_reduction, query.shape[1], dtype, query.device),
         row_reduction=row_reduction,
     )
@@ -109,7 +112,7 @@ def validated_output(
         if workspace.dim() != 1 or not workspace.is_contiguous():
             shape = f"shape {tuple(workspace.shape)}, strides {workspace.stride()}"
             raise ValueError(f"workspace: got {shape}, want one contiguous dimension")
-    return RowOutput(lse, return_lse, out, accumulate, workspace)
+    return RowOutput(lse, return_lse, out, bool(accumulate), workspace)
 
 
 def _check_query_key(query: Tensor, key: Tensor, packed_q: bool, packed_k: bool, paged: bool) -> None:
@@ -212,6 +215,15 @@ def _check_positions(positions: Tensor | None, query: Tensor, batch: int) -> Ten
     shape = (batch, rows) if isinstance(positions, Tensor) and positions.dim() == 2 else (rows,)
     _check_tensor("q_positions", positions, shape, INTEGERS, query.device)
     return positions.expand(batch, rows)
+
+
+def _check_int(name: str, given: int | None) -> int | None:
+    if given is None or isinstance(given, int):
+        return given
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise TypeError(f"{name}: got {given!r}, want an int") from None
 
 
 def _check_integers(name: str, given: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
