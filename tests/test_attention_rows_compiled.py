@@ -87,6 +87,9 @@ def test_on_a_hopper_each_kernel_starts_before_the_one_in_front_has_ended():
     for code in (second, third):
         # Waits for the other kernel before it reads anything.
         assert code.index("ACQBULK") < min(code.index(read) for read in ("LDG", "LDGSTS") if read in code)
+    # What is launched early waits, and the first, which does not wait, is not: it writes what calls before it read.
+    early = [bool(launch.arguments.get("launch_pdl")) for launch in planned((9, 0))]
+    assert early == ["ACQBULK" in code for code in (first, second, third)] == [False, True, True]
     older = planned((8, 0))
     assert not any(launch.arguments.get("launch_pdl") or launch.arguments["DEPENDENT"] for launch in older)
 
