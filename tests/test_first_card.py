@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from benchmarks import carry, gpu
+from hide_kernels import attention_rows
 from hide_kernels.launch import Launch, _hash_in_order
 from hide_kernels.testing.cases import CASES
 from hide_kernels.testing.offline import planned, planned_maps
@@ -234,3 +235,23 @@ def test_what_is_carried_are_the_variants_of_the_checks_and_each_once(monkeypatc
     with carry.noted(noted):
         carry.benchmark_calls()
     assert set(carry.variants(noted, carry.CAPABILITY)) == set(found)
+
+
+def test_what_is_carried_is_what_the_card_itself_would_plan():
+    """Options of a launch that the card has and the CPU has not, such as an early start, are of another variant."""
+    query = torch.zeros(1, 28, 32, 128, dtype=torch.bfloat16)
+    key = torch.zeros(1, 3_000, 4, 128, dtype=torch.bfloat16).transpose(1, 2)
+    noted = []
+    with carry.noted(noted):
+        attention_rows(query, key)
+    want = carry.variants(planned(carry.CAPABILITY, length=3_000), carry.CAPABILITY)
+    assert carry.variants(noted, carry.CAPABILITY) == want
+
+
+def test_a_folder_that_lacks_a_kernel_of_the_anchor_is_not_called_good_where_it_is_made(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(carry, "fill", lambda *_: None)
+    monkeypatch.setattr(carry, "check", lambda folder: (2, 1))
+    for arguments, code in (([], 1), (["--check"], 0)):
+        monkeypatch.setattr(sys, "argv", ["carry", str(tmp_path), *arguments])
+        assert carry.main() == code
+        assert "finds 1 of 2 kernels" in capsys.readouterr().out
