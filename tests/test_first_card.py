@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import carry, gpu
 from hide_kernels import attention_rows
+from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.launch import Launch, _hash_in_order
 from hide_kernels.testing.cases import CASES
 from hide_kernels.testing.offline import planned, planned_maps
@@ -255,3 +257,13 @@ def test_a_folder_that_lacks_a_kernel_of_the_anchor_is_not_called_good_where_it_
         monkeypatch.setattr(sys, "argv", ["carry", str(tmp_path), *arguments])
         assert carry.main() == code
         assert "finds 1 of 2 kernels" in capsys.readouterr().out
+
+
+def test_the_first_pass_of_captures_is_carried_for_attention_that_keeps_no_log_sum_exp():
+    """On the CPU PyTorch's attention keeps it, on a card cuDNN's does not."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model, noted = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **heads)).eval(), []
+    with carry.noted(noted), torch.no_grad(), capture_attention(model, layers=[0], queries=[5, 9]):
+        model(input_ids=torch.arange(20, 40)[None])
+    assert [name for name, _ in carry.variants(noted, carry.CAPABILITY)] == ["partial_lse", "reduce_rows"]
