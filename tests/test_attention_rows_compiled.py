@@ -95,11 +95,14 @@ def test_on_a_hopper_each_kernel_starts_before_the_one_in_front_has_ended():
 
 
 def test_an_access_across_columns_is_counted():
-    layouts = (
-        "#a = #ttg.blocked<{sizePerThread = [1, 4], order = [1, 0]}>\n#b = #ttg.blocked<{x = [4, 1], order = [0, 1]}>\n"
+    """Also where columns come first, but one thread has all of a row's and its neighbours have other rows'."""
+    threads = {"a": ([4, 8], [1, 0]), "b": ([8, 4], [0, 1]), "c": ([32, 1], [1, 0])}
+    layouts = "".join(
+        f"#{name} = #ttg.blocked<{{sizePerThread = [1, 4], threadsPerWarp = {per_warp}, order = {order}}}>\n"
+        for name, (per_warp, order) in threads.items()
     )
-    loads = "".join(f"%x = tt.load %p : tensor<16x64x!tt.ptr<f64>, #{layout}>\n" for layout in "aabc")
-    assert uncoalesced(layouts + loads + "tt.store %p, %v : tensor<64x!tt.ptr<f32>, #d>\n") == 2
+    loads = "".join(f"%x = tt.load %p : tensor<16x64x!tt.ptr<f64>, #{layout}>\n" for layout in "aabcd")
+    assert uncoalesced(layouts + loads + "tt.store %p, %v : tensor<64x!tt.ptr<f32>, #d>\n") == 3
 
 
 @pytest.fixture

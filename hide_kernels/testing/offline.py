@@ -238,7 +238,8 @@ def opcodes(code: str) -> list[str]:
 
 def uncoalesced(ttgir: str) -> int:
     """`Usage.uncoalesced` of a kernel in Triton's GPU representation. A layout that is not known counts."""
-    along_columns = set(re.findall(r"^(#\w+) = #ttg\.blocked<\{.*order = \[1, 0\]", ttgir, re.MULTILINE))
+    blocked = r"^(#\w+) = #ttg\.blocked<\{.*threadsPerWarp = \[\d+, (?!1\])\d+\].*order = \[1, 0\]"
+    along_columns = set(re.findall(blocked, ttgir, re.MULTILINE))
     access = r"(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local)\b.*tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
     return sum(layout not in along_columns for layout in re.findall(access, ttgir))
 
