@@ -1,7 +1,8 @@
 """`token_maps` on Triton: plans four launches, and one more for every eight images after the first eight.
 
 Where images lie is a kernel argument, and what is launched depends on shapes alone. So nothing is uploaded, nothing
-waits for the device, and a call may be captured in a CUDA graph. Scratch: 24 bytes per cell of all rows.
+waits for the device, and a call may be captured in a CUDA graph. Scratch: 16 bytes per cell of all rows,
+and 8 more of images as wide as the widest, in whole blocks of lines.
 """
 
 from __future__ import annotations
