@@ -344,17 +344,6 @@ def test_the_log_sum_exp_is_computed_where_the_models_own_is_of_other_scores_or_
     assert known == [False, False]
 
 
-def test_in_inference_mode_too_the_log_sum_exp_is_taken_and_logits_keep_their_bits(known):
-    model, ids = qwen2_5_vl(), text_inputs()
-    model.set_attn_implementation("sdpa")
-    with torch.inference_mode():
-        plain = model(input_ids=ids).logits
-        with capture_attention(model, layers=[1]) as captured:
-            logits = model(input_ids=ids).logits
-    assert known == [True] and torch.equal(logits, plain)
-    assert (captured[1].weights - eager_rows(model, {"input_ids": ids}, 1).mean(1)).abs().max() < TOLERANCE
-
-
 @pytest.mark.parametrize("change", ["autocast", "is_causal", "softcap"])
 def test_the_log_sum_exp_of_other_scores_than_those_recorded_is_not_taken(known, change, monkeypatch):
     """SDPA casts its inputs under autocast, takes `is_causal` from the call, and in transformers 4 ignores a softcap."""
