@@ -10,13 +10,14 @@ from hide.tiny.scenes import draw_scene
 from training.batched import encode_images, image_positions, image_to_patches, run_text
 
 
-@pytest.mark.parametrize(("grad", "frozen"), [(True, 0), (True, 12), (False, 0)])
-def test_same_hidden_states_as_hugging_face(grad, frozen):
+@pytest.mark.parametrize(
+    ("grad", "frozen", "rows", "columns"), [(True, 0, 3, 5), (True, 12, 3, 5), (False, 0, 3, 5), (True, 0, 9, 17)]
+)
+def test_same_hidden_states_as_hugging_face(grad, frozen, rows, columns):
     model, tokenizer, processor = tiny.build()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
-    rows, columns = 3, 5
     images = [draw_scene(seed, 28 * columns, 28 * rows, objects=2).image for seed in (0, 1)]
     pixels = processor(images=images, return_tensors="pt")
     patches = image_to_patches(torch.stack([torch.from_numpy(np.array(image)) for image in images]))

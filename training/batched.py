@@ -58,6 +58,20 @@ def _patch_positions(rows: int, columns: int, merge: int = 2) -> Tensor:
     return torch.stack([grid // (columns * merge), grid % (columns * merge)])
 
 
+def _windows(rows: int, columns: int, side: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The places (N,) of the patches, window by window of `side` x `side` tokens, those of equal shape together; and of
+    each shape how many windows there are, of how many patches.
+    """
+    grid = torch.arange(rows * columns * 4).view(rows, columns, 4)
+    by_shape: dict[tuple[int, int], list[Tensor]] = {}
+    for top in range(0, rows, side):
+        for left in range(0, columns, side):
+            window = grid[top : top + side, left : left + side]
+            by_shape.setdefault((window.shape[0], window.shape[1]), []).append(window.flatten())
+    order = torch.cat([window for own in by_shape.values() for window in own])
+    return order, [(len(own), len(own[0])) for own in by_shape.values()]
+
+
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
 
@@ -93,12 +107,26 @@ def encode_images(model: Any, patches: Tensor, rows: int, columns: int) -> Tenso
     quarter = width // heads // 4
     frequency = 10000.0 ** (-torch.arange(quarter) / quarter)
     angle = (_patch_positions(rows, columns)[..., None] * frequency).permute(1, 0, 2).reshape(count, 2 * quarter)
-    for block in visual.blocks:
+    config = visual.config
+    order, windows = _windows(rows, columns, config.window_size // config.patch_size // config.spatial_merge_size)
+    x, angle = x[:, order], angle[order]
+    for index, block in enumerate(visual.blocks):
         qkv = block.attn.qkv(_norm(block.norm1, x)).view(batch, count, 3, heads, -1).permute(2, 0, 3, 1, 4)
         cos, sin = angle.cos().to(qkv.dtype), angle.sin().to(qkv.dtype)
-        mixed = _attend(_rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin), qkv[2], None)
+        query, key, value = _rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin), qkv[2]
+        if index in config.fullatt_block_indexes or len(windows) == 1 == windows[0][0]:
+            mixed = _attend(query, key, value, None)
+        else:
+            parts, start = [], 0
+            for number, length in windows:
+                span = slice(start, start + number * length)
+                own = (part[:, :, span].unflatten(2, (number, length)) for part in (query, key, value))
+                parts.append(_attend(*own, None).flatten(2, 3))
+                start = span.stop
+            mixed = torch.cat(parts, dim=2)
         x = x + block.attn.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         x = x + _mlp(block.mlp, _norm(block.norm2, x))
+    x = x[:, order.argsort()]
     return visual.merger.mlp(_norm(visual.merger.ln_q, x).view(batch, rows * columns, -1))
 
 
