@@ -10,7 +10,7 @@ LOCKS := test kvpress vllm lmms-eval
 SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install upgrade demo test test-transformers-4 test-newest test-kvpress hub wheels docs fuzz sanitize lint \
+.PHONY: help install upgrade demo train test test-transformers-4 test-newest test-kvpress hub wheels docs fuzz sanitize lint \
 	format bench static-report clean
 
 help:  ## list the targets
@@ -65,6 +65,9 @@ resolve-%: build/uv resolve-triton
 
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
 	$(BIN)/hide ask hide/examples/scene.jpg "Is the heart on the left or right side of the circle?" --report demo
+
+train: $(STAMP)  ## the embedded model from nothing on two cores; goes on where it stopped
+	$(BIN)/python -m training.train --output build/embedded-model
 
 test: $(STAMP) lint build/kernels  ## linters, type checks and all tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup

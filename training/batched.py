@@ -120,8 +120,8 @@ def encode_images(model: Any, patches: Tensor, rows: int, columns: int) -> Tenso
             parts, start = [], 0
             for number, length in windows:
                 span = slice(start, start + number * length)
-                own = (part[:, :, span].unflatten(2, (number, length)) for part in (query, key, value))
-                parts.append(_attend(*own, None).flatten(2, 3))
+                q, k, v = (part[:, :, span].unflatten(2, (number, length)) for part in (query, key, value))
+                parts.append(_attend(q, k, v, None).flatten(2, 3))
                 start = span.stop
             mixed = torch.cat(parts, dim=2)
         x = x + block.attn.proj(mixed.transpose(1, 2).reshape(batch, count, width))

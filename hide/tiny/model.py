@@ -22,7 +22,7 @@ from hide.methods import prompts
 from hide.questions import LETTERS, TAGGED_LETTER_REQUEST, Question
 from hide.tiny.scenes import COLORS, KINDS, PLURALS
 
-__all__ = ["SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
+__all__ = ["COORDINATES", "SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -43,7 +43,7 @@ _ROPE_THETA = 30.0
 _ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6]}
 # Parts of 1 with two digits, as boxes have them, and the comma between two; a word with the one blank before it; other
 # digits one by one; runs of punctuation; line breaks; other blanks.
-_COORDINATES = tuple(f"{part / 100:.2f}" for part in range(101))
+COORDINATES = tuple(f"{part / 100:.2f}" for part in range(101))
 _SPLIT = r", (?=[01]\.\d\d(?!\d))|[01]\.\d\d(?!\d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = """
 You are a helpful assistant system user
@@ -131,7 +131,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     forms = [form for word in spellings for form in (word, f" {word}")]
-    bpe.train_from_iterator([*forms, *sorted(marks), *_COORDINATES, ", 0.00"], trainer)
+    bpe.train_from_iterator([*forms, *sorted(marks), *COORDINATES, ", 0.00"], trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
