@@ -97,6 +97,24 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
     return _probabilities(query, key, bias).to(value.dtype) @ value
 
 
+def _attend_in_groups(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Attention of the last tokens of which there are keys, in the `groups` of `run_text`."""
+    if not groups:
+        return _attend(query, key, value, bias)
+    before, skipped = key.shape[2] - sum(groups), key.shape[2] - query.shape[2]
+    mixed, start = [], before
+    if skipped < before:
+        first = slice(0, before - skipped)
+        mixed.append(_attend(query[:, :, first], key[:, :, :before], value[:, :, :before], bias[:, :, first, :before]))
+    for length in groups:
+        rows, own = slice(start - skipped, start - skipped + length), slice(start, start + length)
+        keys, values = (torch.cat([part[:, :, :before], part[:, :, own]], dim=2) for part in (key, value))
+        own_bias = torch.cat([bias[:, :, rows, :before], bias[:, :, rows, own]], dim=3)
+        mixed.append(_attend(query[:, :, rows], keys, values, own_bias))
+        start = own.stop
+    return torch.cat(mixed, dim=2)
+
+
 def encode_images(model: Any, patches: Tensor, rows: int, columns: int) -> Tensor:
     """Patches (B, N, 588) of pictures of rows x columns tokens -> image features (B, rows * columns, hidden size)."""
     visual = model.model.visual
@@ -156,6 +174,7 @@ def run_text(
     bias: Tensor,
     *,
     frozen: int = 0,
+    groups: tuple[int, ...] = (),
     row_indices: Tensor | None = None,
     row_layers: tuple[int, ...] = (),
     state_layers: tuple[int, ...] = (),
@@ -168,6 +187,8 @@ def run_text(
         positions: (3, B, S), the mRoPE positions.
         bias: (B, 1, S, S) of zeros and minus infinities, added to the attention scores.
         frozen: so many tokens at the start take no gradients, except as keys and values; they must not see later ones.
+        groups: lengths of parts at the end of which none sees another, whatever `bias` says; all see what is before
+            them, which sees none of them. It saves the time of computing what is masked out.
         row_indices: (B, Q), the tokens whose attention rows to return, none of them frozen.
         row_layers: the zero-based layers to return rows of.
         state_layers: the zero-based layers behind which to return the hidden states.
@@ -196,7 +217,7 @@ def run_text(
             chosen = query.gather(2, wanted[:, None, :, None].expand(-1, heads, -1, query.shape[-1]))
             chosen_bias = own_bias[:, 0].gather(1, wanted[:, :, None].expand(-1, -1, key.shape[2]))[:, None]
             rows[index] = _probabilities(chosen, key, chosen_bias).float().mean(dim=1)
-        x = _advance(layer, x, _attend(query, key, value, own_bias))
+        x = _advance(layer, x, _attend_in_groups(query, key, value, own_bias, groups))
         if index in state_layers:
             states[index] = torch.cat([start, x], dim=1)
     return TextOutput(_norm(text.norm, torch.cat([start, x], dim=1)), states, rows)

@@ -96,6 +96,7 @@ class Text:
     word_collage: Tensor  # (B, E) int64: the collage that stands before it in its conversation, or -1
     collages: Tensor  # (B, K, h, w, 3) uint8
     collage_tokens: Tensor  # (B, K, Tc) int64, indices into L
+    groups: tuple[int, ...]  # lengths, together L: the conversations with a second image, and the others
 
 
 @dataclass
@@ -449,8 +450,8 @@ def make_batch(stage: Stage, seed: int, step: int, tokenizer: PreTrainedTokenize
     second = seconds[_choose(rng, [share for _, share in seconds])][0]
     counts = {what: int(wanted + rng.random()) for what, wanted in stage.asks}
     length = sum(number * _LENGTH.get(what, 36) for what, number in counts.items()) + _LENGTH.get(second, 0)
-    # Pictures without gradients cost a third.
-    each = rows * columns * (0.4 if frozen else 1) + length
+    # Pictures without gradients cost less.
+    each = rows * columns * (0.7 if frozen else 1) + length
     count = max(1, int(stage.tokens / each)) if frozen else max(2, int(stage.tokens / each))
     rng = np.random.default_rng([seed, *stage.name.encode(), step, process])
     scenes = [_scene(stage, rng, rows, columns) for _ in range(count)]
@@ -538,7 +539,11 @@ def _text(
                 branches.begin()
                 _ask(branches, question, rng, stage.letters, collage=False)
         all_branches.append(branches)
-    length = -(-max(len(b.ids) for b in all_branches) // 8) * 8
+    # The long conversation of each picture ends at the same place.
+    ends = [b.branch.count(0) if second else 0 for b in all_branches]
+    groups = [max(ends), max(len(b.ids) - end for b, end in zip(all_branches, ends, strict=True))]
+    groups = [-(-group // 8) * 8 for group in groups if group]
+    length = sum(groups)
     most = max(1, max(len(b.entities) for b in all_branches))
     size = len(scenes)
     ids = np.full((size, length), tokenizer.pad_token_id)
@@ -548,14 +553,16 @@ def _text(
     word_places, word_collage = np.zeros((size, most, 2), int), np.full((size, most), -1)
     tokens = batch.rows * batch.columns
     cells = np.zeros((size, most, tokens + grid[0] * grid[1]), bool)
-    for i, (b, scene) in enumerate(zip(all_branches, scenes, strict=True)):
-        used = len(b.ids)
-        ids[i, :used], branch[i, :used], targets[i, :used] = b.ids, b.branch, b.labels
-        sorts[i, :used], right_options[i, :used] = b.sorts, b.right_options
-        positions[:, i, :used] = np.transpose(b.positions)
+    for i, (b, scene, end) in enumerate(zip(all_branches, scenes, ends, strict=True)):
+        at = np.arange(len(b.ids))
+        if second:
+            at[end:] += groups[0] - end
+        ids[i, at], branch[i, at], targets[i, at] = b.ids, b.branch, b.labels
+        sorts[i, at], right_options[i, at] = b.sorts, b.right_options
+        positions[:, i, at] = np.transpose(b.positions)
         for e, (token, objects, collage) in enumerate(b.entities):
             boxes = [scene.objects[which].box for which in objects]
-            words[i, e], word_collage[i, e] = token, collage
+            words[i, e], word_collage[i, e] = at[token], collage
             if collage >= 0:
                 boxes = [places[i][which] for which in objects if which in places[i]]
             for box in boxes:
@@ -582,4 +589,5 @@ def _text(
         word_collage=torch.from_numpy(word_collage),
         collages=torch.from_numpy(collages.reshape(size, shown, *collages.shape[1:])),
         collage_tokens=torch.from_numpy(first + np.arange(grid[0] * grid[1])),
+        groups=tuple(groups),
     )

@@ -85,8 +85,8 @@ _LOOK_LAYERS, _LOOK_PART, _LOOK_WEIGHT = (0, 2), 0.5, 0.2
 # it is the right one.
 _WORD_LAYER, _OPTION_LAYER = 3, 4
 # Of the layers' matrices, whose steps Muon makes orthogonal; the rest is AdamW's.
-_MUON_RATE = 4.0
-_SAVE_EVERY, _LOG_EVERY, _WARM_UP = 100, 10, 40
+_MUON_RATE = 6.0
+_SAVE_EVERY, _LOG_EVERY, _WARM_UP = 100, 10, 20
 
 
 class Heads(nn.Module):
@@ -212,6 +212,7 @@ def _text_losses(
         torch.cat([shared[:, None].expand(-1, size, -1), text.positions], dim=2),
         _attention_bias(text.branch, prefix),
         frozen=prefix if batch.frozen else 0,
+        groups=text.groups,
         row_indices=text.words + prefix,
         row_layers=tuple(sorted({*(_LOOK_LAYERS if look_weight else ()), *row_layers})),
         state_layers=(_PLACE_LAYER, _WORD_LAYER, _OPTION_LAYER),
