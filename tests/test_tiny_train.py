@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hide.methods.prompts import BOX_REQUEST, RECHECKED_FORM, ZOOM_REFINE_ASK, ZOOM_REFINE_RECHECK, filled
+from hide.models.qwen2_5_vl import Qwen25VL
 from hide.questions import Question
 from hide.tiny.model import build, build_tokenizer, load
 from hide.tiny.scenes import COLORS, KINDS, PLURALS
@@ -106,6 +108,34 @@ def test_batch(tokenizer, stage):
         stem, options = said[: said.index("\n")], tuple(re.findall(r"^\([A-E]\) (\w+)$", said, re.M))
         for template in (ZOOM_REFINE_ASK, ZOOM_REFINE_RECHECK):
             assert filled(template, Question(stem, options)) in said
+
+
+@pytest.mark.parametrize("stage", [COLLAGES, TURNS], ids=["collages", "turns"])
+def test_conversations_are_those_of_sessions(stage):
+    """The tokens and, by their number, the places are what `hide` makes of the same images and texts."""
+    model = Qwen25VL(*build())
+    batch = make_batch(stage, 0, 5, model.tokenizer)
+    pixels = [batch.images[0], batch.text.collages[0, 0]]
+    picture, second = (model.preprocess([Image.fromarray(one.numpy())], min_tokens=4, max_tokens=999) for one in pixels)
+    before = len(prefix_ids(model.tokenizer)) + batch.rows * batch.columns + 1
+    for number in range(int(batch.text.branch[0].max()) + 1):
+        words = batch.text.ids[0][batch.text.branch[0] == number].tolist()
+        said = model.tokenizer.decode(words).replace("<|image_pad|>", "")
+        turns = [re.split(re.escape("<|im_end|>\n<|im_start|>assistant\n"), turn) for turn in
+                 said.split("<|im_end|>\n<|im_start|>user\n")]  # fmt: skip
+        if len(turns[0]) == 1:  # a search prompt
+            turns[0].append("")
+        shown = [picture] + [second] * (len(turns) - 1)
+        if number == 0 and stage is COLLAGES:
+            shown[0] = picture + second
+        texts = [turn[0].removeprefix("<|vision_start|><|vision_end|>") for turn in turns]
+        made = model.conversation(list(zip(texts, shown, strict=True)), [turn[1] for turn in turns[:-1]])
+        expected = made.input_ids[0, before:].tolist()
+        if said.startswith("Please search"):
+            expected = expected[: len(words)]
+        assert words[: len(expected)] == expected
+        reply = turns[-1][1].removesuffix("<|im_end|>")
+        assert model.tokenizer.decode(words[len(expected) : -1]) == reply
 
 
 def test_every_request_of_the_prompts_is_drawn(tokenizer):
