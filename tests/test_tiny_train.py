@@ -96,6 +96,11 @@ def test_batch(tokenizer, stage):
                 inside = batch.kinds[i][cells[:tokens]]
                 assert set(inside.tolist()) <= {kind, IGNORED, len(KINDS)}
                 which = int(text.word_collage[i, e])
+                assert (text.word_boxes[i, e] == IGNORED).all() == (which >= 0)
+                if which < 0:
+                    x0, y0, x1, y1 = (text.word_boxes[i, e] * torch.tensor([batch.columns, batch.rows] * 2)).tolist()
+                    seen = cells[:tokens].view(batch.rows, batch.columns)
+                    assert seen[(y0 + y1) // 200, (x0 + x1) // 200]
                 assert which == (0 if text.branch[i, word] == 0 and stage is COLLAGES else -1)
                 assert cells[tokens:].any() == (which >= 0) != cells[:tokens].any()
                 if which >= 0:

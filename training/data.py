@@ -92,6 +92,7 @@ class Text:
     words: Tensor  # (B, E) int64, indices into L
     word_colors: Tensor  # (B, E) int64, or IGNORED
     word_places: Tensor  # (B, E, 2) int64: column and row, in its picture, of the middle of what the word names
+    word_boxes: Tensor  # (B, E, 4) int64: the edges of what it names in hundredths of its picture, or IGNORED
     word_cells: Tensor  # (B, E, T + Tc) bool: the tokens of the picture, and of its collage, that its boxes touch
     word_collage: Tensor  # (B, E) int64: the collage that stands before it in its conversation, or -1
     collages: Tensor  # (B, K, h, w, 3) uint8
@@ -417,9 +418,9 @@ def _pad_collages(collages: list[np.ndarray]) -> np.ndarray:
 
 def _scene(stage: Stage, rng: np.random.Generator, rows: int, columns: int) -> Scene:
     while True:
-        # A picture of a quarter of the largest area holds fewer things.
+        # A small picture holds fewer things; to learn what they look like, as many as there is room for.
         count = int(rng.integers(stage.objects[0], stage.objects[1] + 1))
-        count = min(count, max(1, rows * columns // 7))
+        count = min(count, max(1, rows * columns // (7 if stage.text else 5)))
         kinds = [str(kind) for kind in rng.permutation(KINDS)[:count]]
         if count > 2 and rng.random() < 0.3:  # something to count, and to tell apart from the others
             again = min(int(rng.integers(1, 4)), count - 2)
@@ -551,6 +552,7 @@ def _text(
     positions = np.zeros((3, size, length), int)
     words, colors = np.zeros((size, most), int), np.full((size, most), IGNORED)
     word_places, word_collage = np.zeros((size, most, 2), int), np.full((size, most), -1)
+    word_boxes = np.full((size, most, 4), IGNORED)
     tokens = batch.rows * batch.columns
     cells = np.zeros((size, most, tokens + grid[0] * grid[1]), bool)
     for i, (b, scene, end) in enumerate(zip(all_branches, scenes, ends, strict=True)):
@@ -574,6 +576,8 @@ def _text(
                 x0, y0, x1, y1 = boxes[0]
                 colors[i, e] = tuple(COLORS).index(scene.objects[objects[0]].color)
                 word_places[i, e] = (x0 + x1) // 2 // TOKEN_SIDE, (y0 + y1) // 2 // TOKEN_SIDE
+                if collage < 0:
+                    word_boxes[i, e] = np.round(100 * np.asarray(boxes[0]) / np.tile(scene.image.size, 2))
     first = np.array([b.collages for b in all_branches], int).reshape(size, shown, 1)
     return Text(
         ids=torch.from_numpy(ids),
@@ -585,6 +589,7 @@ def _text(
         words=torch.from_numpy(words),
         word_colors=torch.from_numpy(colors),
         word_places=torch.from_numpy(word_places),
+        word_boxes=torch.from_numpy(word_boxes),
         word_cells=torch.from_numpy(cells),
         word_collage=torch.from_numpy(word_collage),
         collages=torch.from_numpy(collages.reshape(size, shown, *collages.shape[1:])),

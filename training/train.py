@@ -71,7 +71,7 @@ STAGES: tuple[Stage, ...] = (
         farthest=75,
     ),
 )
-_DENSE_WEIGHT, _EDGE_WEIGHT, _WORD_WEIGHT, _PLACE_WEIGHT = 0.5, 1.0, 0.3, 0.4
+_DENSE_WEIGHT, _EDGE_WEIGHT, _WORD_WEIGHT, _PLACE_WEIGHT, _SPOT_WEIGHT = 1.0, 1.0, 0.5, 0.4, 10.0
 # Tokens of a reply's form are many and easy; of a box's four edges each counts for less than an answer.
 _FORM_WEIGHT, _BOX_WEIGHT = 0.1, 0.5
 # Edges near the right one are nearly right: the loss wants a bell of so many hundredths.
@@ -85,21 +85,24 @@ _LOOK_LAYERS, _LOOK_PART, _LOOK_WEIGHT = (0, 2), 0.5, 0.2
 # it is the right one.
 _WORD_LAYER, _OPTION_LAYER = 3, 4
 # Of the layers' matrices, whose steps Muon makes orthogonal; the rest is AdamW's.
-_MUON_RATE = 6.0
-_SAVE_EVERY, _LOG_EVERY, _WARM_UP = 100, 10, 20
+_MUON_RATE = 5.0
+_SAVE_EVERY, _LOG_EVERY, _WARM_UP = 100, 10, 40
 
 
 class Heads(nn.Module):
     """The linear heads that only training uses: what covers an image token, how far its edges are and where the token
-    lies; the color and place of what a word names; whether a lettered option is the right one.
+    lies, and where in the picture the edges are; the color, place and box of what a word names; whether a lettered
+    option is the right one.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, len(KINDS) + 1 + len(COLORS) + 1)
         self.edges = nn.Linear(width, 4)
+        self.spot = nn.Linear(width, 4)
         self.place = nn.Linear(width, 2 * _PLACES)
         self.word = nn.Linear(width, len(COLORS) + 2 * _PLACES)
+        self.box = nn.Linear(width, 4 * len(tiny.COORDINATES))
         self.option = nn.Linear(width, 2)
 
 
@@ -149,6 +152,13 @@ def _place_loss(logits: Tensor, places: Tensor) -> tuple[Tensor, float]:
     return F.cross_entropy(guess.reshape(-1, _PLACES), wanted.reshape(-1)), right
 
 
+def _near(likely: Tensor, right: Tensor) -> Tensor:
+    """Cross entropy of log probabilities (..., hundredths) against a bell around the right ones (...)."""
+    place = torch.arange(likely.shape[-1])
+    bell = torch.softmax(-((place - right[..., None]) ** 2) / (2 * _EDGE_SIGMA**2), dim=-1)
+    return -(bell * likely).sum(-1)
+
+
 def _answer_losses(model: Any, tokenizer: Any, hidden: Tensor, text: Text) -> Step:
     """Cross entropy of what is to be said, and per sort how often the likeliest token is right: of boxes, the mean
     distance of edges in hundredths.
@@ -164,10 +174,8 @@ def _answer_losses(model: Any, tokenizer: Any, hidden: Tensor, text: Text) -> St
     log = {}
     if edge.any():
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(tiny.COORDINATES)))
-        place = torch.arange(len(ids))
-        right = (labels[edge][:, None] == ids).float() @ place.float()
-        bell = torch.softmax(-((place - right[:, None]) ** 2) / (2 * _EDGE_SIGMA**2), dim=-1)
-        loss = loss.masked_scatter(edge, -(bell * likely[edge][:, ids]).sum(-1))
+        right = (labels[edge][:, None] == ids).float() @ torch.arange(len(ids)).float()
+        loss = loss.masked_scatter(edge, _near(likely[edge][:, ids], right))
         off = (logits[edge][:, ids].argmax(-1) - right).abs()
         log["box_off"], log["box_near"] = off.mean().item(), (off <= 2).float().mean().item()
     answer = (loss * weight[sorts]).sum() / weight[sorts].sum()
@@ -240,16 +248,31 @@ def _text_losses(
         own = torch.cat([chosen.flip(0).T for _, chosen in learning]).expand(size, -1, -1)
         image_place, log["image_place"] = _place_loss(heads.place(states), own)
 
+    # Linear, so that a word that looks at all tokens of a thing reads the mean of what they know.
+    spot = torch.zeros(())
+    known = ~batch.edges.isnan().any(-1)
+    if not batch.frozen and known.any():
+        own = batch.edges + (places.flip(0).T + 0.5).repeat(1, 2)
+        wanted = (own / torch.tensor([batch.columns, batch.rows] * 2))[known]
+        states = _unit(out.states[_PLACE_LAYER][:, first : first + tokens][known])
+        spot = F.smooth_l1_loss(heads.spot(states).float(), wanted, beta=0.02)
+        log["spot"] = spot.item()
+
     # At the word itself: what it names has which color, and lies where?
     states = _unit(out.states[_WORD_LAYER][:, prefix:])
     read = text.word_colors != IGNORED
-    word_color = word_place = torch.zeros(())
+    word_color = word_place = word_box = torch.zeros(())
     if read.any():
         picked = states.gather(1, text.words[..., None].expand(-1, -1, states.shape[-1]))[read]
         color, place = heads.word(picked).float().split([len(COLORS), 2 * _PLACES], dim=-1)
         word_color = F.cross_entropy(color, text.word_colors[read])
         log["word_color"] = (color.argmax(-1) == text.word_colors[read]).float().mean().item()
         word_place, log["word_place"] = _place_loss(place, text.word_places[read])
+        pointed = text.word_boxes[read][:, 0] != IGNORED
+        if pointed.any():
+            edges = F.log_softmax(heads.box(picked[pointed]).float().unflatten(-1, (4, -1)), dim=-1)
+            word_box = _near(edges, text.word_boxes[read][pointed]).mean()
+            log["word_box"] = word_box.item()
 
     valid = text.word_cells.any(-1)
     look = torch.zeros(())
@@ -270,8 +293,10 @@ def _text_losses(
         for layer in row_layers:
             on_picture, in_picture = on_images[layer][plain, :tokens], cells[plain, :tokens]
             log[f"inside_{layer}"] = ((on_picture * in_picture).sum(-1) / on_picture.sum(-1)).mean().item()
-    taught = _WORD_WEIGHT * (word_color + option) + _PLACE_WEIGHT * (image_place + word_place) + look_weight * look
-    return Step(answers.loss + taught, log)
+    taught = _WORD_WEIGHT * (word_color + option) + _PLACE_WEIGHT * (
+        image_place + _SPOT_WEIGHT * spot + word_place + word_box
+    )
+    return Step(answers.loss + taught + look_weight * look, log)
 
 
 def losses(
