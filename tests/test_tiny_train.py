@@ -15,7 +15,7 @@ from hide.questions import Question
 from hide.tiny.model import build, build_tokenizer, load
 from hide.tiny.scenes import COLORS, KINDS, PLURALS
 from training.data import IGNORED, SORTS, Stage, make_batch, prefix_ids
-from training.train import STAGES, Heads, _rate, _Run, losses, train
+from training.train import STAGES, Heads, _rate, _Run, losses, main, train
 
 ASKS = (("attribute", 2.0), ("position", 1.0), ("existence", 1.0), ("box", 1.0), ("search", 1.0), ("general", 1.0))
 VISION = Stage("vision", 2, 1e-3, 1e-4, ((1.0, (4, 5)),), (2, 3), 40, text=False)
@@ -230,3 +230,12 @@ def test_two_processes_average_their_gradients(tmp_path):
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, msg=key)
     assert not list((tmp_path / "two").glob("meeting-*"))
+
+
+def test_a_short_run_has_a_part_of_every_stage(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("training.train.train", lambda output, **options: asked.update(options))
+    monkeypatch.setattr("sys.argv", ["train", "--output", "x", "--part", "0.1", "--no-attention-loss"])
+    main()
+    assert [stage.steps for stage in asked["stages"]] == [round(stage.steps / 10) for stage in STAGES]
+    assert asked["look_weight"] == 0 and asked["processes"] == 2

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -533,9 +533,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="batches to a step, each on a core of its own")
     parser.add_argument("--no-attention-loss", action="store_true", help="do not teach words where to look")
+    parser.add_argument("--part", type=float, default=1.0, help="of every stage's steps, for a short run to compare")
     arguments = parser.parse_args()
+    stages = tuple(replace(stage, steps=max(1, round(stage.steps * arguments.part))) for stage in STAGES)
     look_weight = 0.0 if arguments.no_attention_loss else _LOOK_WEIGHT
-    train(arguments.output, seed=arguments.seed, processes=arguments.processes, look_weight=look_weight)
+    train(
+        arguments.output,
+        seed=arguments.seed,
+        processes=arguments.processes,
+        stages=stages,
+        look_weight=look_weight,
+    )
 
 
 if __name__ == "__main__":
