@@ -1,10 +1,13 @@
 """The embedded model's figures: boxes are read and compared, and every kind of question is asked as often as wanted."""
 
+import json
+
 import numpy as np
 import pytest
 
 from hide import HiDe
 from hide.evaluation import embedded_figures as measure
+from hide.evaluation.scoring import share
 from hide.methods.prompts import ANSWER_FORM, BOX_FORM, RECHECKED_FORM, box_text
 from hide.session import Reply
 from hide.tiny import model
@@ -52,3 +55,22 @@ def test_two_turns_show_the_crop_with_its_margin():
     replies[0] = "B"
     seen.clear()
     assert measure._two_turns(Session(), asked) is None
+
+
+def test_the_command_prints_shares_with_intervals(tmp_path, monkeypatch, capsys):
+    file, checkpoint = tmp_path / "figures.json", tmp_path / "model"
+    model.save(checkpoint, *model.build())
+    parts = {"small": lambda hide, count: {"words": share([True] * (count - 1) + [False])}}
+    monkeypatch.setattr(measure, "PARTS", parts)
+    options = ["--checkpoint", str(checkpoint), "--questions", "4", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["figures", *options])
+    assert measure.main() == 0
+    assert "words                         75.0%  (30.1% to 95.4% of 4)" in capsys.readouterr().out
+    assert json.loads(file.read_text())["small"]["words"]["right"] == 3
+
+
+def test_methods_are_asked_about_large_pictures(tmp_path):
+    model.save(tmp_path, *model.build())
+    hide = HiDe.from_pretrained(tmp_path, preset="tiny")
+    found = measure.measure_methods(hide, 2, (150, 200))
+    assert {name: one.total for name, one in found.items()} == {"plain": 2, "hide": 2, "true_boxes": 2}

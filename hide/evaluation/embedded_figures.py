@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from hide.session import ImageSession, Message
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import Question, Scene, more_questions, questions
 
-__all__ = ["SIZES", "figures", "main", "overlap", "read_box"]
+__all__ = ["PARTS", "SIZES", "main", "measure_methods", "measure_size", "overlap", "read_box"]
 
 SIZES: dict[str, Callable[[int], Scene]] = {
     "to 100 tokens": small_scene,
@@ -112,7 +113,8 @@ def _scenes(draw: Callable[[int], Scene]) -> Iterator[tuple[Scene, np.random.Gen
 
 def measure_size(hide: HiDe, count: int, draw: Callable[[int], Scene]) -> dict[str, Share]:
     """What plain answers are worth on pictures of one size, `count` questions of each kind."""
-    right: dict[str, list[bool]] = {}
+    kinds = ("words", "letters", "boxes", "two turns: form")
+    right: dict[str, list[bool]] = {kind: [] for kind in kinds}
     plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
     forms = list(LETTER_FORMS.values())
 
@@ -123,7 +125,6 @@ def measure_size(hide: HiDe, count: int, draw: Callable[[int], Scene]) -> dict[s
     def said(session: ImageSession, question: Question) -> bool:
         return plain.ask(session, question.text).text.strip().lower().rstrip(".") == question.answer
 
-    kinds = ("words", "letters", "boxes", "two turns: form")
     further = ("vertical", "existence", "count")
     number = 0
     for scene, rng in _scenes(draw):
@@ -158,17 +159,21 @@ def measure_size(hide: HiDe, count: int, draw: Callable[[int], Scene]) -> dict[s
     return {name: share(results) for name, results in right.items()}
 
 
-def figures(hide: HiDe, count: int) -> dict[str, dict[str, Share]]:
-    """All of them by size: those of plain answers, then plain against HiDe and the true boxes."""
-    found = {name: measure_size(hide, count, draw) for name, draw in SIZES.items()}
-    for name, tokens in _LARGE.items():
-        answers: list[dict[str, Any]] = []
-        measure_large(hide, count, tokens, answers)
-        found[f"{name}, HiDe"] = {
-            method: share([one["replies"][method].strip().lower().rstrip(".") == one["answer"] for one in answers])
-            for method in ("plain", "hide", "true_boxes")
-        }
-    return found
+def measure_methods(hide: HiDe, count: int, tokens: tuple[int, int]) -> dict[str, Share]:
+    """Plain answers to `count` questions about large pictures, HiDe's, and those with collages from the true boxes."""
+    answers: list[dict[str, Any]] = []
+    measure_large(hide, count, tokens, answers)
+    return {
+        method: share([one["replies"][method].strip().lower().rstrip(".") == one["answer"] for one in answers])
+        for method in ("plain", "hide", "true_boxes")
+    }
+
+
+PARTS: dict[str, Callable[[HiDe, int], dict[str, Share]]] = {
+    **{name: partial(measure_size, draw=draw) for name, draw in SIZES.items()},
+    **{f"{name}, methods": partial(measure_methods, tokens=tokens) for name, tokens in _LARGE.items()},
+}
+"""Name -> what measures so many questions of each kind."""
 
 
 def main() -> int:
@@ -176,15 +181,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--questions", type=int, default=500, help="of each kind and size")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all, if not given")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     hide = HiDe.from_pretrained(arguments.checkpoint, preset=arguments.preset)
-    found = figures(hide, arguments.questions)
-    for size, of_size in found.items():
-        print(size)
-        for name, one in of_size.items():
-            print(f"  {name:28} {one.value:6.1%}  ({one.low:.1%} to {one.high:.1%} of {one.total})")
+    found = {}
+    for part in arguments.parts:
+        found[part] = PARTS[part](hide, arguments.questions)
+        print(part)
+        for name, one in found[part].items():
+            print(f"  {name:28} {one.value:6.1%}  ({one.low:.1%} to {one.high:.1%} of {one.total})", flush=True)
     if arguments.json:
         report = {size: {name: one._asdict() for name, one in own.items()} for size, own in found.items()}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
