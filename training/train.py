@@ -59,7 +59,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "all",
-        700,
+        800,
         3e-4,
         1e-5,
         ((0.4, _SMALL), (0.3, _MIDDLE), (0.3, _LARGE)),
