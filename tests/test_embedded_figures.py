@@ -11,6 +11,7 @@ from hide.evaluation.scoring import share
 from hide.methods.prompts import ANSWER_FORM, BOX_FORM, RECHECKED_FORM, box_text
 from hide.session import Reply
 from hide.tiny import model
+from hide.tiny.scenes import KINDS, NUMBERS, PLURALS
 
 
 def test_boxes():
@@ -74,3 +75,12 @@ def test_methods_are_asked_about_large_pictures(tmp_path):
     hide = HiDe.from_pretrained(tmp_path, preset="tiny")
     found = measure.measure_methods(hide, 2, (150, 200))
     assert {name: one.total for name, one in found.items()} == {"plain": 2, "hide": 2, "true_boxes": 2}
+
+
+def test_what_is_counted_is_one_to_four():
+    crowds = [measure._to_count((300, 300), np.random.default_rng(seed)) for seed in range(40)]
+    assert {question.answer for _, question in crowds} == set(NUMBERS)
+    for scene, question in crowds:
+        (kind,) = (kind for kind in KINDS if PLURALS[kind] in question.text)
+        assert NUMBERS[[thing.kind for thing in scene.objects].count(kind) - 1] == question.answer
+    assert measure._to_count((60, 60), np.random.default_rng(0)) is None

@@ -38,7 +38,7 @@ from hide.questions import Question as AskedQuestion
 from hide.replies import read_letter
 from hide.session import ImageSession, Message
 from hide.tiny import CHECKPOINT
-from hide.tiny.scenes import Question, Scene, more_questions, questions
+from hide.tiny.scenes import COLORS, KINDS, NUMBERS, PLURALS, Question, Scene, draw_scene, more_questions, questions
 
 __all__ = ["PARTS", "SIZES", "main", "measure_methods", "measure_size", "overlap", "read_box"]
 
@@ -111,6 +111,21 @@ def _scenes(draw: Callable[[int], Scene]) -> Iterator[tuple[Scene, np.random.Gen
         seed += 1
 
 
+def _to_count(size: tuple[int, int], rng: np.random.Generator) -> tuple[Scene, Question] | None:
+    """A picture with one to four things of a kind, each as often, and two others, and the question how many they are;
+    `None` where there is no room for them.
+    """
+    kind, *others = (str(kind) for kind in rng.permutation(KINDS)[:3])
+    number = int(rng.integers(1, len(NUMBERS) + 1))
+    names = [(one, str(rng.choice(list(COLORS)))) for one in [*[kind] * number, *others]]
+    try:
+        scene = draw_scene(int(rng.integers(1 << 30)), *size, objects=names, object_size=(28, 70))
+    except ValueError:
+        return None
+    asked = [one for one in more_questions(scene, rng) if one.split == "count" and PLURALS[kind] in one.text]
+    return scene, asked[0]
+
+
 def measure_size(hide: HiDe, count: int, draw: Callable[[int], Scene]) -> dict[str, Share]:
     """What plain answers are worth on pictures of one size, `count` questions of each kind."""
     kinds = ("words", "letters", "boxes", "two turns: form")
@@ -125,7 +140,7 @@ def measure_size(hide: HiDe, count: int, draw: Callable[[int], Scene]) -> dict[s
     def said(session: ImageSession, question: Question) -> bool:
         return plain.ask(session, question.text).text.strip().lower().rstrip(".") == question.answer
 
-    further = ("vertical", "existence", "count")
+    further = ("vertical", "existence")
     number = 0
     for scene, rng in _scenes(draw):
         if all(len(right.get(kind, ())) >= count for kind in kinds):
@@ -156,6 +171,9 @@ def measure_size(hide: HiDe, count: int, draw: Callable[[int], Scene]) -> dict[s
             for split in further:
                 for question in [one for one in more_questions(scene, rng) if one.split == split][:2]:
                     note(split, said(session, question))
+        if crowd := _to_count(scene.image.size, rng):
+            with hide.open(crowd[0].image) as session:
+                note("count", said(session, crowd[1]))
     return {name: share(results) for name, results in right.items()}
 
 
