@@ -13,8 +13,8 @@ SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install upgrade demo test test-transformers-4 test-card carry test-newest test-kvpress hub wheels docs \
-	fuzz sanitize lint format bench static-report clean
+.PHONY: help install upgrade demo train test test-transformers-4 test-card carry test-newest test-kvpress hub wheels \
+	docs fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/'
@@ -71,6 +71,9 @@ demo: $(STAMP)  ## HiDe answers a question about the example picture; writes dem
 
 # By file: what tests of one file share (models, predictions, what a fresh process said) is made once.
 PARALLEL := --numprocesses=2 --dist=loadfile
+
+train: $(STAMP)  ## the embedded model from nothing on two cores; goes on where it stopped
+	$(BIN)/python -m training.train --output build/embedded-model
 
 test: $(STAMP) lint build/kernels  ## linters, type checks and all tests
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -17,7 +17,7 @@ def hide(tmp_path_factory):
 
 
 def test_questions_are_balanced():
-    scenes = (measure._small_scene(seed) for seed in range(100))
+    scenes = (measure.small_scene(seed) for seed in range(100))
     asked = [question for _, chosen in measure._asked(scenes, 40) for question in chosen]
     assert len(asked) == 40
     assert abs(sum(question.split == "attribute" for question in asked) - 20) <= 1

@@ -7,6 +7,8 @@ import torch
 import transformers
 
 from hide.methods.hide.config import SEARCH_PROMPT
+from hide.methods.prompts import ZOOM_REFINE_ASK, ZOOM_REFINE_RECHECK, filled
+from hide.questions import Question
 from hide.tiny import model as tiny
 from hide.tiny.scenes import COLORS, KINDS, draw_scene
 
@@ -64,12 +66,19 @@ def test_tokenizer(folder):
         "plain words, and  two blanks\n\n  \tand more ",
         "naïve café — Größe 12345.678 €",
         "电视 テスト 🦄👩‍👩‍👧 \u0301e \x00\x7f",
+        "0.5, 0.25, 10.25, 0.125 and 3, 1.00,0.12 [0.12, 2.34]",
         "don't (A) <FINAL_OUTPUT>x</FINAL_OUTPUT>\r\n",
     ]
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     for word in (*KINDS, *COLORS, "left", "right", "yes", "no", "A", "B", "C", "D"):
         assert len(tokenizer(word)["input_ids"]) == len(tokenizer(f" {word}")["input_ids"]) == 1
+    box = tokenizer("Where? [0.12, 0.34, 1.00, 0.78]")["input_ids"][-9:]
+    assert tokenizer.convert_ids_to_tokens(box[1::2]) == ["0.12", "0.34", "1.00", "0.78"]
+    assert len({box[2], box[4], box[6]}) == 1
+    for template in (ZOOM_REFINE_ASK, ZOOM_REFINE_RECHECK):
+        words = filled(template, Question("What is it?", ("red", "blue")))
+        assert len(tokenizer(words)["input_ids"]) < 1.5 * len(words.split())
     for token in tiny.SPECIAL_TOKENS:
         assert len(tokenizer(token)["input_ids"]) == 1
     prefix = tokenizer(SEARCH_PROMPT.rstrip())["input_ids"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hide.tiny.scenes import COLORS, KINDS, draw_scene, questions
+from hide.tiny.scenes import COLORS, KINDS, NUMBERS, PLURALS, draw_scene, more_questions, questions
 
 
 def test_same_seed_same_scene():
@@ -53,6 +53,31 @@ def test_questions_are_true():
             else:
                 assert (question.answer == "left") == (things[0].box[0] < things[1].box[0])
     assert splits == {"attribute", "position"}
+
+
+def test_more_questions_are_true():
+    answers = set()
+    for seed in range(20):
+        names = [("star", "red")] * (seed % 6) + [("ring", "blue"), ("moon", "pink"), ("cross", "green")]
+        scene = draw_scene(seed, 600, 400, objects=names, object_size=(20, 50))
+        kinds = [thing.kind for thing in scene.objects]
+        asked = more_questions(scene, np.random.default_rng(seed))
+        for question in asked:
+            answers.add(question.answer)
+            things = [scene.objects[i] for i in question.targets]
+            assert question.answer in question.options and question.entities == tuple(thing.kind for thing in things)
+            if question.split == "vertical":
+                assert all(kinds.count(thing.kind) == 1 and thing.kind in question.text for thing in things)
+                assert (question.answer == "above") == (things[0].box[1] < things[1].box[1])
+            elif question.split == "existence":
+                kind = question.text.split()[-1].rstrip("?")
+                assert (question.answer == "yes") == (kind in kinds) and kind in KINDS
+            else:
+                (kind,) = (kind for kind in KINDS if PLURALS[kind] in question.text)
+                assert NUMBERS.index(question.answer) + 1 == kinds.count(kind) == len(things)
+        truths = [question.answer for question in asked if question.split == "existence"]
+        assert truths.count("yes") == truths.count("no")
+    assert answers == {"above", "below", "yes", "no", *NUMBERS}
 
 
 def test_given_objects_and_errors():

@@ -58,6 +58,20 @@ def _patch_positions(rows: int, columns: int, merge: int = 2) -> Tensor:
     return torch.stack([grid // (columns * merge), grid % (columns * merge)])
 
 
+def _windows(rows: int, columns: int, side: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The places (N,) of the patches, window by window of `side` x `side` tokens, those of equal shape together; and of
+    each shape how many windows there are, of how many patches.
+    """
+    grid = torch.arange(rows * columns * 4).view(rows, columns, 4)
+    by_shape: dict[tuple[int, int], list[Tensor]] = {}
+    for top in range(0, rows, side):
+        for left in range(0, columns, side):
+            window = grid[top : top + side, left : left + side]
+            by_shape.setdefault((window.shape[0], window.shape[1]), []).append(window.flatten())
+    order = torch.cat([window for own in by_shape.values() for window in own])
+    return order, [(len(own), len(own[0])) for own in by_shape.values()]
+
+
 def _norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight.to(x.dtype), norm.variance_epsilon)
 
@@ -83,6 +97,24 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> T
     return _probabilities(query, key, bias).to(value.dtype) @ value
 
 
+def _attend_in_groups(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Attention of the last tokens of which there are keys, in the `groups` of `run_text`."""
+    if not groups:
+        return _attend(query, key, value, bias)
+    before, skipped = key.shape[2] - sum(groups), key.shape[2] - query.shape[2]
+    mixed, start = [], before
+    if skipped < before:
+        first = slice(0, before - skipped)
+        mixed.append(_attend(query[:, :, first], key[:, :, :before], value[:, :, :before], bias[:, :, first, :before]))
+    for length in groups:
+        rows, own = slice(start - skipped, start - skipped + length), slice(start, start + length)
+        keys, values = (torch.cat([part[:, :, :before], part[:, :, own]], dim=2) for part in (key, value))
+        own_bias = torch.cat([bias[:, :, rows, :before], bias[:, :, rows, own]], dim=3)
+        mixed.append(_attend(query[:, :, rows], keys, values, own_bias))
+        start = own.stop
+    return torch.cat(mixed, dim=2)
+
+
 def encode_images(model: Any, patches: Tensor, rows: int, columns: int) -> Tensor:
     """Patches (B, N, 588) of pictures of rows x columns tokens -> image features (B, rows * columns, hidden size)."""
     visual = model.model.visual
@@ -93,12 +125,26 @@ def encode_images(model: Any, patches: Tensor, rows: int, columns: int) -> Tenso
     quarter = width // heads // 4
     frequency = 10000.0 ** (-torch.arange(quarter) / quarter)
     angle = (_patch_positions(rows, columns)[..., None] * frequency).permute(1, 0, 2).reshape(count, 2 * quarter)
-    for block in visual.blocks:
+    config = visual.config
+    order, windows = _windows(rows, columns, config.window_size // config.patch_size // config.spatial_merge_size)
+    x, angle = x[:, order], angle[order]
+    for index, block in enumerate(visual.blocks):
         qkv = block.attn.qkv(_norm(block.norm1, x)).view(batch, count, 3, heads, -1).permute(2, 0, 3, 1, 4)
         cos, sin = angle.cos().to(qkv.dtype), angle.sin().to(qkv.dtype)
-        mixed = _attend(_rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin), qkv[2], None)
+        query, key, value = _rotate(qkv[0], cos, sin), _rotate(qkv[1], cos, sin), qkv[2]
+        if index in config.fullatt_block_indexes or len(windows) == 1 == windows[0][0]:
+            mixed = _attend(query, key, value, None)
+        else:
+            parts, start = [], 0
+            for number, length in windows:
+                span = slice(start, start + number * length)
+                q, k, v = (part[:, :, span].unflatten(2, (number, length)) for part in (query, key, value))
+                parts.append(_attend(q, k, v, None).flatten(2, 3))
+                start = span.stop
+            mixed = torch.cat(parts, dim=2)
         x = x + block.attn.proj(mixed.transpose(1, 2).reshape(batch, count, width))
         x = x + _mlp(block.mlp, _norm(block.norm2, x))
+    x = x[:, order.argsort()]
     return visual.merger.mlp(_norm(visual.merger.ln_q, x).view(batch, rows * columns, -1))
 
 
@@ -128,6 +174,7 @@ def run_text(
     bias: Tensor,
     *,
     frozen: int = 0,
+    groups: tuple[int, ...] = (),
     row_indices: Tensor | None = None,
     row_layers: tuple[int, ...] = (),
     state_layers: tuple[int, ...] = (),
@@ -140,6 +187,8 @@ def run_text(
         positions: (3, B, S), the mRoPE positions.
         bias: (B, 1, S, S) of zeros and minus infinities, added to the attention scores.
         frozen: so many tokens at the start take no gradients, except as keys and values; they must not see later ones.
+        groups: lengths of parts at the end of which none sees another, whatever `bias` says; all see what is before
+            them, which sees none of them. It saves the time of computing what is masked out.
         row_indices: (B, Q), the tokens whose attention rows to return, none of them frozen.
         row_layers: the zero-based layers to return rows of.
         state_layers: the zero-based layers behind which to return the hidden states.
@@ -168,7 +217,7 @@ def run_text(
             chosen = query.gather(2, wanted[:, None, :, None].expand(-1, heads, -1, query.shape[-1]))
             chosen_bias = own_bias[:, 0].gather(1, wanted[:, :, None].expand(-1, -1, key.shape[2]))[:, None]
             rows[index] = _probabilities(chosen, key, chosen_bias).float().mean(dim=1)
-        x = _advance(layer, x, _attend(query, key, value, own_bias))
+        x = _advance(layer, x, _attend_in_groups(query, key, value, own_bias, groups))
         if index in state_layers:
             states[index] = torch.cat([start, x], dim=1)
     return TextOutput(_norm(text.norm, torch.cat([start, x], dim=1)), states, rows)

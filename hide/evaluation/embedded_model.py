@@ -30,13 +30,13 @@ from hide.session import ImageSession
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import Question, Scene, draw_scene, questions
 
-__all__ = ["attention_shares", "main", "measure_large", "measure_small"]
+__all__ = ["attention_shares", "large_scene", "main", "measure_large", "measure_small", "small_scene"]
 
 _CELL = 28
 _SMALL, _LARGE = 1_000, 1_000_000  # first seeds; training draws from 2**40 on
 
 
-def _small_scene(seed: int) -> Scene:
+def small_scene(seed: int) -> Scene:
     """A picture of 16 to 100 image tokens."""
     rng = np.random.default_rng(seed)
     columns, rows = (int(side) for side in rng.integers(4, 11, 2))
@@ -44,7 +44,7 @@ def _small_scene(seed: int) -> Scene:
     return draw_scene(seed, columns * _CELL, rows * _CELL, objects=count, object_size=(28, 70))
 
 
-def _large_scene(seed: int, tokens: tuple[int, int]) -> Scene:
+def large_scene(seed: int, tokens: tuple[int, int]) -> Scene:
     """A cluttered picture with a number of image tokens in a range."""
     rng = np.random.default_rng(seed)
     wanted, aspect = rng.uniform(*tokens), rng.uniform(0.8, 1.7)
@@ -101,7 +101,7 @@ def measure_small(hide: HiDe, count: int, answers: list[dict[str, Any]]) -> dict
     right: dict[str, list[bool]] = defaultdict(list)
     shares: dict[int, list[tuple[float, float]]] = defaultdict(list)
     plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
-    scenes = (_small_scene(seed) for seed in range(_SMALL, _LARGE))
+    scenes = (small_scene(seed) for seed in range(_SMALL, _LARGE))
     for scene, asked in _asked(scenes, count):
         with hide.open(scene.image) as session:
             for question in asked:
@@ -132,7 +132,7 @@ def measure_large(hide: HiDe, count: int, tokens: tuple[int, int], answers: list
     shares, found, kept = [], [], []
     plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
     true_boxes = TrueBoxes(hide.model, hide.preset)
-    scenes = (_large_scene(seed, tokens) for seed in range(_LARGE, 2 * _LARGE))
+    scenes = (large_scene(seed, tokens) for seed in range(_LARGE, 2 * _LARGE))
     for scene, asked in _asked(scenes, count):
         with hide.open(scene.image) as session:
             for question in asked:

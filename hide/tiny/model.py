@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from hide.tiny.scenes import COLORS, KINDS
+from hide.evaluation.letter_forms import LETTER_FORMS
+from hide.methods import prompts
+from hide.questions import LETTERS, TAGGED_LETTER_REQUEST, Question
+from hide.tiny.scenes import COLORS, KINDS, PLURALS
 
-__all__ = ["SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
+__all__ = ["COORDINATES", "SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -37,8 +41,10 @@ _VOCABULARY = 2048
 # in the width of a large picture.
 _ROPE_THETA = 30.0
 _ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6]}
-# A word with the one blank before it; digits one by one; runs of punctuation; line breaks; other blanks.
-_SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Parts of 1 with two digits, as boxes have them, and the comma between two; a word with the one blank before it; other
+# digits one by one; runs of punctuation; line breaks; other blanks.
+COORDINATES = tuple(f"{part / 100:.2f}" for part in range(101))
+_SPLIT = r", (?=[01]\.\d\d(?!\d))|[01]\.\d\d(?!\d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = """
 You are a helpful assistant system user
 Please search the images for these objects image object picture
@@ -50,6 +56,16 @@ describe list count yes no Yes No not none zero two three four five six seven ei
 white black gray grey brown big small large tiny thing things shape shapes background same other both any all
 material value noun question entity entities final output
 """
+
+# Every word of theirs is a token.
+_TEMPLATES = (
+    prompts.SHORT_ANSWER,
+    prompts.SHORT_PHRASE,
+    prompts.GENERAL_PROMPT,
+    prompts.BOX_REQUEST,
+    prompts.ZOOM_REFINE_ASK,
+    prompts.ZOOM_REFINE_RECHECK,
+)
 
 _CHAT_TEMPLATE = """\
 {%- if not messages or messages[0]['role'] != 'system' -%}
@@ -89,8 +105,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
     Each word is one token with and without a leading blank, in lower case and capitalised.
     """
-    words = {*_WORDS.split(), *KINDS, *(f"{kind}s" for kind in KINDS), *COLORS}
+    asked = Question("What?", ("red", "blue", "green"))
+    templates = " ".join(
+        [
+            *(prompts.filled(text, one) for text in _TEMPLATES for one in (asked, Question("What?"))),
+            *(form(asked.stem, asked.options) for form in LETTER_FORMS.values()),
+            TAGGED_LETTER_REQUEST,
+        ]
+    )
+    words = {*_WORDS.split(), *re.findall("[A-Za-z]+", templates), *LETTERS[:8], *KINDS, *PLURALS.values(), *COLORS}
     spellings = sorted({form for word in words for form in (word, word.lower(), word.capitalize())})
+    marks = {mark for text in (templates, "**Answer: [B]**\n**") for mark in re.findall(r" ?[^\w\s]+", text)}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -105,7 +130,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator([form for word in spellings for form in (word, f" {word}")], trainer)
+    forms = [form for word in spellings for form in (word, f" {word}")]
+    bpe.train_from_iterator([*forms, *sorted(marks), *COORDINATES, ", 0.00"], trainer)
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -146,7 +172,9 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
         "out_hidden_size": 192,
-        "fullatt_block_indexes": [0, 1, 2, 3],
+        # Of eight image tokens a side: what an object looks like is learned from small pictures for those of any size.
+        "window_size": 8 * PATCH * MERGE,
+        "fullatt_block_indexes": [2],
     }
     return Qwen2_5_VLConfig(
         text_config=text,

@@ -16,7 +16,18 @@ from PIL import Image, ImageDraw, ImageFilter
 from hide.questions import LETTERS
 from hide.questions import Question as AskedQuestion
 
-__all__ = ["COLORS", "KINDS", "Question", "Scene", "SceneObject", "draw_scene", "questions"]
+__all__ = [
+    "COLORS",
+    "KINDS",
+    "NUMBERS",
+    "PLURALS",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "draw_scene",
+    "more_questions",
+    "questions",
+]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 30, 35),
@@ -84,6 +95,8 @@ _POLYGONS: dict[str, np.ndarray] = {
     "arrow": np.array([(-0.95, -0.25), (0.1, -0.25), (0.1, -0.75), (0.95, 0), (0.1, 0.75), (0.1, 0.25), (-0.95, 0.25)]),
 }
 KINDS: tuple[str, ...] = ("circle", "ring", "moon", *_POLYGONS)
+PLURALS = {kind: f"{kind}es" if kind.endswith("s") else f"{kind}s" for kind in KINDS}
+NUMBERS = ("one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,8 @@ class Scene:
 class Question:
     """A question with its one-word answer; `targets` are the indices of the scene's objects that it is about.
 
-    `split` is "attribute" (the color of an object) or "position" (left or right of another). `options` holds the
-    answer and the wrong ones, in the order of the letters A, B, ...
+    `split` is "attribute" (the color of an object) or "position" (left or right of another), or one of
+    `more_questions`. `options` holds the answer and the wrong ones, in the order of the letters A, B, ...
     """
 
     text: str
@@ -305,6 +318,54 @@ def questions(scene: Scene, rng: np.random.Generator, *, positions: int | None =
         answer = _side(scene.objects[i], scene.objects[j])
         asked.append(Question(text, answer, "position", options, (i, j), (kinds[i], kinds[j])))
     return [asked[index] for index in rng.permutation(len(asked))]
+
+
+def more_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Questions of further kinds, in random order.
+
+    By `split`: "vertical", whether an object is above or below another, as many as there are objects of one kind only;
+    "existence", whether there is a thing of some kind, as often yes as no; "count", how many there are of a kind, one
+    to four.
+    """
+    kinds = [thing.kind for thing in scene.objects]
+    single = [i for i, kind in enumerate(kinds) if kinds.count(kind) == 1]
+
+    def ask(text: str, answer: str, split: str, options: Sequence[str], targets: Sequence[int]) -> Question:
+        shuffled = tuple(str(option) for option in rng.permutation(options))
+        return Question(text, answer, split, shuffled, tuple(targets), tuple(kinds[i] for i in targets))
+
+    pairs = [(i, j) for i in single for j in single if i != j and _level(scene.objects[i], scene.objects[j])]
+    asked = [
+        ask(
+            f"Is the {kinds[i]} above or below the {kinds[j]}?",
+            _level(scene.objects[i], scene.objects[j]),
+            "vertical",
+            ("above", "below"),
+            (i, j),
+        )
+        for i, j in (pairs[index] for index in rng.permutation(len(pairs))[: len(single)])
+    ]
+    present = list(dict.fromkeys(kinds))
+    absent = [kind for kind in KINDS if kind not in kinds]
+    each = min(len(present), len(absent))
+    for kind in [*rng.permutation(present)[:each], *rng.permutation(absent)[:each]]:
+        there = [i for i, own in enumerate(kinds) if own == kind]
+        article = "an" if kind[0] in "aeiou" else "a"
+        asked.append(
+            ask(f"Is there {article} {kind}?", "yes" if there else "no", "existence", ("yes", "no"), there[:1])
+        )
+    for kind in present:
+        there = [i for i, own in enumerate(kinds) if own == kind]
+        if len(there) <= len(NUMBERS):
+            asked.append(ask(f"How many {PLURALS[kind]} are there?", NUMBERS[len(there) - 1], "count", NUMBERS, there))
+    return [asked[index] for index in rng.permutation(len(asked))]
+
+
+def _level(thing: SceneObject, other: SceneObject) -> str:
+    """As `_side`, with rows for columns."""
+    if thing.box[3] + _GAP <= other.box[1]:
+        return "above"
+    return "below" if other.box[3] + _GAP <= thing.box[1] else ""
 
 
 def _side(thing: SceneObject, other: SceneObject) -> str:
