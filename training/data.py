@@ -2,7 +2,7 @@
 
 A batch holds pictures of one size. Each picture has several branches: conversations that share the picture but do
 not see each other, so that one pass over the picture teaches many questions in the very form in which each is asked
-alone. The texts of prompts and replies are those of `hide.methods.prompts` and `hide.evaluation.letter_forms`.
+alone. The texts of prompts and replies are those of `hide.methods.prompts` and `hide.tiny.letter_forms`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from hide.evaluation.letter_forms import LETTER_FORMS
 from hide.methods import prompts
 from hide.methods.hide.config import SEARCH_PROMPT
 from hide.questions import LETTERS, TAGGED_LETTER_REQUEST
 from hide.questions import Question as AskedQuestion
 from hide.tags import CLOSE_TAG, OPEN_TAG
+from hide.tiny.letter_forms import LETTER_FORMS
 from hide.tiny.model import MERGE, PATCH
 from hide.tiny.scenes import COLORS, KINDS, PLURALS, Question, Scene, draw_scene, more_questions, questions
 

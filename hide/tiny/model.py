@@ -17,9 +17,9 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from hide.evaluation.letter_forms import LETTER_FORMS
 from hide.methods import prompts
 from hide.questions import LETTERS, TAGGED_LETTER_REQUEST, Question
+from hide.tiny.letter_forms import LETTER_FORMS
 from hide.tiny.scenes import COLORS, KINDS, PLURALS
 
 __all__ = ["COORDINATES", "SPECIAL_TOKENS", "build", "build_tokenizer", "load", "save"]
