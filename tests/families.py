@@ -45,13 +45,13 @@ def tokenizer(template: str | None = None, *special: str) -> PreTrainedTokenizer
     return made
 
 
-def model(like: PreTrainedModel, tokens: PreTrainedTokenizerFast, **ids: str) -> PreTrainedModel:
+def model(like: PreTrainedModel, tokens: PreTrainedTokenizerFast, seed: int = 0, **ids: str) -> PreTrainedModel:
     """A model such as `like` for the tokenizer: ids are the config's names of special tokens."""
     config: Any = like.config
     config.text_config.vocab_size = len(tokens)
     for name, token in ids.items():
         setattr(config, name, tokens.convert_tokens_to_ids(token))
-    made = randomise(type(like)(config))
+    made = randomise(type(like)(config), seed)
     # The repetition penalty is that of Qwen2.5-VL's checkpoints.
     made.generation_config = GenerationConfig(
         do_sample=False,
@@ -62,10 +62,13 @@ def model(like: PreTrainedModel, tokens: PreTrainedTokenizerFast, **ids: str) ->
     return made
 
 
-def qwen(adapter: type[Qwen25VL], tokens: PreTrainedTokenizerFast, like: PreTrainedModel, **settings: Any) -> Qwen25VL:
+def qwen(
+    adapter: type[Qwen25VL], tokens: PreTrainedTokenizerFast, like: PreTrainedModel, seed: int = 0, **settings: Any
+) -> Qwen25VL:
     made = model(
         like,
         tokens,
+        seed,
         image_token_id="<|image_pad|>",
         video_token_id="<|video_pad|>",
         vision_start_token_id="<|vision_start|>",
@@ -82,7 +85,8 @@ def qwen3_vl() -> Qwen25VL:
     tokens, half = tokenizer(), [0.5, 0.5, 0.5]
     # As the checkpoint has it, without the system turn that Qwen2.5-VL's begins with.
     tokens.chat_template = tokens.chat_template.partition("{%- endif -%}\n")[2]
-    return qwen(Qwen3VL, tokens, random_models.qwen3_vl(), patch_size=16, image_mean=half, image_std=half)
+    # A seed whose replies do not repeat one token.
+    return qwen(Qwen3VL, tokens, random_models.qwen3_vl(), 1, patch_size=16, image_mean=half, image_std=half)
 
 
 FAMILIES: dict[str, Callable[[], Adapter]] = {
