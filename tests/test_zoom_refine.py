@@ -1,12 +1,17 @@
 """Zoom-Refine: what is read in replies, what is cut out, and that two turns on one prefill are the conversation itself."""
 
+import json
+
 import pytest
 import torch
 from families import FAMILIES
 from PIL import Image
 
 from hide.engine import stock
+from hide.evaluation.published_scores import main as published_main
+from hide.evaluation.published_scores import published_scores
 from hide.methods import method_class
+from hide.methods.ablations import RandomBox
 from hide.methods.base import Preset
 from hide.methods.prompts import filled
 from hide.methods.zoom_refine.method import ZoomRefine, ZoomRefineSettings, crop_box
@@ -183,10 +188,36 @@ def test_as_published_a_header_in_bold_is_not_read(method, session, monkeypatch)
     assert published.details["first_answer"] is None and published.details["rechecked_answer"] is None
 
 
+@pytest.fixture
+def logits(monkeypatch):
+    """Watches a model: what its head gave for each new token since it was last asked, (N, vocabulary) float32."""
+
+    def watch(adapter):
+        head, seen = adapter.model.get_output_embeddings(), []
+        forward = head.forward
+
+        def kept(hidden):
+            found = forward(hidden)
+            seen.append(found[..., -1, :].float().flatten())
+            return found
+
+        monkeypatch.setattr(head, "forward", kept)
+
+        def since():
+            taken = torch.stack(seen)
+            seen.clear()
+            return taken
+
+        return since
+
+    return watch
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_turns_are_those_of_the_unshared_conversation(family, monkeypatch):
-    """The same tokens as the stock model with the whole conversation, on random weights: the box is put in."""
+def test_both_turns_are_those_of_the_unshared_conversation(family, monkeypatch, logits):
+    """Logits and tokens of the stock model with the whole conversation, on random weights: the box is put in."""
     adapter = FAMILIES[family]()
+    since = logits(adapter)
     few = Preset(ZoomRefineSettings(), RunSettings(min_tokens=4, max_tokens=700), AnswerSettings(max_new_tokens=5))
     method = ZoomRefine(adapter, few)
     monkeypatch.setattr(method, "read_box", lambda reply, session: (0.2, 0.3, 0.6, 0.7))
@@ -194,6 +225,7 @@ def test_both_turns_are_those_of_the_unshared_conversation(family, monkeypatch):
     run = few.run
     with method.open(image) as session:
         answer = method.ask(session, QUESTION)
+        shared = since()
         crop = answer.evidence[0].shown
         budget = {"min_tokens": run.min_tokens, "max_tokens": run.max_tokens}
         whole, inputs = (adapter.preprocess(shown, **budget) for shown in ([image], [image, crop]))
@@ -203,6 +235,66 @@ def test_both_turns_are_those_of_the_unshared_conversation(family, monkeypatch):
         second = stock.generate_ids(adapter, session.turn(said).input_ids, inputs, max_new_tokens=5)
     assert answer.details["first_reply"] == adapter.decode(first)
     assert answer.details["second_reply"] == adapter.decode(second)
+    unshared = since()
+    assert len(shared) == len(first) + len(second)
+    torch.testing.assert_close(shared, unshared, atol=1e-4, rtol=0)
+
+
+def test_a_crop_of_few_pixels_is_enlarged_with_a_note(method, monkeypatch):
+    with method.open(Image.new("RGB", (90, 60), "red")) as small:
+        Talk(small, monkeypatch, "Answer: [A]\nBounding box: [0.5, 0.5, 0.51, 0.51]", "Rechecked Answer: [A]")
+        answer = method.ask(small, QUESTION)
+    assert answer.evidence[0].shown.size == (19, 13)
+    assert answer.notes == ("crop: it has 19 x 13 pixels, which are enlarged to the least the model takes",)
+
+
+def test_a_box_moved_to_a_random_place_has_its_size_and_follows_from_the_reply(adapter, method, session):
+    moved = RandomBox(adapter, method.preset)
+    replies = [f"Answer: [A]\nBounding box: [0.1, 0.2, 0.{width}, 0.9]" for width in (35, 35, 45, 95)]
+    boxes = [moved.read_box(reply, session) for reply in replies]
+    assert boxes[0] == boxes[1] and boxes[0][:2] != boxes[2][:2]
+    for box, width in zip(boxes, (0.25, 0.25, 0.35, 0.85), strict=True):
+        assert (box[2] - box[0], box[3] - box[1]) == pytest.approx((width, 0.7))
+        assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
+    assert moved.read_box("Answer: [A]", session) is None
+
+
+def recorded(answer, reply, first=None, rechecked=None, **more):
+    details = {"zoom-refine": {"first_answer": first, "rechecked_answer": rechecked}}
+    record = {"question": QUESTION.text, "options": list(OPTIONS), "answer": answer, "error": None}
+    return record | {"replies": {"zoom-refine": reply}, "details": details} | more
+
+
+def test_the_published_scorer_leaves_out_what_it_cannot_read_and_the_strict_one_does_not():
+    scores = published_scores(
+        [
+            recorded("A", "A", "B", "A"),
+            recorded("A", "B", "A", "B"),
+            recorded("C", "C", "C"),
+            recorded("D", "D", None, "D"),  # right, and left out all the same
+            recorded("A", "I cannot tell."),
+            recorded("A", "", error="OutOfMemoryError", replies={}, details={}),
+            recorded("red", "red", "red", options=[]),
+            {"place": "line 3", "error": "it is not JSON"},
+        ]
+    )
+    shares = [(one.right, one.total) for one in scores[:4]]
+    assert shares == [(3, 6), (2, 3), (1, 2), (2, 3)] and scores.left_out == 3
+    with pytest.raises(ValueError, match="no lettered question"):
+        published_scores([recorded("A", "A", "A", replies={"plain": "A"})])
+
+
+def test_the_published_scores_of_a_results_file_are_one_command(tmp_path, monkeypatch, capsys):
+    lines = [{"settings": {}}, recorded("A", "B", "B", id="1"), recorded("A", "A", "B", "A", id="1")]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"id": "2", ')
+    monkeypatch.setattr("sys.argv", ["published_scores", str(tmp_path / "results.jsonl")])
+    assert published_main() == 0
+    printed = capsys.readouterr().out
+    assert "0 questions that the published scorer leaves out" in printed
+    assert "| published: rechecked, else first | 100% (21–100) | 1 of 1 |" in printed
+    assert "| published: first | 0% (0–79) | 0 of 1 |" in printed
+    monkeypatch.setattr("sys.argv", ["published_scores", str(tmp_path / "none.jsonl")])
+    assert published_main() == 1 and "none.jsonl" in capsys.readouterr().err
 
 
 def test_it_is_a_method_like_others():

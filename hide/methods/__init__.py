@@ -28,6 +28,7 @@ BUILT_IN = {
     "masked": "hide.methods.ablations:Masked",
     "crop": "hide.methods.ablations:OneCrop",
     "true-boxes": "hide.methods.ablations:TrueBoxes",
+    "zoom-refine-random": "hide.methods.ablations:RandomBox",
 }
 """Name -> where its class is, which is loaded when it is needed."""
 

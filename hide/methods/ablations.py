@@ -1,8 +1,10 @@
-"""HiDe's boxes shown in another form than its collage, and the right boxes in HiDe's: what its parts contribute."""
+"""What the parts of methods contribute: HiDe's boxes in another form than its collage, the right boxes in HiDe's form,
+and Zoom-Refine's crop at a random place."""
 
 from __future__ import annotations
 
 import copy
+import random
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Self
@@ -15,6 +17,8 @@ from torch import Tensor
 from hide.images import on_colour, to_image, to_tensor
 from hide.methods.base import Answer, Evidence, Steps
 from hide.methods.hide.method import HiDe, Zoom
+from hide.methods.zoom_refine.method import ZoomRefine
+from hide.methods.zoom_refine.parse import Box
 from hide.questions import Question
 from hide.session import Session
 
@@ -122,3 +126,20 @@ class TrueBoxes(HiDe):
             for collage in collages
         )
         return Answer(reply.text, evidence)
+
+
+class RandomBox(ZoomRefine):
+    """A second look and no pointing."""
+
+    name: ClassVar[str] = "zoom-refine-random"
+    summary: ClassVar[str] = "Zoom-Refine with the box moved to a random place: a second look at anything"
+
+    def read_box(self, reply: str, session: Session) -> Box | None:
+        """A box as large as the one that the reply names; where it lies follows from the reply's text."""
+        box = super().read_box(reply, session)
+        if box is None:
+            return None
+        rng = random.Random(reply)
+        width, height = box[2] - box[0], box[3] - box[1]
+        x0, y0 = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+        return x0, y0, min(1.0, x0 + width), min(1.0, y0 + height)

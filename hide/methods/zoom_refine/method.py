@@ -54,6 +54,8 @@ class ZoomRefineSettings:
 # 12 tiles and a thumbnail, as published.
 _TILES = RunSettings(min_tokens=256, max_tokens=3328)
 _TINY = presets_of({"tiny": ZoomRefineSettings()})["tiny"]
+# Pixels of a side; what is less than an image token of most families shows no more than the image did.
+_LEAST_SIDE = 28
 
 
 class ZoomRefine(Method[ZoomRefineSettings]):
@@ -94,6 +96,9 @@ class ZoomRefine(Method[ZoomRefineSettings]):
             boxes = [torch.tensor([pixels]), *[none] * (len(session.images) - 1)]
             crop = session.crop(boxes)[0].image
             assert crop is not None, "a box has an area"
+            height, width = crop.shape[:2]
+            if min(width, height) < _LEAST_SIDE:
+                notes.append(f"crop: it has {width} x {height} pixels, which are enlarged to the least the model takes")
             crop = within_aspect(crop, session.max_aspect, WHITE)
         with steps("recheck"):
             second = Message(filled(self.settings.recheck, question), [crop])
