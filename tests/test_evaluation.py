@@ -9,12 +9,14 @@ import random
 import signal
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
 from fake_methods import Fake
 from PIL import Image
 
+from hide.cli.evaluate import _samples
 from hide.evaluation import data
 from hide.evaluation.data import Sample
 from hide.evaluation.runner import answer, ask_here, evaluate
@@ -112,6 +114,17 @@ def test_mme_realworld_and_the_published_lists(tmp_path, picture):
     assert (first.id, first.answer, first.split) == ("5", "A", "x") and (second.id, second.answer) == ("1", "B")
     assert first.question == second.question == Question("Where is it?", ("left", "right"))
     assert same_picture(first) and same_picture(second)
+
+
+def test_scenes_of_a_number_of_tokens_have_about_so_many():
+    for sample in islice(_samples("scenes:600", 4), 4):
+        width, height = sample.image().size
+        assert 500 <= width / 28 * height / 28 <= 720
+        assert sample.boxes and sample.question.text
+    assert [one.id for one in _samples("scenes:600", 2)] == [one.id for one in _samples("scenes:600", 2)]
+    for wrong in ("scenes:", "scenes:x", "scenes:-5", "scenes:0", "scene", "hr-bench"):
+        with pytest.raises(ValueError, match="want scenes, scenes:TOKENS, or FORMAT:PATH"):
+            _samples(wrong, 1)
 
 
 def test_scenes_are_questions_with_true_boxes_and_repeatable():

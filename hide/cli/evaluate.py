@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from hide.present.table import ResultTable
 
 DataOption = Annotated[
-    str, typer.Option("--data", help="scenes, or FORMAT:PATH with FORMAT one of vstar, hr-bench, mme-realworld, list.")
+    str,
+    typer.Option(
+        "--data",
+        help="scenes, scenes:TOKENS for large ones, or FORMAT:PATH with FORMAT one of vstar, hr-bench, mme-realworld,"
+        " list.",
+    ),
 ]
 
 
@@ -291,9 +297,12 @@ def _samples(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample
     from hide.evaluation.data import READERS, distinct, scenes
 
     kind, _, path = data.partition(":")
-    if data != "scenes" and (kind not in READERS or not path):
-        raise ValueError(f"data: got {data!r}, want scenes or FORMAT:PATH with FORMAT one of {', '.join(READERS)}")
-    return islice(distinct(READERS[kind](path)), limit) if path else scenes(limit, seed=seed)
+    if kind == "scenes" and re.fullmatch(r"scenes(:[1-9]\d{1,5})?", data):
+        return scenes(limit, seed=seed, tokens=int(path) if path else None)
+    if kind not in READERS or not path:
+        formats = ", ".join(READERS)
+        raise ValueError(f"data: got {data!r}, want scenes, scenes:TOKENS, or FORMAT:PATH with FORMAT one of {formats}")
+    return islice(distinct(READERS[kind](path)), limit)
 
 
 def _check_readable(data: str, records: Iterator[Sample | BadRecord]) -> None:
@@ -341,7 +350,7 @@ def _methods(load: LoadOptions, names: Sequence[str], corrupt: str | None, data:
     from hide.evaluation.entity_quality import corrupting, labelled_questions
     from hide.tiny.scenes import KINDS
 
-    others = KINDS if data == "scenes" else sorted({one for q in labelled_questions() for one in q.entities})
+    others = KINDS if data.startswith("scenes") else sorted({one for q in labelled_questions() for one in q.entities})
     return [
         type(method)(
             method.model,

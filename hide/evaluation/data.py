@@ -97,6 +97,7 @@ def scenes(
     *,
     seed: int = 1_000_000,
     sizes: Sequence[tuple[int, int]] = ((280, 196), (700, 560), (1540, 1120)),
+    tokens: int | None = None,
     lettered: bool = False,
 ) -> Iterator[Sample]:
     """Questions about drawn scenes (`hide.tiny.scenes`), one per scene, attributes and positions in turn.
@@ -104,9 +105,12 @@ def scenes(
     seed: the first scene's; training draws from other ones.
 
     sizes: (width, height) of the scenes in pixels, in turn; the default ones have 70, 500 and 2,200 image tokens.
+
+    tokens: instead of `sizes`, so many image tokens, give or take a tenth, in other shapes and with more things.
     """
     import numpy as np
 
+    from hide.evaluation.embedded_model import large_scene
     from hide.tiny.scenes import draw_scene, questions
 
     number = 0
@@ -114,7 +118,10 @@ def scenes(
         scene_seed, number = seed + number, number + 1
         # Two questions of each size, one of each kind.
         wanted = ("attribute", "position")[scene_seed % 2]
-        scene = draw_scene(scene_seed, *sizes[scene_seed // 2 % len(sizes)], objects=5, object_size=(28, 80))
+        if tokens is None:
+            scene = draw_scene(scene_seed, *sizes[scene_seed // 2 % len(sizes)], objects=5, object_size=(28, 80))
+        else:
+            scene = large_scene(scene_seed, (round(0.9 * tokens), round(1.1 * tokens)))
         asked = [q for q in questions(scene, np.random.default_rng(scene_seed)) if q.split == wanted]
         if not asked:  # no two things are apart from left to right
             continue
