@@ -23,7 +23,7 @@ from hide.images import ImageLike, decode, load_image, picture_notes, to_image, 
 from hide.models.base import Adapter
 from hide.models.inputs import Features, ImageInputs
 from hide.models.prompts import Turn
-from hide.presets import WHITE, RunSettings
+from hide.presets import WHITE, RunSettings, check_count
 from hide_kernels.collage import Collage, collage
 from hide_kernels.collage.api import check_image
 
@@ -336,14 +336,14 @@ class ImageSession(Prefix, Session):
         max_new_tokens: int,
         static: bool | None,
     ) -> Reply:
-        new = self.reply(
-            turn.input_ids, turn.more, max_new_tokens=max_new_tokens, static=static, behind=behind, keep=True
-        )
+        check_count("max_new_tokens", max_new_tokens)
+        with self.branch(turn.input_ids, turn.more, room=max_new_tokens, behind=behind) as branch:
+            new = branch.reply(max_new_tokens=max_new_tokens, static=static, keep=True)
         there = self.length if behind is None else behind.ids.shape[1]
         own = turn.more.tokens if turn.more is not None else ()
         newest = len(messages[-1].images) if isinstance(messages[-1], Message) else 0
         tokens = turn.input_ids.shape[1] - there + len(new)
-        reply = Reply(self.model.decode(new), tokens, tuple(new), own[len(own) - newest :])
+        reply = Reply(self.model.decode(new), tokens, tuple(new), own[len(own) - newest :], branch.margin)
         self._conversation = _Conversation((*messages, reply), inputs, self.kept)
         return reply
 

@@ -32,6 +32,7 @@ from benchmarks import (
     window_scores,
 )
 from hide.engine import kv_cache
+from hide.engine.prefix import Branch
 from hide.methods.hide import method
 from hide.profiling.runs import Settings
 from hide.session import ImageSession
@@ -417,9 +418,9 @@ def test_quantiles_are_of_the_samples():
 def test_the_gate_of_the_shared_prefix_notices_other_rows_and_replies(monkeypatch):
     monkeypatch.setattr(shared_prefix, "MID", TINY)
     assert list(shared_prefix.failures("cpu")) == []
-    rows, reply = ImageSession.attention, ImageSession.reply
+    rows, reply = ImageSession.attention, Branch.reply
     monkeypatch.setattr(ImageSession, "attention", lambda *a, **k: [of.roll(1, -1) for of in rows(*a, **k)])
-    monkeypatch.setattr(ImageSession, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
+    monkeypatch.setattr(Branch, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
     first, second = list(shared_prefix.failures("cpu"))
     assert str(first).startswith("rows, shared prefix (c): they differ by")
     assert str(second).startswith("replies, shared prefix (c): they differ: ")
@@ -658,7 +659,7 @@ def test_the_gate_of_whole_questions_notices_boxes_pixels_and_replies(monkeypatc
     monkeypatch.setattr(end_to_end, "SMALL", TINY)
     monkeypatch.setitem(regions_to_collage.SIZES, "2K", (400, 700))
     assert list(end_to_end.failures("cpu")) == []
-    made, reply, rows = method.collages_of_maps, ImageSession.reply, method.HiDe.attention_rows
+    made, reply, rows = method.collages_of_maps, Branch.reply, method.HiDe.attention_rows
 
     def darker(*given, **how):
         collages, read = made(*given, **how)
@@ -679,7 +680,7 @@ def test_the_gate_of_whole_questions_notices_boxes_pixels_and_replies(monkeypatc
     assert not any("box" in failure.error or failure.figures == ("published flow (b)",) for failure in found)
     found = wrong_with(method.HiDe, "attention_rows", third_thing)
     assert any(re.search(r"HiDe.ask \(c\): (no box has the planted|\d boxes, want 2)", str(one)) for one in found)
-    (plain, answer) = wrong_with(ImageSession, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
+    (plain, answer) = wrong_with(Branch, "reply", lambda *a, **k: [0, *reply(*a, **k)[1:]])
     assert (plain.case, answer.case) == ("plain answer", "answer")
     assert plain.figures == answer.figures == ("plain and HiDe on one session (c)",)
     (published,) = wrong_with(end_to_end, "search_with_logits", lambda *given: 1 / 0)

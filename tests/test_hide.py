@@ -209,7 +209,7 @@ def test_every_setting_reaches_what_it_sets(adapter, images, monkeypatch):
 
     method = sys.modules["hide.methods.hide.method"]
     for owner, name in [(adapter, "preprocess"), (method, "search_prompt"), (ImageSession, "attention"),
-                        (Prefix, "reply"), (sys.modules["hide.engine.prefix"], "extend")]:  # fmt: skip
+                        (Branch, "reply"), (sys.modules["hide.engine.prefix"], "extend")]:  # fmt: skip
         spy(owner, name)
     HiDe(adapter, preset).ask(images[0], QUESTION)
     assert (

@@ -465,6 +465,20 @@ def test_one_branch_answers_any_questions_in_any_order(adapter, pictures):
         assert len(long) == 300 or long[-1] in greedy_settings(adapter.model.generation_config).ends
 
 
+def test_a_margin_is_of_the_scores_that_the_choice_is_made_by(adapter, pictures):
+    """A repetition penalty lowers those of tokens that the prompt has."""
+    ids = adapter.input_ids(QUESTION, pictures)
+    scores = stock_logits(adapter, ids, pictures)[0]
+    seen = ids[0].unique()
+    scores[seen] = torch.where(scores[seen] < 0, scores[seen] * 1.05, scores[seen] / 1.05)
+    best, second = scores.topk(2).values.tolist()
+    with ImageSession(adapter, pictures) as session, session.branch(ids) as branch:
+        assert branch.margin is None
+        for static in (False, True):
+            branch.reply(2, static=static)
+            assert branch.margin == pytest.approx(best - second, abs=2e-4)
+
+
 def test_eager_attention_is_decoded_by_generate_alone(pictures):
     """A mask of True and False would be added to its scores."""
     model, tokenizer, processor = build()

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hide.engine.chunked_sdpa import continuing
 from hide.engine.kv_cache import PreallocatedCache, cache_keyword
 from hide.models.base import Adapter
 from hide.models.devices import device_of
 from hide.models.inputs import Features
+
+
+class Decoded(NamedTuple):
+    """A greedy reply.
+
+    tokens: with the one that ended it. margin: how far the score of the first lies above the second best, in nats.
+    """
+
+    tokens: list[int]
+    margin: float
 
 
 def extend(
@@ -78,7 +89,7 @@ def extend(
 
 def continue_ids(
     model: Adapter, ids: Tensor, cache: PreallocatedCache, delta: Tensor | None, *, max_new_tokens: int
-) -> list[int]:
+) -> Decoded:
     """The greedy reply to (1, L) ids whose cache holds all but the last, by the model's own `generate`.
 
     delta: as `Adapter.positions` gives it.
@@ -98,8 +109,9 @@ def continue_ids(
             base.rope_deltas = before
 
 
-def greedy_reply(model: Adapter, inputs: dict[str, Tensor], max_new_tokens: int, **more: Any) -> list[int]:
+def greedy_reply(model: Adapter, inputs: dict[str, Tensor], max_new_tokens: int, **more: Any) -> Decoded:
     """What `generate` adds to its inputs. The checkpoint's repetition penalty and end tokens stay in force."""
+    first = _FirstMargin()
     # As arguments, not as a generation_config: transformers 4.57 puts the checkpoint's values back where a config's
     # equal the library's defaults, and do_sample=False is one.
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
@@ -115,8 +127,27 @@ def greedy_reply(model: Adapter, inputs: dict[str, Tensor], max_new_tokens: int,
         top_p=None,
         top_k=None,
         max_new_tokens=max_new_tokens,
+        logits_processor=LogitsProcessorList([first]),
     )
-    return reply[0, inputs["input_ids"].shape[1] :].tolist()
+    return Decoded(reply[0, inputs["input_ids"].shape[1] :].tolist(), float(first.margins[0]))
+
+
+def margins(scores: Tensor) -> Tensor:
+    """(B,) how far the best of (B, V) scores lies above the second: the difference of their log-probabilities."""
+    best, second = scores.float().topk(2).values.unbind(-1)
+    return best - second
+
+
+class _FirstMargin(LogitsProcessor):
+    """Looks at the scores of the first new token, which `generate` hands on behind all processors of its own."""
+
+    def __init__(self) -> None:
+        self.margins: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.margins:
+            self.margins.append(margins(scores)[0])
+        return scores
 
 
 @contextmanager

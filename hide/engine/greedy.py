@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hide.engine.chunked_sdpa import slides
+from hide.engine.decoder import Decoded, margins
 from hide.engine.kv_cache import PreallocatedCache, cache_keyword
 from hide.models.base import Adapter
 
@@ -119,28 +120,32 @@ class GreedyDecoder:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         vocabulary = adapter.model.config.get_text_config().vocab_size
         self._seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
+        self._margins = torch.zeros(batch, device=device)
         for row, prompt in enumerate(prompts):
             self._seen[row, torch.tensor(sorted(set(prompt)), device=device)] = True
 
-    def decode(self, max_new_tokens: int) -> list[list[int]]:
+    def decode(self, max_new_tokens: int) -> list[Decoded]:
         """The new tokens of each sequence, its end token included, as `generate` gives them."""
         if not 0 < max_new_tokens <= self.room:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, want 1 to {self.room}, the room in the cache")
         with self._adapter.alone():
             return self._decoded(max_new_tokens)
 
-    def _decoded(self, max_new_tokens: int) -> list[list[int]]:
+    def _decoded(self, max_new_tokens: int) -> list[Decoded]:
         self._cache.set_slot(self._slot)
         try:
-            done, advance = 0, self._advance
+            done, often = 1, 1
+            advance: Callable[[], None] = self._advance
             if self._token.is_cuda:
-                done, advance = 1, self._first_step(capture=max_new_tokens > 1)
-            often = _STEPS_PER_READ if self._token.is_cuda else 1
-            while done < max_new_tokens and not (done and self._ended(done)):
+                often, advance = _STEPS_PER_READ, self._first_step(capture=max_new_tokens > 1)
+            else:
+                self._advance(first=True)
+            while done < max_new_tokens and not self._ended(done):
                 for _ in range(min(often, max_new_tokens - done)):
                     advance()
                     done += 1
-            return [self._cut(reply) for reply in self._replies[:, :done].tolist()]
+            replies = map(self._cut, self._replies[:, :done].tolist())
+            return [Decoded(*pair) for pair in zip(replies, self._margins.tolist(), strict=True)]
         finally:
             self._cache.set_slot(None)
 
@@ -154,7 +159,7 @@ class GreedyDecoder:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._advance()
+                self._advance(first=True)
             torch.cuda.current_stream().wait_stream(stream)
             if not capture:
                 return self._advance
@@ -165,7 +170,7 @@ class GreedyDecoder:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def _advance(self) -> None:
+    def _advance(self, first: bool = False) -> None:
         language_model = self._adapter.language_model
         self._visible.index_fill_(1, self._slot, True)
         hidden = language_model(
@@ -181,6 +186,8 @@ class GreedyDecoder:
         if penalty != 1:
             self._seen.scatter_(1, self._token, True)
             logits = torch.where(self._seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+        if first:
+            self._margins.copy_(margins(logits))
         self._token.copy_(logits.argmax(-1, keepdim=True))
         self._replies.index_copy_(1, self._step, self._token)
         for counter in (self._slot, self._step, self._positions):

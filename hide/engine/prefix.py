@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from hide.engine.decoder import continue_ids, extend
+from hide.engine.decoder import Decoded, continue_ids, extend
 from hide.engine.greedy import GreedyDecoder, prefers_static_decode
 from hide.engine.kv_cache import OffloadedCache, PreallocatedCache
 from hide.engine.memory_advice import advice, advised, out_of_memory
@@ -42,13 +42,16 @@ class Reply(NamedTuple):
 
     tokens: how many went through it for that: the prompt's behind what was there already, images included, and the
     reply's. ids: the reply's tokens, with the one that ended it; empty where an engine does not give them.
-    image_tokens: of each image of the message that it replies to, those of the session left out.
+    image_tokens: of each image of the message that it replies to, those of the session left out. margin: how far the
+    score of its first token lies above the second best, as a difference of log-probabilities; `None` where an engine
+    does not give it.
     """
 
     text: str
     tokens: int = 0
     ids: tuple[int, ...] = ()
     image_tokens: tuple[int, ...] = ()
+    margin: float | None = None
 
 
 class Kept(NamedTuple):
@@ -261,7 +264,7 @@ class Prefix:
         """The tokens of the greedy reply to a prompt; arguments as `branch` and `Branch.reply`."""
         check_count("max_new_tokens", max_new_tokens)
         with self.branch(ids, inputs, room=max_new_tokens, behind=behind) as branch:
-            return branch.reply(max_new_tokens, static=static, keep=keep)
+            return branch.reply(max_new_tokens=max_new_tokens, static=static, keep=keep)
 
     @property
     def kept(self) -> Kept | None:
@@ -312,7 +315,7 @@ class Prefix:
         decoder = GreedyDecoder(
             model, cache, [ids[0].tolist() for ids in prompts], tokens[:, -1], place[..., -1:], visible[:, :end]
         )
-        replies = decoder.decode(max_new_tokens)
+        replies = [reply.tokens for reply in decoder.decode(max_new_tokens)]
         count(sum(map(len, suffixes)) + sum(map(len, replies)))
         return replies
 
@@ -346,9 +349,11 @@ class Branch:
         """Made by `Prefix.branch`.
 
         cache: the prefix's. features: of the images whose tokens come from `start` on. tapped: per tap what entered
-        that layer, in the pieces that were sent. left: whether its block is over.
+        that layer, in the pieces that were sent. left: whether its block is over. margin: of the last reply, as
+        `Reply` has it.
         """
         self.ids = ids
+        self.margin: float | None = None
         self.at = start
         self.left = False
         self.tapped: dict[int, list[Tensor]] = {tap: [] for tap in taps}
@@ -527,9 +532,9 @@ class Branch:
             with advised(f"a reply of {max_new_tokens} tokens behind {self.ids.shape[1]}"):
                 self._cache.reserve(self.ids.shape[1] + max_new_tokens)
                 if static:
-                    reply = self._decoded(max_new_tokens)
+                    reply, self.margin = self._decoded(max_new_tokens)
                 else:
-                    reply = continue_ids(
+                    reply, self.margin = continue_ids(
                         self._model, self.ids, self._cache, self._rope_delta, max_new_tokens=max_new_tokens
                     )
         except BaseException:
@@ -581,7 +586,7 @@ class Branch:
             following = given[-3:, ..., -1].max() + 1 - self.ids.shape[1]
             self._rope_delta = torch.full_like(self._rope_delta, 0, dtype=given.dtype) + following
 
-    def _decoded(self, max_new_tokens: int) -> list[int]:
+    def _decoded(self, max_new_tokens: int) -> Decoded:
         last = self.ids.shape[1] - 1
         decoder = GreedyDecoder(
             self._model,

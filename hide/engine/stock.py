@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hide.engine.decoder import greedy_reply, only_layers
+from hide.engine.decoder import Decoded, greedy_reply, only_layers
 from hide.engine.prefix import Reply, layer_indices
 from hide.engine.usage import count
 from hide.models.base import Adapter
@@ -63,15 +63,19 @@ def attention(
 def generate(model: Adapter, text: str, images: ImageInputs | None = None, *, max_new_tokens: int) -> Reply:
     """Greedy reply to one user turn."""
     ids = model.input_ids(text, images)
-    new = generate_ids(model, ids, images, max_new_tokens=max_new_tokens)
+    new, margin = _decoded(model, ids, images, max_new_tokens)
     tokens = ids.shape[1] + len(new)
     count(tokens)
-    return Reply(model.decode(new), tokens, tuple(new))
+    return Reply(model.decode(new), tokens, tuple(new), margin=margin)
 
 
 def generate_ids(
     model: Adapter, input_ids: Tensor, images: ImageInputs | None = None, *, max_new_tokens: int
 ) -> list[int]:
     """The tokens of the greedy reply to (1, L) ids."""
+    return _decoded(model, input_ids, images, max_new_tokens).tokens
+
+
+def _decoded(model: Adapter, input_ids: Tensor, images: ImageInputs | None, max_new_tokens: int) -> Decoded:
     with model.alone():
         return greedy_reply(model, forward_inputs(model, input_ids, images), max_new_tokens)
