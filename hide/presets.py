@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hide.models.base import Adapter
 
 WHITE = (255, 255, 255)
+# Of a token of most families: what sizes in pixels are turned into tokens by, where a rule needs no more than about.
+TOKEN_PIXELS = 28 * 28
 
 
 def check_count(name: str, value: int) -> None:
@@ -33,7 +35,9 @@ class RunSettings:
 
     min_tokens, max_tokens: image tokens that an image is resized to lie between.
     view_tokens: at most so many for the session's own images; `None`: `max_tokens`. What is cut out of them comes from
-        their full resolution all the same, and has the whole budget.
+        their full resolution all the same, and has the whole budget. "auto": as `auto_view` says, for each image by its
+        size; what is cut out then has no more tokens than the view.
+    auto_view: factor and exponent: an image that would have N tokens is looked at in factor * N ** exponent.
     join_images: whether images behind the session's join them as one image of the prompt, instead of following as
         images of their own; only where the family can (InternVL).
     prefill_chunk: tokens that go through the decoder at once: less memory beside a large image, the same result.
@@ -44,7 +48,8 @@ class RunSettings:
 
     min_tokens: int = 256
     max_tokens: int = 16384
-    view_tokens: int | None = None
+    view_tokens: int | Literal["auto"] | None = None
+    auto_view: tuple[float, float] = (17.0, 0.5)
     join_images: bool = False
     prefill_chunk: int = 2048
     offload_kv: bool = False
@@ -53,12 +58,26 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("min_tokens", "max_tokens", "prefill_chunk"):
             check_count(name, getattr(self, name))
-        if self.view_tokens is not None:
+        if isinstance(self.view_tokens, str) and self.view_tokens != "auto":
+            raise ValueError(f"view_tokens: got {self.view_tokens!r}, want a number of tokens, 'auto', or None")
+        if self.view_tokens not in (None, "auto"):
             check_count("view_tokens", self.view_tokens)
+        if len(self.auto_view) != 2 or not all(number > 0 for number in self.auto_view):
+            raise ValueError(f"auto_view: got {self.auto_view}, want a factor and an exponent above 0")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens, max_tokens: got {self.min_tokens}, {self.max_tokens}, want 1 <= min <= max")
         if self.decoder not in ("pillow", "nvimgcodec"):
             raise ValueError(f"decoder: got {self.decoder!r}, want 'pillow' or 'nvimgcodec'")
+
+    def view(self, width: int, height: int) -> int:
+        """How many tokens a session's own image of so many pixels has at most."""
+        if self.view_tokens is None:
+            return self.max_tokens
+        if self.view_tokens != "auto":
+            return min(self.view_tokens, self.max_tokens)
+        factor, exponent = self.auto_view
+        whole = min(width * height / TOKEN_PIXELS, self.max_tokens)
+        return min(max(round(factor * whole**exponent), self.min_tokens), self.max_tokens)
 
     def check(self, model: Adapter) -> None:
         """`ValueError` for what the model's family cannot."""

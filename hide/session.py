@@ -304,7 +304,8 @@ class ImageSession(Prefix, Session):
         for image in pixels:
             check_image(image)
         free = (self.model.max_positions - self.length - behind - QUESTION_ROOM) // len(pixels)
-        most = max(self.run.min_tokens, min(self.run.max_tokens, free))
+        budget = max(self.image_tokens) if self.run.view_tokens == "auto" else self.run.max_tokens
+        most = max(self.run.min_tokens, min(budget, free))
         return preprocess(self.model, [within_aspect(image, self.max_aspect) for image in pixels], self.run, most)
 
     def _turn(
@@ -373,14 +374,19 @@ def open_session(
             source = _decoded(image, run, device)
             read.append(load_image(image) if source is None else to_image(source))
             pixels.append(to_tensor(read[-1], device) if source is None else source)
-        view = run.max_tokens if run.view_tokens is None else min(run.view_tokens, run.max_tokens)
-        inputs = preprocess(model, pixels, run, view)
+        inputs = _views(model, pixels, run)
     with step("prefix"):
         # The encoder's input is let go of before the prefill.
         inputs, features = encode(model, inputs)
         return ImageSession(
             model, inputs, features=features, images=read, pixels=pixels, notes=notes, run=run, taps=taps
         )
+
+
+def _views(model: Adapter, images: Sequence[Tensor], run: RunSettings) -> ImageInputs:
+    """What a session looks at of its own images, each with a budget of its own."""
+    first, *others = (preprocess(model, [one], run, run.view(one.shape[1], one.shape[0])) for one in images)
+    return sum(others, first)
 
 
 def preprocess(

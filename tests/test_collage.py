@@ -22,6 +22,7 @@ from hide_kernels.collage import (
     merge_boxes,
     opaque_boxes,
     plan_layout,
+    source_boxes,
 )
 from hide_kernels.regions import regions
 
@@ -93,6 +94,32 @@ def test_thousands_of_boxes_merge_without_a_square_matrix() -> None:
     assert len(got) == len(scattered) - 31 * 31 + 1
     assert got[0].tolist() == [0, 0, 92, 92]
     assert peak < 60e6
+
+
+# source_boxes
+
+
+def test_a_box_of_the_collage_is_the_source_pixels_that_it_shows() -> None:
+    random = np.random.default_rng(3)
+    corners = random.integers(0, 40, (6, 2))
+    boxes = merge_boxes(torch.from_numpy(np.concatenate([corners, corners + random.integers(1, 9, (6, 2))], axis=1)))
+    layout = plan_layout(boxes)
+    assert torch.equal(source_boxes(layout.positions, layout), boxes)
+    rows, columns = (
+        np.concatenate([np.arange(*run) for run in runs.tolist()]) for runs in (layout.rows, layout.columns)
+    )
+    assert len(layout.rows) > 1 and len(layout.columns) > 1 and layout.size == (len(rows), len(columns))
+    for _ in range(30):
+        x0, x1 = np.sort(random.integers(0, len(columns) + 1, 2))
+        y0, y1 = np.sort(random.integers(0, len(rows) + 1, 2))
+        painted, want = np.zeros((2, 60, 60), np.int64)
+        want[np.ix_(rows[y0:y1], columns[x0:x1])] = 1
+        for left, top, right, bottom in source_boxes(tensor([(x0, y0, x1, y1)]), layout).tolist():
+            painted[top:bottom, left:right] += 1
+        assert np.array_equal(painted, want)
+    assert source_boxes(torch.zeros(0, 4, dtype=torch.int64), layout).shape == (0, 4)
+    with pytest.raises(ValueError, match="boxes"):
+        source_boxes(tensor([(0, 0, len(columns) + 1, 1)]), layout)
 
 
 # opaque_boxes

@@ -73,8 +73,10 @@ class LoadOptions(ModelOptions):
         float | None, typer.Option("--threshold", help="A region's cells reach this part of the peak.")
     ] = None
     view: Annotated[
-        int | None,
-        typer.Option("--view", help="Look at the image in at most so many tokens; crops keep their resolution."),
+        str | None,
+        typer.Option(
+            "--view", help="Look at the image in at most so many tokens, or auto; crops keep their resolution."
+        ),
     ] = None
     offload_kv: Annotated[
         bool, typer.Option("--offload-kv", help="Keep keys and values in host memory: fits more, takes longer.")
@@ -87,7 +89,8 @@ class LoadOptions(ModelOptions):
     def changes(self) -> dict[str, Any]:
         """Settings that the options change."""
         given: dict[str, Any] = {"layers": tuple(self.layer) if self.layer else None, "sigma": self.sigma}
-        given |= {"threshold": self.threshold, "offload_kv": self.offload_kv or None, "view_tokens": self.view}
+        given |= {"threshold": self.threshold, "offload_kv": self.offload_kv or None}
+        given |= {"view_tokens": None if self.view is None else view_tokens(self.view)}
         changes = {name: value for name, value in given.items() if value is not None}
         for text in self.setting or ():
             name, equals, value = text.partition("=")
@@ -124,6 +127,13 @@ class LoadOptions(ModelOptions):
                 f"set: {', '.join(names)} has no {', '.join(sorted(unused))}; there are {', '.join(known)}"
             )
         return made
+
+
+def view_tokens(text: str) -> int | str:
+    """What `--view` says: a number of tokens, or "auto"; else `ValueError`."""
+    if text != "auto" and not text.isdecimal():
+        raise ValueError(f"view: got {text!r}, want a number of tokens, or auto")
+    return text if text == "auto" else int(text)
 
 
 def options_of(kind: type[ModelOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -18,4 +18,7 @@ class Plain(Method[NoSettings]):
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
         """See `Method`."""
         with steps("answer"):
-            return Answer(self.reply(session, question).text)
+            reply = self.reply(session, question)
+        return Answer(
+            reply.text, details={"signals": {} if reply.margin is None else {"margin": round(reply.margin, 4)}}
+        )

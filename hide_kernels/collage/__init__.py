@@ -3,7 +3,7 @@
 from hide_kernels.collage.api import Collage, collage, final_boxes
 from hide_kernels.collage.boxes import boxes_to_pixels, merge_boxes, opaque_boxes
 from hide_kernels.collage.from_maps import collage_of_maps, collages_of_maps
-from hide_kernels.collage.layout import Layout, plan_layout
+from hide_kernels.collage.layout import Layout, plan_layout, source_boxes
 
 __all__ = [
     "Collage",
@@ -16,4 +16,5 @@ __all__ = [
     "merge_boxes",
     "opaque_boxes",
     "plan_layout",
+    "source_boxes",
 ]

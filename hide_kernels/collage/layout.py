@@ -53,6 +53,40 @@ def plan_layout(boxes: Tensor) -> Layout:
     return Layout(torch.from_numpy(columns), torch.from_numpy(rows), (height, width), torch.from_numpy(positions))
 
 
+def source_boxes(boxes: Tensor, layout: Layout) -> Tensor:
+    """Boxes on a collage's canvas as boxes in its source: the inverse of the layout.
+
+    Args:
+        boxes: (K, 4) int32 or int64, half-open x0, y0, x1, y1, inside the canvas.
+        layout: of `plan_layout`.
+
+    Returns:
+        (K', 4) int64, half-open x0, y0, x1, y1 in the source, in the order of `boxes`. A box that spans deleted rows
+        or columns comes apart there, so K' is at least the number of boxes with an area.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also for boxes outside the canvas.
+    """
+    found = [
+        (left, top, right, bottom)
+        for x0, y0, x1, y1 in check_boxes("boxes", boxes, layout.size).tolist()
+        for top, bottom in _unsqueezed(y0, y1, layout.rows)
+        for left, right in _unsqueezed(x0, x1, layout.columns)
+    ]
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 4)
+
+
+def _unsqueezed(start: int, stop: int, runs: Tensor) -> list[tuple[int, int]]:
+    """The parts of runs, laid end to end, that lie from start to stop."""
+    parts, at = [], 0
+    for first, last in runs.tolist():
+        low, high = max(start - at, 0), min(stop - at, last - first)
+        if low < high:
+            parts.append((first + low, first + high))
+        at += last - first
+    return parts
+
+
 def _squeeze(intervals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Union of (K, 2) intervals as sorted disjoint runs, and each interval's place once the runs lie end to end."""
     by_start = intervals[np.argsort(intervals[:, 0], kind="stable")]

@@ -31,6 +31,10 @@ class HiDeConfig:
         them what it makes of any transparency (Qwen and LLaVA white, InternVL black).
     max_entity_tokens: bound on the model's list of entities (published: the same as for answers).
     search_prompt: fixed words before the entities; their rows are the noise prior.
+    gate: the plain answer to the session's images is taken where the margin of its first token is at least this, and
+        nothing is searched; `None`: HiDe answers every question.
+    look_again: on a session whose view is "auto" (`RunSettings.view_tokens`), a collage that would have more than so
+        many times the view's tokens at its own resolution is searched once more, and what is found in it is shown.
     entity_prompt: instruction for the model as extractor, with `{question}` in it; `None`:
         `hide.methods.hide.entities.ENTITY_PROMPT`.
     """
@@ -47,6 +51,8 @@ class HiDeConfig:
     max_entity_tokens: int = 256
     search_prompt: str = SEARCH_PROMPT
     entity_prompt: str | None = None
+    gate: float | None = None
+    look_again: float = 0.5
 
     def __post_init__(self) -> None:
         if self.layers is not None and not self.layers:
@@ -62,6 +68,10 @@ class HiDeConfig:
             raise ValueError(f"max_entity_tokens: got {self.max_entity_tokens}, want at least 1")
         if not self.search_prompt.strip():
             raise ValueError("search_prompt: got nothing, want words whose rows serve as the noise prior")
+        for name in ("gate", "look_again"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}: got {value}, want 0 or more")
         if self.entity_prompt is not None and "{question}" not in self.entity_prompt:
             raise ValueError("entity_prompt: got a text without {question}, the place where the question goes")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,11 +18,12 @@ from hide.methods.hide.config import PRESETS, HiDeConfig
 from hide.methods.hide.entities import Entities, Extractor
 from hide.methods.hide.extract import EntityExtractor
 from hide.methods.hide.search_prompt import SearchPrompt, search_prompt
+from hide.methods.hide.signals import Signals, collage_part, looks_again, peak_over_mean, settles
 from hide.models.base import Adapter
 from hide.questions import Question
 from hide.session import Session
 from hide_kernels import regions, token_maps
-from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps
+from hide_kernels.collage import Collage, boxes_to_pixels, collages_of_maps, source_boxes
 from hide_kernels.host_read import host_read
 from hide_kernels.pinned import pinned
 from hide_kernels.token_maps import TokenMaps
@@ -50,12 +51,13 @@ class EntityMaps:
     """Purified maps, where the model is.
 
     tokens: of each row behind the prior. labels: their tokens. finite: (images,) bool, whether all of an image's rows
-    are.
+    are. peaks: (T,) of each of these rows, as `Signals` has them.
     """
 
     tokens: TokenMaps
     labels: tuple[str, ...]
     finite: Tensor
+    peaks: Tensor
 
     @cached_property
     def by_image(self) -> tuple[tuple[Tensor, ...], tuple[tuple[str, ...], ...]]:
@@ -77,7 +79,7 @@ class Zoom:
 
     collages: per image, with its merged boxes; without a picture where there is no region. maps, labels: as
     `EntityMaps.by_image`. order: the images that have a map, by the token that came to them first; collages are shown
-    in this order, as the published code does. notes: doubts.
+    in this order, as the published code does. notes: doubts. peaks, without_map: as `Signals` has them.
     """
 
     collages: tuple[Collage, ...]
@@ -85,6 +87,8 @@ class Zoom:
     labels: tuple[tuple[str, ...], ...]
     order: tuple[int, ...]
     notes: tuple[str, ...]
+    peaks: tuple[float, ...]
+    without_map: int
 
 
 class HiDe(Method[HiDeConfig]):
@@ -123,6 +127,14 @@ class HiDe(Method[HiDeConfig]):
 
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
         """See `Method`."""
+        signals = Signals()
+        if self.settings.gate is not None:
+            with steps("gate"):
+                plain = self.reply(session, question)
+            signals = replace(signals, plain_margin=plain.margin)
+            if settles(signals, self.settings):
+                note = f"gate: the plain answer's margin is at least {self.settings.gate:g}, so nothing was searched"
+                return Answer(plain.text, notes=(note,), details={"signals": signals.to_dict()})
         with steps("entities"):
             entities = self.entities(question)
         with steps("attention rows"):
@@ -132,6 +144,17 @@ class HiDe(Method[HiDeConfig]):
         with steps("boxes and collage"):
             zoom = self.zoom(session, maps)
         notes = [*entities.notes, *zoom.notes]
+        signals = replace(
+            signals,
+            peaks=zoom.peaks,
+            without_map=zoom.without_map,
+            collage=collage_part(zoom.collages, session.image_tokens),
+            second_look=False,
+        )
+        if looks_again(signals, self.settings, self.preset.run):
+            with steps("second look"):
+                zoom = self.second_look(session, entities, zoom)
+            signals = replace(signals, second_look=True)
         pictures = self.pictures(session, zoom)
         shown = [index for index in zoom.order if pictures[index] is not None]
         if not shown:
@@ -152,7 +175,9 @@ class HiDe(Method[HiDeConfig]):
             )
             for index, picture in enumerate(pictures)
         )
-        return Answer(reply.text, evidence, tuple(notes), {"entities": list(entities.items)})
+        signals = replace(signals, margin=reply.margin)
+        details = {"entities": list(entities.items), "signals": signals.to_dict()}
+        return Answer(reply.text, evidence, tuple(notes), details)
 
     def entities(self, question: str | Question) -> Entities:
         """Step 1: what to look for. Where nothing is found, the question's own words, with a note."""
@@ -182,7 +207,8 @@ class HiDe(Method[HiDeConfig]):
         """Step 2b: Token-wise Attention Decoupling, rows -> one purified map per token that has one."""
         found = token_maps(rows.rows, prior_rows=rows.prior_rows, sigma=self.settings.sigma)
         finite = torch.stack([torch.isfinite(of_image).all() for of_image in rows.rows])
-        return EntityMaps(found, rows.labels, finite)
+        peaks = peak_over_mean([of_image[rows.prior_rows :] for of_image in rows.rows])
+        return EntityMaps(found, rows.labels, finite, peaks)
 
     def zoom(self, session: Session, maps: EntityMaps) -> Zoom:
         """Step 3, Layout-Preserving Decoupling: the maps' regions as boxes and collages of the images.
@@ -196,14 +222,14 @@ class HiDe(Method[HiDeConfig]):
             (((of_image - settings.threshold).abs() <= error).sum((1, 2)) * own).sum()
             for of_image, own in zip(found.maps, taken, strict=True)
         ]
-        collages, (image_index, valid, cells, finite) = collages_of_maps(
+        collages, (image_index, valid, cells, finite, peaks) = collages_of_maps(
             session.pixels,
             found.maps,
             settings.threshold,
             valid=taken,
             fill=settings.fill,
             alpha_threshold=settings.alpha_threshold,
-            read_too=[found.image_index, found.valid, torch.stack(near), maps.finite],
+            read_too=[found.image_index, found.valid, torch.stack(near), maps.finite, maps.peaks],
         )
         notes = []
         if not bool(finite.all()):
@@ -213,18 +239,49 @@ class HiDe(Method[HiDeConfig]):
                 f"maps: {doubtful} cells lie within {error:g} of the threshold, the error of {self.model.dtype}"
             )
         order = tuple(dict.fromkeys(image_index[valid].tolist()))
-        return Zoom(tuple(collages), *maps._by_image(image_index, valid), order, tuple(notes))
+        without_map = int((~valid).sum())
+        by_image = maps._by_image(image_index, valid)
+        return Zoom(tuple(collages), *by_image, order, tuple(notes), tuple(peaks.tolist()), without_map)
+
+    def second_look(self, session: Session, entities: Entities | str, zoom: Zoom) -> Zoom:
+        """Steps 2 and 3 once more, inside the collages at their own resolution, as further images of the session.
+
+        Boxes and collages become those of the regions found there; where there are none, they stay as they are.
+        """
+        settings = self.settings
+        shown = [(index, zoom.collages[index]) for index in zoom.order if zoom.collages[index].image is not None]
+        pictures = [
+            within_aspect(one.image, session.max_aspect, settings.fill) for _, one in shown if one.image is not None
+        ]
+        prompt = self.search_prompt(session, entities, pictures)
+        rows = session.attention(prompt.turn, layers=settings.layers, causal=settings.causal, queries=prompt.rows)[
+            len(session.images) :
+        ]
+        maps, _ = self.maps(self._entity_rows(rows, prompt)).by_image
+        boxes = [torch.zeros(0, 4, dtype=torch.int64) for _ in session.images]
+        for (index, collage), picture, found in zip(shown, pictures, maps, strict=True):
+            height, width = picture.shape[:2]
+            if collage.layout is not None:
+                on_canvas = region_boxes(found, settings.threshold, (width, height))
+                # Behind the canvas may be a margin.
+                rows_and_columns = torch.tensor(collage.layout.size).flip(0).repeat(2)
+                boxes[index] = source_boxes(on_canvas.minimum(rows_and_columns), collage.layout)
+        if not any(map(len, boxes)):
+            return zoom
+        collages = session.crop(boxes, fill=settings.fill, alpha_threshold=settings.alpha_threshold)
+        return replace(zoom, collages=tuple(collages))
 
     def pictures(self, session: Session, zoom: Zoom) -> list[Tensor | None]:
         """What is shown of each image, (H, W, 3 or 4) uint8; `None` where no region was found: the collages."""
         return [collage.image for collage in zoom.collages]
 
-    def search_prompt(self, session: Session, entities: Entities | str) -> SearchPrompt:
-        """The prompt of step 2a."""
+    def search_prompt(self, session: Session, entities: Entities | str, images: Sequence[Tensor] = ()) -> SearchPrompt:
+        """The prompt of step 2a; images: behind those of the session."""
         text = entities if isinstance(entities, str) else entities.text
         return search_prompt(
             session,
             text,
+            images,
             family=self.model.family,
             prompt=self.settings.search_prompt,
             include_end_token=self.settings.include_end_token,

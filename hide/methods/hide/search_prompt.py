@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hide.methods.hide.config import SEARCH_PROMPT
-from hide.session import Session, Turn
+from hide.session import Message, Session, Turn
 
 # By family the id of the token that ends an image in its own tokenizer, and how many prior rows the published code has
 # with it: the eight tokens of the prompt, and with InternVL the line break that its template puts behind an image.
@@ -29,12 +32,13 @@ class SearchPrompt:
 def search_prompt(
     session: Session,
     entities: str,
+    images: Sequence[Tensor] = (),
     *,
     family: str = "",
     prompt: str = SEARCH_PROMPT,
     include_end_token: bool = True,
 ) -> SearchPrompt:
-    """The session's images, then `prompt` + `entities`, and where its tokens lie.
+    """The session's images, further ones, then `prompt` + `entities`, and where its tokens lie.
 
     What the chat template puts between the images and the prompt, such as a line break, belongs to the prior.
 
@@ -45,7 +49,8 @@ def search_prompt(
     Raises `ValueError` if the prompt's fixed words are not tokens of their own before these entities, or if the
     family's own tokenizer does not make as many of them as the published code has.
     """
-    turn = session.turn(prompt + entities)
+    text = prompt + entities
+    turn = session.turn([Message(text, list(images))] if images else text)
     start, fixed = turn.images_end, len(prompt.rstrip())
     behind = [(place, first) for place, (first, end) in zip(turn.rows, turn.offsets, strict=True) if end > fixed]
     stop, first = behind[0] if behind else (turn.rows.stop, fixed)
