@@ -19,7 +19,7 @@ import hide.tiny
 from benchmarks.measure import NO_TIME, WITHHELD, Failure, alone
 from benchmarks.shared_prefix import seven_b
 from hide.models.base import Adapter
-from hide.profiling.flows import FLOWS
+from hide.profiling.flows import flows_of
 from hide.profiling.models import build, read_config
 from hide.profiling.runs import FlowRun, Settings, measure_flow, predict_flow
 from hide.profiling.workload import Workload
@@ -37,6 +37,7 @@ SMALL_WORK = Workload(400, collage=64, text=9, chunk=200)
 # on a GPU so small a model also shows what kernels pad, and the 7B is to be compared for all that.
 TOLERANCE = {"cpu": 0.02, "cuda": 0.25}
 SIZES = (4096, 16384)
+FLOWS = flows_of("all")
 # A flow runs where its prediction and this much more fit: what the allocator may lose, and workspaces.
 MARGIN, WORKSPACES = 1.08, 10**9
 

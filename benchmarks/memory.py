@@ -20,7 +20,7 @@ from unittest import mock
 
 from hide.models import qwen2_5_vl
 from hide.present.table import ResultTable
-from hide.profiling.flows import FLOWS
+from hide.profiling.flows import FLOWS, flows_of
 from hide.profiling.models import WEIGHTS, read_config
 from hide.profiling.output import fit_table, gigabytes, made_by
 from hide.profiling.runs import FlowRun, Settings, fits, predict_flow
@@ -31,6 +31,8 @@ PAGE = ROOT / "docs" / "memory.md"
 BASELINE = ROOT / "tests" / "data" / "memory_baseline.json"
 MODEL = "Qwen2.5-VL-7B-Instruct"
 SIZES = (1024, 4096, 16384, 65536)
+# The flows of a HiDe question.
+QUESTION = flows_of("all")
 # Where the page looks closer, and what the paper gives figures of.
 LARGE = 16384
 # What the baseline holds: quick enough for every run of the tests.
@@ -43,7 +45,7 @@ Quantised = Sequence[tuple[str, Workload, FlowRun]]
 Runs = dict[tuple[str, int], FlowRun]
 
 
-def all_runs(sizes: Sequence[int] = SIZES, flows: Sequence[str] = tuple(FLOWS)) -> Runs:
+def all_runs(sizes: Sequence[int] = SIZES, flows: Sequence[str] = QUESTION) -> Runs:
     """Every flow at every size."""
     config = read_config(MODEL)
     found = {}
@@ -90,7 +92,7 @@ def page(
     fitted: Sequence[ResultTable],
 ) -> str:
     """docs/memory.md."""
-    at = {flow: runs[flow, LARGE] for flow in FLOWS}
+    at = {flow: runs[flow, LARGE] for flow in QUESTION}
     _, alive, published, last, ours = at.values()
     peak = {flow: gigabytes(run.report.peak) for flow, run in at.items()}
     matrix = next(owner for owner in alive.owners if owner.dtype == "float32")
@@ -105,7 +107,7 @@ def page(
         "and says what fits on a card. No figure here was measured on a GPU. GB are 10^9 bytes; CUDA's context, "
         "workspaces and what its allocator loses between blocks come on top.",
         "A square image, a collage of 1,024 tokens at most, 30 tokens of text, chunks of 2,048 tokens. The flows:",
-        "\n".join(f"- **{name}**: {flow.about}." for name, flow in FLOWS.items()),
+        "\n".join(f"- **{name}**: {FLOWS[name].about}." for name in QUESTION),
         _sizes_table(runs).markdown(),
         _exponents_table(runs).markdown(),
         "## The paper's 96 GB and 20 GB",
@@ -157,14 +159,14 @@ def _cache_bytes(tokens: int) -> int:
 
 def _sizes_table(runs: Runs) -> ResultTable:
     sizes = sorted({tokens for _, tokens in runs})
-    rows = [(flow, *(gigabytes(runs[flow, tokens].report.peak) for tokens in sizes)) for flow in FLOWS]
+    rows = [(flow, *(gigabytes(runs[flow, tokens].report.peak) for tokens in sizes)) for flow in QUESTION]
     return ResultTable("Peak in GB, by image tokens", ("flow", *(f"{tokens:,}" for tokens in sizes)), rows)
 
 
 def _exponents_table(runs: Runs) -> ResultTable:
     sizes = sorted({tokens for _, tokens in runs})
     pairs = list(pairwise(sizes))
-    rows = [(flow, *(f"{exponent(runs[flow, a], runs[flow, b]):.2f}" for a, b in pairs)) for flow in FLOWS]
+    rows = [(flow, *(f"{exponent(runs[flow, a], runs[flow, b]):.2f}" for a, b in pairs)) for flow in QUESTION]
     header = ("flow", *(f"{a:,} to {b:,}" for a, b in pairs))
     return ResultTable("Exponent of growth of what comes on top of the weights", header, rows)
 
@@ -207,7 +209,7 @@ def _quantised_table(quantised: Quantised) -> ResultTable:
 def baseline_runs() -> dict[str, FlowRun]:
     """What the baseline is made of, and compared with."""
     config = read_config(MODEL)
-    flows = (flow for flow in FLOWS if flow != "eager, all layers kept")
+    flows = (flow for flow in QUESTION if flow != "eager, all layers kept")
     return {flow: predict_flow(config, flow, Workload(BASELINE_TOKENS)) for flow in flows}
 
 

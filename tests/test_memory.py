@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from hide.engine.kv_cache import cache_keyword
-from hide_kernels.memory import host_memory, predict, profile, stage
+from hide_kernels.memory import current_stage, host_memory, predict, profile, stage
 
 KIB = 1024
 
@@ -449,6 +449,20 @@ def test_a_prediction_leaves_real_tensors_as_they_are():
             model.weight.zero_()
     assert torch.equal(model.weight, before) and model.weight.grad is None
     assert recording.report.start == 2 * 512
+
+
+def test_a_prediction_tells_of_each_operator_in_its_stage():
+    seen = []
+
+    def tell(func, args, kwargs, out):
+        shapes = [tuple(one.shape) for one in args if isinstance(one, torch.Tensor)]
+        seen.append((current_stage(), func.overloadpacket.__name__, shapes, tuple(out.shape)))
+
+    with predict(operators=tell):
+        left, right = torch.empty(2, 3), torch.empty(3, 4)
+        with stage("a"), stage("b"):
+            left @ right
+    assert ("a/b", "mm", [(2, 3), (3, 4)], (2, 4)) in seen and seen[0][0] == "" == current_stage()
 
 
 def test_rounding_takes_whole_blocks():

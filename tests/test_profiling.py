@@ -16,15 +16,19 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from benchmarks import memory
 from hide.cli import app
 from hide.models import FAMILIES, load, qwen2_5_vl
 from hide.models.vision_slices import PATCHES
+from hide.presets import RunSettings
 from hide.profiling import runs
 from hide.profiling.flows import FLOWS, flows_of, owner_group
 from hide.profiling.models import (
+    WEIGHTS,
     Int4Linear,
     Int8Linear,
     build,
@@ -114,7 +118,7 @@ def test_the_7b_in_bfloat16_is_the_published_16_58_gb():
 # -- the claim --------------------------------------------------------------------------------------------------------
 
 
-CLAIMED = [flow for flow in FLOWS if flow != "eager, all layers kept"]
+CLAIMED = [flow for flow in flows_of("all") if flow != "eager, all layers kept"]
 
 
 def build_with_a_stage(*arguments):
@@ -270,6 +274,43 @@ def test_a_flows_prediction_is_its_measurement(flow, work, layers):
         assert part.peak == pytest.approx(stages[part.name], rel=0.03), part.name
     assert measured.report.peak == pytest.approx(predicted.peak, rel=0.01)
     assert measured.groups.keys() <= {*predicted.timeline[-1].groups}
+
+
+@pytest.mark.parametrize("flow", ["ours", "published, last logits"])
+def test_predicted_operations_are_those_that_torch_counts_in_a_real_run(flow):
+    config = tiny_config(3)
+    # Its counter does not know the CPU's fused attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
+        FLOWS[flow].run(build(config, torch.float32), SMALL)
+    for attention in ("sdpa", "flash"):
+        found = predict_flow(config, flow, SMALL, Settings("float32", attention=attention), owners=False)
+        assert sum(found.flops.values()) == counter.get_total_flops()
+    if flow == "ours":
+        assert found.flops_in("answer") > found.flops_in("answer/encode") > found.flops_in("answer/next token") > 0
+        assert sum(map(found.flops_in, ("encode", "prefill", "search", "answer"))) == sum(found.flops.values())
+
+
+def test_quantised_weights_take_the_operations_of_the_others():
+    work = Workload(100, collage=64)
+    flops = [predict_flow(tiny_config(), "plain", work, Settings(weights=kind), owners=False).flops for kind in WEIGHTS]
+    assert flops[0] == flops[1] == flops[2] != {}
+
+
+def test_a_view_takes_what_a_picture_of_its_size_takes_and_keeps_the_pixels_of_the_whole():
+    settings = Settings("float32")
+    viewed, small, whole = (
+        predict_flow(tiny_config(), "ours", dataclasses.replace(SMALL, image=image, view=view), settings, owners=False)
+        for image, view in ((900, 225), (225, None), (900, None))
+    )
+    assert (viewed.name, viewed.tokens, viewed.whole) == ("ours, view", 225, 900)
+    assert (whole.name, whole.tokens, whole.whole) == ("ours", 900, None)
+    assert viewed.flops == small.flops and sum(viewed.flops.values()) < sum(whole.flops.values()) / 4
+    pixels = 3 * 28**2 * (900 - 225)
+    for one, other in zip(viewed.report.stages, small.report.stages, strict=True):
+        assert one.name == other.name
+        assert one.peak - other.peak == (0 if one.name == "weights" else pytest.approx(pixels, abs=512))
+    wide = predict_flow(tiny_config(), "plain", Workload((432, 768), view=100), settings, owners=False)
+    assert (wide.tokens, wide.whole) == (7 * 13, 15 * 27)
 
 
 def test_keeping_all_layers_keeps_a_matrix_of_each():
@@ -523,6 +564,33 @@ def test_the_command_prints_and_writes_stages_owners_and_pictures(tiny_folder, t
     assert page.count("data:image") == 1 and "http" not in page.replace("http-equiv", "") and "answer/encode" in page
 
 
+def test_the_command_puts_a_view_beside_the_whole_picture_and_a_plain_answer(monkeypatch, tmp_path):
+    real, asked = predict_flow(tiny_config(), "plain", Workload(100), Settings("float32")), []
+
+    def predicted(config, flow, work, settings):
+        asked.append((flow, work.view))
+        times = 1 if work.view is None else 0.25
+        flops = {name: int(count * times) for name, count in real.flops.items()}
+        return dataclasses.replace(real, flow=flow, whole=None if work.view is None else 900, flops=flops)
+
+    monkeypatch.setattr(runs, "predict_flow", predicted)
+    done = run("--model", TINY, "--tokens", "900", "--flow", "ours", "--view", "100", "--out", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert asked == [("ours", None), ("ours", 100), ("plain", None), ("plain", 100)]
+    assert "a view of 100 of 900 image tokens" in " ".join(done.output.split())
+    table = (tmp_path / "profile.html").read_text()
+    assert table.count(">ours, view</") == 1 and table.count(">0.25</") == 2 and (tmp_path / "ours_view.png").exists()
+    document = json.loads((tmp_path / "profile.json").read_text())
+    flows = {(flow["flow"], flow["whole"]): flow["flops"] for flow in document["flows"]}
+    assert flows["plain", 900] == pytest.approx(flows["plain", None] / 4, abs=9)
+    with (tmp_path / "profile.csv").open() as file:
+        rows = {(row["flow"], row["stage"]): row["flops"] for row in csv.DictReader(file)}
+    assert int(rows["ours, view", ""]) == flows["ours", 900] > int(rows["ours, view", "answer"]) > 0
+    asked.clear()
+    assert run("--model", TINY, "--tokens", "900", "--flow", "plain", "--view", "auto", "--json").exit_code == 0
+    assert asked == [("plain", None), ("plain", RunSettings(view_tokens="auto").view(840, 840))]
+
+
 def test_the_command_keeps_keys_and_values_on_the_host(tiny_folder):
     arguments = (
         "--model",
@@ -564,7 +632,7 @@ def test_json_is_json_and_a_fit_needs_no_size(tiny_folder):
     "arguments, text",
     [
         (["--model", "Qwen9"], "packaged are InternVL3-14B-hf"),
-        (["--model", TINY, "--flow", "best"], "want one of eager, published, ours, all"),
+        (["--model", TINY, "--flow", "best"], "want one of eager, published, ours, plain, all"),
         (["--model", TINY, "--tokens", "0"], "at least 1 token"),
         (["--model", TINY, "--tokens", "40000"], "the model takes 32,768"),
         (["--tokens", "10000000000"], "the model takes"),
@@ -577,6 +645,8 @@ def test_json_is_json_and_a_fit_needs_no_size(tiny_folder):
         (["--weights", "int2"], "bf16, int8, int4"),
         (["--attention", "ring"], "flash, sdpa"),
         (["--chunk", "0"], "chunk: got 0"),
+        (["--view", "half"], "view: got 'half', want a number of tokens, or auto"),
+        (["--view", "0"], "view_tokens: got 0, want at least 1"),
         (["--weights", "int4", "--measure", "--device", "cpu"], "measure on a GPU"),
         (["--weights", "int8", "--dtype", "float16", "--measure", "--device", "cpu"], "int8 weights do not take"),
         (["--model", TINY, "--measure", "--device", "gpu"], "device: got 'gpu', but "),
@@ -594,7 +664,7 @@ def test_a_family_without_a_flow_is_refused_by_name(tmp_path):
     assert done.exit_code == 1 and f"'llama'; there are flows for {next(iter(FAMILIES))}" in " ".join(
         done.output.split()
     )
-    assert flows_of("all") == tuple(FLOWS) and len(flows_of("eager")) == 2
+    assert (*flows_of("all"), "plain") == tuple(FLOWS) and len(flows_of("eager")) == 2
 
 
 def test_exponents_are_those_of_powers():

@@ -129,7 +129,7 @@ class LoadOptions(ModelOptions):
         return made
 
 
-def view_tokens(text: str) -> int | str:
+def view_tokens(text: str) -> Any:
     """What `--view` says: a number of tokens, or "auto"; else `ValueError`."""
     if text != "auto" and not text.isdecimal():
         raise ValueError(f"view: got {text!r}, want a number of tokens, or auto")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hide.cli.console import errors, quiet
+from hide.cli.loading import view_tokens
 from hide.output import check_folder
 
 if TYPE_CHECKING:
@@ -23,7 +24,14 @@ def profile(
     ] = "Qwen2.5-VL-7B-Instruct",
     tokens: Annotated[int | None, typer.Option(help="Image tokens, as a square picture; default: 16384.")] = None,
     image: Annotated[str | None, typer.Option(help="Pixels instead of tokens: 7680x4320, width first.")] = None,
-    flow: Annotated[str, typer.Option(help="eager, published, ours, or all.")] = "all",
+    view: Annotated[
+        str | None,
+        typer.Option(
+            "--view",
+            help="Sessions too that look at the picture in so many tokens, or auto, and a plain answer beside.",
+        ),
+    ] = None,
+    flow: Annotated[str, typer.Option(help="eager, published, ours, plain (no HiDe), or all but that.")] = "all",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(help="Tokens that a session sends through the decoder at once.")] = 2048,
     offload_kv: Annotated[
@@ -48,7 +56,8 @@ def profile(
 ) -> None:
     """Say where the memory of a question about a picture goes: eager attention, published HiDe, and ours.
 
-    Predicted from the model's configuration: no GPU, no weights, no network, seconds for any size.
+    And how many floating-point operations it takes. Predicted from the model's configuration: no GPU, no weights, no
+    network, seconds for any size.
 
     [bold]Example:[/bold] hide profile --model Qwen2.5-VL-7B-Instruct --tokens 16384 --fit 24GB --out memory
     """
@@ -62,6 +71,7 @@ def profile(
             model,
             tokens,
             image,
+            view,
             flow,
             dtype,
             chunk,
@@ -98,6 +108,7 @@ def _profile(
     model: str,
     tokens: int | None,
     image: str | None,
+    view: str | None,
     flow: str,
     dtype: str,
     chunk: int,
@@ -109,11 +120,14 @@ def _profile(
     device: str | None,
     fit: str | None,
 ) -> Profile:
+    import dataclasses
+
     import torch
 
     from hide.models.devices import named_device
     from hide.models.quantised import check, quantise
-    from hide.profiling.flows import flows_of
+    from hide.presets import RunSettings
+    from hide.profiling.flows import FLOWS, flows_of
     from hide.profiling.models import DTYPES, WEIGHTS, build, parameter_count, read_config
     from hide.profiling.output import Profile
     from hide.profiling.runs import Settings, fits, measure_flow, parse_bytes, parse_pixels, predict_flow
@@ -134,22 +148,29 @@ def _profile(
     names, budget = flows_of(flow), None if fit is None else parse_bytes(fit)
     size: int | tuple[int, int] = parse_pixels(image) if image else 16384 if tokens is None else tokens
     work = Workload(size, collage=collage, chunk=chunk, offload=offload_kv)
+    works = [work]
+    if view is not None:
+        height, width = work.pixels
+        most = RunSettings(view_tokens=view_tokens(view)).view(width, height)
+        works.append(dataclasses.replace(work, view=most))
+        names = tuple(dict.fromkeys((*names, "plain")))
+    asked = [(name, own) for name in names for own in works if own.view is None or FLOWS[name].session]
     config = read_config(model)
     runs, measured, fitted = [], [], []
     # What fits is asked without a size, unless one is given.
     if fit is None or tokens is not None or image is not None or measure:
-        for name in names:
+        for name, own in asked:
             status.update(f"predicting: {name}")
-            runs.append(predict_flow(config, name, work, settings))
+            runs.append(predict_flow(config, name, own, settings))
     if target is not None:
         status.update(f"building the model on {target}")
         with torch.device("cpu") if quantised else target:
             adapter = build(config, DTYPES[dtype])
         if quantised:
             quantise(adapter.model, settings.weights, target)
-        for name in names:
+        for name, own in asked:
             status.update(f"measuring: {name}")
-            measured.append(measure_flow(adapter, name, work))
+            measured.append(measure_flow(adapter, name, own))
     if budget is not None:
         kinds = WEIGHTS if weights is None else (weights,)
         fitted = fits(config, names, budget, work, settings, kinds, lambda what: status.update(f"fitting: {what}"))

@@ -18,7 +18,7 @@ from hide.engine.prefix import Prefix, encode
 from hide.engine.stock import forward_inputs
 from hide.models.base import Adapter
 from hide.profiling.models import eager_decoder
-from hide.profiling.workload import CELL, Scene, Workload, scene
+from hide.profiling.workload import Scene, Workload, scene
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.memory import Owner, stage
 
@@ -27,11 +27,13 @@ _VISION = re.compile("visual|Vision[A-Z]|vision_tower|projector")
 
 
 class Flow(NamedTuple):
-    """run: the flow on a workload. family: what `--flow` calls it. about: one line for readers."""
+    """run: the flow on a workload. family: what `--flow` calls it. about: one line for readers. session: whether it is
+    one, which may look at a small view of the picture."""
 
     run: Callable[[Adapter, Workload], None]
     family: str
     about: str
+    session: bool = False
 
 
 @torch.no_grad()
@@ -78,27 +80,32 @@ def published(adapter: Adapter, work: Workload, *, last_logits: bool) -> None:
 
 
 @torch.no_grad()
-def ours(adapter: Adapter, work: Workload) -> None:
-    """A session: the picture is encoded and prefilled once, rows and answer are branches behind it."""
+def ours(adapter: Adapter, work: Workload, *, plainly: bool = False) -> None:
+    """A session: the picture is encoded and prefilled once, rows and answer are branches behind it.
+
+    plainly: the answer alone, from the picture alone.
+    """
     layer = _layer(adapter, work)
     with stage("inputs"):
         given = scene(adapter, work)
-        rows, columns = given.image.grids[0]
-        # Collages are cut out of the picture itself.
-        source = torch.zeros(rows * CELL, columns * CELL, 3, dtype=torch.uint8, device=adapter.model.device)
-    search, answer, collage = given.search, given.answer, given.collage
+        # Collages are cut out of the picture itself, whatever is looked at.
+        source = torch.zeros(*work.pixels, 3, dtype=torch.uint8, device=adapter.model.device)
+    search = given.search
+    answer, collage = (search.input_ids, None) if plainly else (given.answer, given.collage)
     head = search.input_ids[:, : given.prefix]
     shown, features = encode(adapter, given.image)
     del given
     session = Prefix(adapter, head, shown, features=features, prefill_chunk=work.chunk, offload=work.offload)
     del features
     with session:
-        with stage("search"), session.branch(search.input_ids) as branch:
-            branch.attention(search, layers=[layer], causal=False)
+        if not plainly:
+            with stage("search"), session.branch(search.input_ids) as branch:
+                branch.attention(search, layers=[layer], causal=False)
         with stage("answer"), session.branch(answer, collage) as branch:
             token = branch.logits().argmax(-1, keepdim=True)
             with stage("next token"):
-                places, _ = adapter.positions(answer, shown + collage.without_pixels())
+                every = shown if collage is None else shown + collage.without_pixels()
+                places, _ = adapter.positions(answer, every)
                 hidden, _ = extend(adapter, session.cache, token, places[..., -1:] + 1)
                 adapter.model.get_output_embeddings()(hidden)
     del source
@@ -140,16 +147,25 @@ FLOWS = {
         "published",
         "the same with the last token's logits only",
     ),
-    "ours": Flow(ours, "ours", "one session: the image encoded and prefilled once, in chunks"),
+    "ours": Flow(ours, "ours", "one session: the image encoded and prefilled once, in chunks", session=True),
+    "plain": Flow(
+        lambda adapter, work: ours(adapter, work, plainly=True),
+        "plain",
+        "a session that answers from the image alone, with no HiDe",
+        session=True,
+    ),
 }
-"""By name, the hungriest first."""
+"""By name: those of a HiDe question, the hungriest first, then what they are measured against."""
 
 FAMILIES = tuple(dict.fromkeys(flow.family for flow in FLOWS.values()))
 
 
 def flows_of(name: str) -> tuple[str, ...]:
-    """Names in `FLOWS` that "eager", "published", "ours", "all" or a name itself stands for; else `ValueError`."""
-    found = tuple(key for key, flow in FLOWS.items() if name in ("all", key, flow.family))
+    """Names in `FLOWS` that "eager", "published", "ours", "plain", a name itself, or, for all but "plain", "all" stands
+    for; else `ValueError`."""
+    found = tuple(
+        key for key, flow in FLOWS.items() if name in (key, flow.family) or (name == "all" and key != "plain")
+    )
     if not found:
         raise ValueError(f"flow: got {name!r}, want one of {', '.join((*FAMILIES, 'all', *FLOWS))}")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from hide.models import FAMILIES, adapter_class
 from hide.models.base import Adapter
 from hide.models.quantised import INT4_GROUP, quantised_layers
 from hide.models.quantised import WEIGHTS as QUANTISED
+from hide.profiling.flops import add_flops, attention_flops
 from hide.texts import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -128,8 +130,14 @@ def fused_attention(adapter: Adapter) -> Iterator[None]:
             part._attn_implementation_internal = name
 
 
-def _flash_storages(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+def _flash_storages(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any) -> Any:
     batch, heads, rows, _channels = query.shape
+    ends = more.get("cu_seq_lens_q")
+    if ends is None:
+        add_flops(attention_flops(batch * heads, rows, key.shape[2], query, value))
+    else:
+        for first, last in pairwise(ends.tolist()):
+            add_flops(attention_flops(batch * heads, last - first, last - first, query, value))
     output = query.new_empty(batch, rows, heads, value.shape[-1])
     log_sum_exp = query.new_empty(batch, heads, rows, dtype=torch.float32)
     del log_sum_exp
@@ -203,4 +211,5 @@ class Int4Linear(nn.Module):
         filled = x.new_empty(*x.shape[:-1], self.columns)
         y = x.new_empty(*x.shape[:-1], self.out_features)
         del filled
+        add_flops(2 * y.numel() * self.in_features)
         return y if self.bias is None else y.add_(self.bias)

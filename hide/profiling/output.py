@@ -42,7 +42,9 @@ class Profile:
         """What was profiled, in one line."""
         held = self.settings.dtype if self.settings.weights == "bf16" else f"{self.settings.weights} weights"
         where = ", keys and values of sessions on the host" if self.work.offload else ""
-        return f"{self.model}, {self.parameters / 1e9:.2f} billion parameters, {held}{where}"
+        viewed = next((run for run in self.runs if run.whole is not None), None)
+        view = "" if viewed is None else f", a view of {viewed.tokens:,} of {viewed.whole:,} image tokens"
+        return f"{self.model}, {self.parameters / 1e9:.2f} billion parameters, {held}{where}{view}"
 
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -72,27 +74,39 @@ class Profile:
 
     def _overview(self) -> ResultTable:
         rows = []
+        plain = next((run for run in self.runs if run.name == "plain"), None)
         for run in self.runs:
             groups = run.groups
             rest = [f"{name} {gigabytes(size)}" for name, size in groups.items() if name != "weights"]
             beside = gigabytes(run.report.peak - groups.get("weights", 0))
+            flops = sum(run.flops.values())
+            parts = [] if plain is None else [f"{flops / sum(plain.flops.values()):.2f}"]
             rows.append(
-                (run.flow, f"{run.tokens:,}", gigabytes(run.report.peak), beside, run.report.peak_stage, *rest[:1])
+                (
+                    run.name,
+                    f"{run.tokens:,}",
+                    gigabytes(run.report.peak),
+                    beside,
+                    run.report.peak_stage,
+                    rest[0] if rest else "",
+                    teraflops(flops),
+                    *parts,
+                )
             )
         title = f"{self.heading}: predicted peak in GB"
-        header = ("flow", "image tokens", "peak", "beside weights", "in stage", "most of it")
-        return ResultTable(title, header, rows)
+        header = ("flow", "image tokens", "peak", "beside weights", "in stage", "most of it", "TFLOPs")
+        return ResultTable(title, (*header, *([] if plain is None else ["of plain's"])), rows)
 
     def _beside(self) -> ResultTable:
-        predicted = {run.flow: run.report for run in self.runs}
+        predicted = {run.name: run.report for run in self.runs}
         rows = []
         for run in self.measured:
-            peaks = {stage.name: stage.peak for stage in predicted[run.flow].stages}
+            peaks = {stage.name: stage.peak for stage in predicted[run.name].stages}
             for stage in run.report.stages:
                 guess = peaks.get(stage.name)
                 rows.append(
                     (
-                        f"{run.flow}: {stage.name}",
+                        f"{run.name}: {stage.name}",
                         gigabytes(stage.peak),
                         "-" if guess is None else gigabytes(guess),
                         "-" if not guess else f"{stage.peak / guess - 1:+.1%}",
@@ -112,6 +126,11 @@ def gigabytes(count: int) -> str:
     return f"{count / GB:,.2f}" if count >= GB / 10 or not count else f"{count / GB:.4f}"
 
 
+def teraflops(count: int) -> str:
+    """Three digits, or all of a whole number's."""
+    return f"{count / 1e12:,.0f}" if count >= 1e14 else f"{count / 1e12:.3g}"
+
+
 def made_by(owner: Owner) -> str:
     """The operator and the line that made a tensor, in the module that ran."""
     where = ""
@@ -128,9 +147,10 @@ def _stages(run: FlowRun) -> ResultTable:
     for stage in run.report.stages:
         largest = next((owner for owner in stage.owners if owner.group != "weights"), None)
         held = "-" if largest is None else f"{largest.group} {gigabytes(largest.bytes)}"
-        rows.append((stage.name, gigabytes(stage.peak), gigabytes(stage.live), held))
-    header = ("stage", "peak, GB", "live at its end", "largest beside weights")
-    return ResultTable(f"{run.flow}: {FLOWS[run.flow].about}", header, rows)
+        flops = teraflops(run.flops_in(stage.name))
+        rows.append((stage.name, gigabytes(stage.peak), gigabytes(stage.live), held, flops))
+    header = ("stage", "peak, GB", "live at its end", "largest beside weights", "TFLOPs")
+    return ResultTable(f"{run.name}: {FLOWS[run.flow].about}", header, rows)
 
 
 def _owners(run: FlowRun) -> ResultTable:
@@ -138,7 +158,7 @@ def _owners(run: FlowRun) -> ResultTable:
         (made_by(owner), gigabytes(owner.bytes), str(owner.count), f"{list(owner.shape)} {owner.dtype}", owner.group)
         for owner in run.owners[:OWNERS]
     ]
-    title = f"{run.flow}: the largest tensors at its peak, beside the weights"
+    title = f"{run.name}: the largest tensors at its peak, beside the weights"
     return ResultTable(title, ("made by", "GB", "how many", "tensor", "of"), rows)
 
 
@@ -172,6 +192,8 @@ def _flow(run: FlowRun) -> dict[str, Any]:
         "kind": report.kind,
         "device": report.device,
         "tokens": run.tokens,
+        "whole": run.whole,
+        "flops": sum(run.flops.values()) if run.flops else None,
         "seconds": round(run.seconds, 3),
         "peak": report.peak,
         "peak_stage": report.peak_stage,
@@ -180,7 +202,12 @@ def _flow(run: FlowRun) -> dict[str, Any]:
         "groups": run.groups,
         "owners": [asdict(owner) for owner in report.owners],
         "stages": [
-            {**asdict(stage), "owners": [asdict(owner) for owner in stage.owners[:OWNERS]]} for stage in report.stages
+            {
+                **asdict(stage),
+                "owners": [asdict(owner) for owner in stage.owners[:OWNERS]],
+                "flops": run.flops_in(stage.name) if run.flops else None,
+            }
+            for stage in report.stages
         ],
         "timeline": [[sample.step, sample.live, sample.stage] for sample in report.timeline],
     }
@@ -194,21 +221,21 @@ def save(found: Profile, folder: str | Path) -> list[Path]:
     paths[0].write_text(json.dumps(found.document(), indent=1) + "\n", encoding="utf-8")
     with paths[1].open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("flow", "kind", "tokens", "stage", "calls", "peak", "live"))
+        writer.writerow(("flow", "kind", "tokens", "stage", "calls", "peak", "live", "flops"))
         for run in (*found.runs, *found.measured):
-            for stage in run.report.stages:
-                writer.writerow(
-                    (run.flow, run.report.kind, run.tokens, stage.name, stage.calls, stage.peak, stage.live)
-                )
-            writer.writerow((run.flow, run.report.kind, run.tokens, "", 1, run.report.peak, run.report.live))
+            about, report = (run.name, run.report.kind, run.tokens), run.report
+            for stage in report.stages:
+                flops = run.flops_in(stage.name) if run.flops else ""
+                writer.writerow((*about, stage.name, stage.calls, stage.peak, stage.live, flops))
+            writer.writerow((*about, "", 1, report.peak, report.live, sum(run.flops.values()) if run.flops else ""))
     figures = []
     for run in found.runs:
-        path = folder / f"{run.flow.replace(',', '').replace(' ', '_')}.png"
+        path = folder / f"{run.name.replace(',', '').replace(' ', '_')}.png"
         run.report.plot(path)
         paths.append(path)
         with Image.open(path) as picture:
             shares = ", ".join(f"{name} {gigabytes(size)} GB" for name, size in at_peak(run.report).items())
-            figures.append((run.flow, embedded(picture.convert("RGB")), shares))
+            figures.append((run.name, embedded(picture.convert("RGB")), shares))
     settings = {**asdict(found.work), **found.settings._asdict()}
     page = render("profile.html", title=found.heading, tables=found.tables(), figures=figures, settings=settings)
     paths.append(folder / "profile.html")

@@ -6,17 +6,18 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from hide.profiling.flops import counted_flops, of_operator
 from hide.profiling.flows import FLOWS, owner_group
 from hide.profiling.models import DTYPES, WEIGHTS, build, fused_attention
 from hide.profiling.workload import CELL, TooManyTokensError, Workload, picture_of
-from hide_kernels.memory import MemoryReport, Owner, predict, profile, stage
+from hide_kernels.memory import MemoryReport, Owner, host_memory, predict, profile, stage
 
 ATTENTION = ("flash", "sdpa")
 # A picture of a fit is (2, 3) times so many pixels times its size.
@@ -46,12 +47,24 @@ PLAIN = Settings()
 
 @dataclass(frozen=True)
 class FlowRun:
-    """One flow's report. tokens: of the picture. seconds: that it took."""
+    """One flow's report. tokens: of the picture, as far as it is looked at. seconds: that it took. whole: tokens of the
+    picture where a view is looked at. flops: by stage (`hide.profiling.flops`), where they were counted."""
 
     flow: str
     tokens: int
     report: MemoryReport
     seconds: float
+    whole: int | None = None
+    flops: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The flow, and whether it looks at a view."""
+        return self.flow if self.whole is None else f"{self.flow}, view"
+
+    def flops_in(self, stage: str) -> int:
+        """Of a stage with those inside it."""
+        return sum(count for name, count in self.flops.items() if f"{name}/".startswith(f"{stage}/"))
 
     @property
     def groups(self) -> dict[str, int]:
@@ -86,13 +99,14 @@ def predict_flow(config: Any, flow: str, work: Workload, settings: Settings = PL
     """
     settings.check()
     start = time.perf_counter()
-    with predict(owners=owners, groups=owner_group if owners else None) as recording:
+    groups = owner_group if owners else None
+    with counted_flops() as flops, predict(owners=owners, groups=groups, operators=of_operator) as recording:
         with stage("weights"):
             adapter = build(config, DTYPES[settings.dtype], settings.weights)
-        tokens = picture_of(adapter, work.image).tokens
+        tokens, whole = _tokens(adapter, work)
         with fused_attention(adapter) if settings.attention == "flash" else nullcontext():
             FLOWS[flow].run(adapter, work)
-    return FlowRun(flow, tokens, recording.report, time.perf_counter() - start)
+    return FlowRun(flow, tokens, recording.report, time.perf_counter() - start, whole, dict(flops))
 
 
 def measure_flow(adapter: Any, flow: str, work: Workload, *, owners: bool = False) -> FlowRun:
@@ -101,7 +115,7 @@ def measure_flow(adapter: Any, flow: str, work: Workload, *, owners: bool = Fals
     owners: as for `hide_kernels.memory.profile`; without them CUDA's allocator is asked between stages only.
     """
     start = time.perf_counter()
-    tokens = picture_of(adapter, work.image).tokens
+    tokens, whole = _tokens(adapter, work)
     with profile(adapter.model, owners=owners, groups=_measured_group if owners else None) as recording:
         ended = None
         try:
@@ -109,7 +123,14 @@ def measure_flow(adapter: Any, flow: str, work: Workload, *, owners: bool = Fals
         except (torch.OutOfMemoryError, MemoryError) as error:
             ended = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     report = recording.report if ended is None else dataclasses.replace(recording.report, error=ended)
-    return FlowRun(flow, tokens, report, time.perf_counter() - start)
+    return FlowRun(flow, tokens, report, time.perf_counter() - start, whole)
+
+
+def _tokens(adapter: Any, work: Workload) -> tuple[int, int | None]:
+    """Of what is looked at, and of the whole picture where that is a view."""
+    with host_memory():
+        whole = None if work.view is None else picture_of(adapter, work.image).tokens
+        return picture_of(adapter, work.image, work.view).tokens, whole
 
 
 def _measured_group(owner: Owner) -> str:
@@ -178,7 +199,7 @@ def fits(
                 progress(f"{flow}, {kind} weights")
             fit, stage_of_peak = _largest(config, flow, budget, work, own)
             found.append(fit)
-            if flow != "ours":
+            if not FLOWS[flow].session:
                 continue
             tried = work
             if tried.chunk > SMALL_CHUNK and stage_of_peak == "prefill" and not fit.limited:
@@ -204,7 +225,7 @@ def _largest(config: Any, flow: str, budget: int, work: Workload, settings: Sett
     size, limited = largest_within(peak, budget, math.isqrt(FIT_TOKENS * CELL**2 // (6 * STEP**2)))
     run = runs[max(size, 1)]
     pixels = (3 * size * STEP, 2 * size * STEP)
-    session = flow == "ours"
+    session = FLOWS[flow].session
     fit = Fit(
         flow,
         settings.weights,

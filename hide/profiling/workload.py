@@ -32,13 +32,15 @@ class TooManyTokensError(ValueError):
 class Workload:
     """Sizes of a question about one picture.
 
-    image: tokens of a square picture, or (height, width) in pixels. collage: at most so many tokens, and no more than
-    the picture's. text: tokens of the text behind the pictures, all of which are rows of the search prompt. chunk:
-    tokens that go through the decoder at once in a session. layer: whose rows are wanted; `None`: the middle one.
-    offload: a session keeps keys and values on the host.
+    image: tokens of a square picture, or (height, width) in pixels. view: what is looked at of it, at most so many
+    tokens; `None`: all. collage: at most so many tokens, and no more than what is looked at. text: tokens of the text
+    behind the pictures, all of which are rows of the search prompt. chunk: tokens that go through the decoder at once
+    in a session. layer: whose rows are wanted; `None`: the middle one. offload: a session keeps keys and values on the
+    host.
     """
 
     image: int | tuple[int, int]
+    view: int | None = None
     collage: int = 1024
     text: int = 30
     chunk: int = 2048
@@ -49,9 +51,18 @@ class Workload:
         sides = self.image if isinstance(self.image, tuple) else (self.image,)
         if min(sides) < 1:
             raise ValueError(f"image: got {self.image}, want at least 1 token, or pixels")
-        for name in ("collage", "text", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1 token")
+        for name in ("view", "collage", "text", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, want at least 1 token")
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the picture."""
+        if isinstance(self.image, tuple):
+            return self.image
+        side = math.isqrt(self.image) * CELL
+        return side, side
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def scene(adapter: Adapter, work: Workload) -> Scene:
 
     Raises `TooManyTokensError` for more than the model, or a prediction, can take.
     """
-    image = picture_of(adapter, work.image)
+    image = picture_of(adapter, work.image, work.view)
     tokens = image.tokens
     collage = _square(adapter, min(work.collage, tokens))
     most = min(MAX_TOKENS, adapter.model.config.get_text_config().max_position_embeddings)
@@ -93,18 +104,21 @@ def scene(adapter: Adapter, work: Workload) -> Scene:
     return Scene(images, ImageInputs((collage,)), prompt, answer, len(head))
 
 
-def picture_of(adapter: Adapter, image: int | tuple[int, int]) -> ImageInput:
-    """The picture of a workload: the largest square one of so many tokens at most, or one of that many pixels."""
+def picture_of(adapter: Adapter, image: int | tuple[int, int], view: int | None = None) -> ImageInput:
+    """The picture of a workload, in at most `view` tokens: the largest square one of so many tokens at most, or one of
+    that many pixels."""
+    most = 2 * MAX_TOKENS if view is None else view
     if isinstance(image, tuple):
-        return blank(adapter, *image, max_tokens=2 * MAX_TOKENS)
-    return _square(adapter, image)
+        return blank(adapter, *image, max_tokens=most)
+    return _square(adapter, image, most)
 
 
-def _square(adapter: Adapter, tokens: int) -> ImageInput:
-    """The largest square picture of at most so many tokens, or the smallest one of a family whose tiles have more."""
+def _square(adapter: Adapter, tokens: int, most: int = 2 * MAX_TOKENS) -> ImageInput:
+    """The largest square picture of at most so many tokens, shrunk to `most`, or the smallest one of a family whose
+    tiles have more."""
     side = math.isqrt(tokens) * (_cell(adapter) or CELL)
     try:
-        return blank(adapter, side, side, max_tokens=min(tokens, 2 * MAX_TOKENS))
+        return blank(adapter, side, side, max_tokens=min(tokens, most))
     except ValueError:
         return blank(adapter, CELL, CELL, max_tokens=2 * MAX_TOKENS)
 

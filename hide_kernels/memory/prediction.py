@@ -25,6 +25,9 @@ from hide_kernels.memory.recorder import Recorder, adopt, named_tensors
 from hide_kernels.memory.report import Owner
 from hide_kernels.memory.storages import LIFT, StorageTracker, line_of_caller, tensors_in
 
+Operators = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+"""Called with each operator (an `OpOverload`), its arguments, keywords and result."""
+
 
 @contextlib.contextmanager
 def predict(
@@ -32,6 +35,7 @@ def predict(
     owners: bool = False,
     groups: Callable[[Owner], str] | None = None,
     rounding: int = 512,
+    operators: Operators | None = None,
 ) -> Iterator[Recorder]:
     """Predict the memory of the block without running it: `with predict() as recording: ...`, then `recording.report`.
 
@@ -52,6 +56,7 @@ def predict(
         owners: as for `profile`.
         groups: as for `profile`.
         rounding: every storage takes a multiple of it, in bytes: 512 as in CUDA's allocator, 1 for the CPU.
+        operators: told of every operator, in the stage that `current_stage` names.
 
     Raises:
         TypeError: a root is neither a module nor a tensor.
@@ -62,7 +67,7 @@ def predict(
         raise ValueError(f"rounding: expected a positive number of bytes, got {rounding!r}")
     tensors = named_tensors(roots, "predict")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = FakeStorages(mode, rounding, owners, groups)
+    tracker = FakeStorages(mode, rounding, owners, groups, operators)
     recorder = Recorder("predicted", None, tracker, None)
     adopt(tracker, roots, [(tracker.fake(tensor), name, kind) for tensor, name, kind in tensors])
     # Module.to() swaps fake parameters, which fails for those that something refers to weakly.
@@ -82,10 +87,15 @@ class FakeStorages(StorageTracker):
     """Storages of fake tensors. Real tensors are replaced by fakes at the door, small ones with their values."""
 
     def __init__(
-        self, mode: FakeTensorMode, rounding: int, owners: bool, groups: Callable[[Owner], str] | None
+        self,
+        mode: FakeTensorMode,
+        rounding: int,
+        owners: bool,
+        groups: Callable[[Owner], str] | None,
+        operators: Operators | None = None,
     ) -> None:
         super().__init__(None, rounding, owners, groups)
-        self._mode = mode
+        self._mode, self._operators = mode, operators
         self._fakes = WeakIdKeyDictionary()
         self._flat = WeakIdKeyDictionary()
         self._constants = Constants(mode)
@@ -130,7 +140,7 @@ class FakeStorages(StorageTracker):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._constants.run(func, args, kwargs)
+            out = self._constants.run(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"predict: {error.func} at {line_of_caller()} depends on the values of a tensor that has none here. "
@@ -142,6 +152,9 @@ class FakeStorages(StorageTracker):
                 f"predict: {error.func} at {line_of_caller()} has no fake implementation; "
                 "give it one with torch.library.register_fake"
             ) from error
+        if self._operators is not None:
+            self._operators(func, args, kwargs, out)
+        return out
 
 
 class _OneDevice(TorchFunctionMode):

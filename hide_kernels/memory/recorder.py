@@ -235,6 +235,12 @@ def stage(name: str) -> Iterator[None]:
         yield
 
 
+def current_stage() -> str:
+    """The stage that runs in this thread, with those that it is in: "answer/encode"; "" where nothing records."""
+    recorder = _active.get()
+    return "" if recorder is None else "/".join(recorder._names)
+
+
 @contextlib.contextmanager
 def host_memory() -> Iterator[None]:
     """Inside, new tensors are the host's, in any code: a prediction, and a measurement on the CPU, do not count them.
