@@ -489,6 +489,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_a_model_is_loaded(fol
         (["eval", "--ray", "auto", "--actors", "0"], "actors: got 0"),
         (["calibrate", "--limit", "0"], "limit: got 0, want at least 1"),
         (["calibrate", "--answers", "-1"], "answers: got -1, want at least 0"),
+        (["calibrate", "--views", "whole,small"], "view: got 'small', want a number of tokens, or auto"),
         (["calibrate", "--data", "list:wrong.json"], "wrong.json is not a file"),
         (["entities", "--data", "wrong.jsonl"], "wrong.jsonl is not a file"),
         (["profile", "--tokens", "-1"], "image: got -1"),

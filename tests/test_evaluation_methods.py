@@ -226,8 +226,50 @@ def test_the_grid_is_what_hide_itself_makes_of_the_rows(hide):
     assert grid[1.0, 0.3].collage == pytest.approx(np.mean(shares)) and max(shares) > 0
 
 
+def test_each_view_has_the_grid_of_hide_on_it_and_is_looked_at_once(hide, monkeypatch):
+    samples = list(data.scenes(2, sizes=[(420, 336)]))
+    opened, real = [], HiDe.open
+    monkeypatch.setattr(
+        HiDe, "open", lambda self, image: (opened.append(self.preset.run.view_tokens), real(self, image))[1]
+    )
+    how = {"sigmas": (0.0, 1.0), "thresholds": (0.3, 0.7)}
+    found = calibrate.view_sweep(hide, samples, [None, 10**6, 60, "auto"], **how)
+    # 180 tokens: of them auto leaves all.
+    assert opened == [None, 60] * 2
+    assert found[None] == found[10**6] == found["auto"] and found[None].tokens == 180 > 60 >= found[60].tokens
+    grid = calibrate.settings_grid(hide.changed(view_tokens=60), samples, **how)
+    assert found[60].grid == grid != found[None].grid
+    best = calibrate.best_setting(grid)
+    assert (found[60].sigma, found[60].threshold) == best
+    one, other = (
+        calibrate.settings_grid(hide.changed(view_tokens=60), [sample], **how)[best].value for sample in samples
+    )
+    assert found[60].value == pytest.approx((one + other) / 2) and found[60].error == pytest.approx(
+        abs(one - other) / 2
+    )
+
+
+def test_the_smallest_view_within_a_standard_error_of_the_best_is_chosen():
+    def view(tokens, value, error):
+        return calibrate.ViewScore(tokens, 1.0, 0.5, value, error, {(1.0, 0.5): calibrate.GridScore(0.5, 0.4, 0.1)})
+
+    scores = {
+        None: view(4000.0, 0.80, 0.5),
+        2000: view(1990.0, 0.90, 0.03),
+        1000: view(990.0, 0.87, 0.2),
+        500: view(490.0, 0.86, 0.9),
+    }
+    assert calibrate.best_view(scores) == 1000
+    # A picture that is small anyway: the first of those that show the same.
+    same = {"whole": view(70.0, 0.8, 0.1), 1000: view(70.0, 0.8, 0.1)}
+    assert calibrate.best_view(same) == "whole"
+    assert calibrate.view_table(scores).rows[2] == (
+        "1000", "990", "1", "0.5", "50.0%", "40.0%", "10.0%", "87.0% ± 20.0%"
+    )  # fmt: skip
+
+
 def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scenes):
-    call = ["calibrate", "--limit", "2", "--answers", "1", "--out", str(tmp_path)]
+    call = ["calibrate", "--limit", "2", "--answers", "1", "--views", "whole,40,1000", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "calibration.json").read_text())
@@ -235,6 +277,12 @@ def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scen
     assert len(found["layers"]) == 6 and len(found["grid"]) == len(calibrate.SIGMAS) * len(calibrate.THRESHOLDS)
     assert found["layers"][best["layers"][0]]["purified"] == max(layer["purified"] for layer in found["layers"])
     assert f"threshold={best['threshold']}" in result.output and "recommended: HiDeConfig(" in result.output
+    assert [view["view"] for view in found["views"]] == [None, 40, 1000]
+    highest = max(found["views"], key=lambda view: view["value"])
+    near = [view for view in found["views"] if view["value"] >= highest["value"] - highest["error"]]
+    assert best["view_tokens"] == min(near, key=lambda view: view["tokens"])["view"]
+    assert ("--view 40" in result.output) is (best["view_tokens"] == 40)
+    assert found["answers"][0]["image_tokens"][0] <= (best["view_tokens"] or 70)
     assert set(found["answers"][0]["replies"]) == FORMS
     for name in ("layers.png", "grid.png"):
         with Image.open(tmp_path / name) as picture:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hide.cli.console import errors, quiet
-from hide.cli.loading import LoadOptions, ModelOptions, options_of
+from hide.cli.loading import LoadOptions, ModelOptions, options_of, view_tokens
 from hide.output import check_folder
 
 if TYPE_CHECKING:
@@ -135,17 +135,25 @@ def evaluate(
 def calibrate(
     load: ModelOptions,
     data: DataOption = "scenes",
-    limit: Annotated[int, typer.Option(help="Questions for layers, sigma and threshold.")] = 100,
+    limit: Annotated[int, typer.Option(help="Questions for layers, view, sigma and threshold.")] = 100,
     answers: Annotated[int, typer.Option(help="Questions to answer in every form of collage; 0: none.")] = 40,
     preset: Annotated[str | None, typer.Option(help="Name of a preset; default: the one for the model.")] = None,
     layer: Annotated[
         list[int] | None, typer.Option(help="Zero-based decoder layer, instead of the best; repeat it to average.")
     ] = None,
+    views: Annotated[
+        str,
+        typer.Option(
+            help="Views to choose from, separated by commas: tokens, auto, whole; layers: on whole, or the first."
+        ),
+    ] = "whole,auto,500,1000,2000,4000",
     out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
         "hide-calibrate"
     ),
 ) -> None:
-    """Find the layer, sigma and threshold for a model, from questions with the boxes of what they ask about.
+    """Find the layer, view, sigma and threshold for a model, from questions with the boxes of what they ask about.
+
+    The view is the smallest one that finds as much as any, within the error of so many questions.
 
     The scenes it draws are others than those of `hide eval`. Of the benchmarks, V*Bench has boxes.
 
@@ -166,6 +174,8 @@ def calibrate(
 
         _check_count("limit", limit)
         _check_count("answers", answers, least=0)
+        given = dict.fromkeys(name.strip() for name in views.split(","))
+        looks: list[experiments.View] = [None if name == "whole" else view_tokens(name) for name in given]
         read = functools.partial(_samples, data, seed=_CALIBRATION_SEED)
         _check_readable(data, read(limit))
         check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
@@ -179,15 +189,17 @@ def calibrate(
 
         model = load.load()
         known, notes = HiDe.preset_for(model, preset)
+        known = known.changed(view_tokens=None if None in looks else looks[0])
         hide = HiDe(model, known.changed(layers=tuple(layer)) if layer else known, notes=notes)
         task = bar.add_task("layers", total=len(chosen))
         layers = experiments.layer_sweep(hide, chosen, progress=functools.partial(bar.advance, task), failed=fail)
         hide = hide.changed(layers=tuple(layer or [experiments.best_layer(layers)]))
-        task = bar.add_task("sigma and threshold", total=len(chosen))
-        grid = experiments.settings_grid(hide, chosen, progress=functools.partial(bar.advance, task), failed=fail)
-        sigma, threshold = experiments.best_setting(grid)
-        hide = hide.changed(sigma=sigma, threshold=threshold)
-        tables = [experiments.layer_table(layers), *experiments.grid_tables(grid)]
+        task = bar.add_task("view, sigma and threshold", total=len(chosen))
+        swept = experiments.view_sweep(hide, chosen, looks, progress=functools.partial(bar.advance, task), failed=fail)
+        view = experiments.best_view(swept)
+        _, sigma, threshold, _, _, grid = swept[view]
+        hide = hide.changed(view_tokens=view, sigma=sigma, threshold=threshold)
+        tables = [experiments.layer_table(layers), experiments.view_table(swept), *experiments.grid_tables(grid)]
         if failed:
             title = f"Questions that could not be measured: {len(failed)} of {len(chosen)}"
             tables.append(ResultTable(title, ("question", "error"), list(failed.items())))
@@ -197,8 +209,13 @@ def calibrate(
             **load.facts(),
             "questions": len(chosen),
             "failed": failed,
-            **experiments.to_dict(layers, grid),
-            "recommended": {"layers": hide.settings.layers, "sigma": sigma, "threshold": threshold},
+            **experiments.to_dict(layers, swept, grid),
+            "recommended": {
+                "layers": hide.settings.layers,
+                "view_tokens": view,
+                "sigma": sigma,
+                "threshold": threshold,
+            },
         }
         file = out / "calibration.json"
 
@@ -231,6 +248,8 @@ def calibrate(
         if value != next(f.default for f in dataclasses.fields(hide.settings) if f.name == name)
     }
     Console().print(f"recommended: HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})")
+    if view is not None:
+        Console().print(f"on a view: RunSettings(view_tokens={view!r}), --view {view}")
 
 
 def forms_of_collage(hide: HiDe) -> list[Method[Any]]:

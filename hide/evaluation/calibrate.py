@@ -1,15 +1,16 @@
 """Settings of HiDe for a model, from a data set whose questions come with the boxes of what they ask about.
 
-Three experiments: which layer's attention lies in the boxes; what smoothing and threshold keep of the boxes and of the
-rest of the picture; and whether answers get better by the form in which the boxes are shown (`hide.evaluation.runner`
-with the methods of `hide.methods.ablations`).
+Four experiments: which layer's attention lies in the boxes; how small a view of the picture still finds them; what
+smoothing and threshold keep of the boxes and of the rest of the picture; and whether answers get better by the form in
+which the boxes are shown (`hide.evaluation.runner` with the methods of `hide.methods.ablations`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -63,6 +64,24 @@ Failed = Callable[[Sample, Exception], None]
 Grid = Mapping[tuple[float, float], GridScore]
 """(sigma, threshold) -> score."""
 
+View = int | str | None
+"""As `RunSettings.view_tokens`; `None`: the whole image."""
+
+
+class ViewScore(NamedTuple):
+    """What is found on one view.
+
+    tokens: of the image, mean over questions. sigma, threshold: the best of `grid`. value: mean over questions of
+    `GridScore.value` with these; error: its standard error. grid: of all sigmas and thresholds.
+    """
+
+    tokens: float
+    sigma: float
+    threshold: float
+    value: float
+    error: float
+    grid: Grid
+
 
 def layer_sweep(
     hide: HiDe,
@@ -104,33 +123,78 @@ def settings_grid(
     thresholds: Sequence[float] = THRESHOLDS,
     progress: Callable[[], None] = lambda: None,
     failed: Failed | None = None,
-) -> dict[tuple[float, float], GridScore]:
-    """What each sigma and threshold keep, with the layers of its settings; one forward per question serves all.
-    `failed` as for `layer_sweep`."""
-    variants = {
-        (sigma, threshold): hide.changed(sigma=sigma, threshold=threshold)
-        for sigma in sigmas
-        for threshold in thresholds
-    }
+) -> Grid:
+    """What each sigma and threshold keep, with the layers and the view of its settings; one forward per question serves
+    all. `failed` as for `layer_sweep`."""
+    view = hide.preset.run.view_tokens
+    found = view_sweep(hide, samples, [view], sigmas=sigmas, thresholds=thresholds, progress=progress, failed=failed)
+    return found[view].grid
 
-    def measure(sample: Sample) -> dict[tuple[float, float], GridScore]:
+
+def view_sweep(
+    hide: HiDe,
+    samples: Iterable[Sample],
+    views: Sequence[View],
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    thresholds: Sequence[float] = THRESHOLDS,
+    progress: Callable[[], None] = lambda: None,
+    failed: Failed | None = None,
+) -> dict[View, ViewScore]:
+    """What is found on each view, with the sigma and threshold that are best on it: sigma counts the view's cells.
+
+    One forward per question and view, and none for a view that shows a picture as a larger one does.
+    """
+    settings = [(sigma, threshold) for sigma in sigmas for threshold in thresholds]
+
+    def measure(sample: Sample) -> dict[View, tuple[int, dict[tuple[float, float], GridScore]]]:
         image, scores = _picture(sample), {}
-        with hide.open(image) as session:
-            rows = hide.attention_rows(session, _entities(hide, sample))
-        truth = torch.tensor(sample.boxes)
-        maps: dict[float, Tensor] = {}
-        for (sigma, threshold), variant in variants.items():
-            if sigma not in maps:
-                maps[sigma] = variant.maps(rows).by_image[0][0]
-            boxes = merge_boxes(region_boxes(maps[sigma], threshold, image.size))
-            scores[sigma, threshold] = _grid_score(boxes, truth, image.size)
+        runs = {view: hide.changed(view_tokens=view) for view in views}
+        budget = {view: own.preset.run.view(*image.size) for view, own in runs.items()}
+        tokens, found = 0, dict[tuple[float, float], GridScore]()
+        for view in sorted(views, key=budget.__getitem__, reverse=True):
+            if not found or budget[view] < tokens:
+                tokens, found = _measured(runs[view], sample, image, settings)
+            scores[view] = tokens, found
         return scores
 
-    found = _each(samples, measure, progress, failed)
-    return {
-        setting: GridScore(*map(fmean, zip(*(scores[setting] for scores in found), strict=True)))
-        for setting in variants
+    measured = _each(samples, measure, progress, failed)
+    return {view: _view_score([of_question[view] for of_question in measured]) for view in views}
+
+
+def _measured(
+    hide: HiDe, sample: Sample, image: Image.Image, settings: Sequence[tuple[float, float]]
+) -> tuple[int, dict[tuple[float, float], GridScore]]:
+    """Tokens of what is looked at, and what each sigma and threshold keep of it."""
+    with hide.open(image) as session:
+        rows, (tokens,) = hide.attention_rows(session, _entities(hide, sample)), session.image_tokens
+    truth, scores, maps = torch.tensor(sample.boxes), {}, dict[float, Tensor]()
+    for sigma, threshold in settings:
+        if sigma not in maps:
+            maps[sigma] = hide.changed(sigma=sigma).maps(rows).by_image[0][0]
+        boxes = merge_boxes(region_boxes(maps[sigma], threshold, image.size))
+        scores[sigma, threshold] = _grid_score(boxes, truth, image.size)
+    return tokens, scores
+
+
+def _view_score(measured: Sequence[tuple[int, dict[tuple[float, float], GridScore]]]) -> ViewScore:
+    every = [scores for _, scores in measured]
+    grid = {
+        setting: GridScore(*map(fmean, zip(*(scores[setting] for scores in every), strict=True)))
+        for setting in every[0]
     }
+    best = best_setting(grid)
+    values = [scores[best].value for scores in every]
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return ViewScore(fmean(tokens for tokens, _ in measured), *best, fmean(values), error, grid)
+
+
+def best_view(scores: Mapping[View, ViewScore]) -> View:
+    """The view of the fewest tokens whose value is within one standard error of the highest; of equal ones the first
+    (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, section 3.4.3)."""
+    highest = max(scores.values(), key=lambda score: score.value)
+    near = [view for view, score in scores.items() if score.value >= highest.value - highest.error]
+    return min(near, key=lambda view: scores[view].tokens)
 
 
 def best_layer(scores: Sequence[LayerScore]) -> int:
@@ -166,6 +230,25 @@ def layer_table(scores: Sequence[LayerScore]) -> ResultTable:
     ]
     header = ("layer", "of the row in the boxes", "times their area", "of the purified map", "peaks in the boxes")
     return ResultTable("Attention inside the true boxes, by layer", header, rows)
+
+
+def view_table(scores: Mapping[View, ViewScore]) -> ResultTable:
+    """One line per view, each with its best sigma and threshold."""
+    rows = []
+    for view, score in scores.items():
+        kept = score.grid[score.sigma, score.threshold]
+        shares = (f"{share:.1%}" for share in kept)
+        value = f"{score.value:.1%} ± {score.error:.1%}"
+        rows.append(
+            (view_name(view), f"{score.tokens:,.0f}", f"{score.sigma:g}", f"{score.threshold:g}", *shares, value)
+        )
+    header = ("view", "tokens", "sigma", "threshold", "recall", "precision", "collage", "value, standard error")
+    return ResultTable("What is found on each view", header, rows)
+
+
+def view_name(view: View) -> str:
+    """What tables and commands call a view."""
+    return "whole" if view is None else str(view)
 
 
 def grid_tables(grid: Grid) -> list[ResultTable]:
@@ -231,10 +314,18 @@ def save_pictures(directory: Path, layers: Sequence[LayerScore], grid: Grid) -> 
     return paths
 
 
-def to_dict(layers: Sequence[LayerScore], grid: Grid) -> dict[str, Any]:
-    """Both experiments for JSON."""
+def to_dict(layers: Sequence[LayerScore], views: Mapping[View, ViewScore], grid: Grid) -> dict[str, Any]:
+    """The experiments for JSON; grid: of the view that was chosen."""
     return {
         "layers": [score._asdict() for score in layers],
+        "views": [
+            {
+                "view": view,
+                **{name: value for name, value in score._asdict().items() if name != "grid"},
+                **score.grid[score.sigma, score.threshold]._asdict(),
+            }
+            for view, score in views.items()
+        ],
         "grid": [
             {"sigma": sigma, "threshold": threshold, **score._asdict(), "value": score.value}
             for (sigma, threshold), score in grid.items()
