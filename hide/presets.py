@@ -60,7 +60,7 @@ class RunSettings:
             check_count(name, getattr(self, name))
         if isinstance(self.view_tokens, str) and self.view_tokens != "auto":
             raise ValueError(f"view_tokens: got {self.view_tokens!r}, want a number of tokens, 'auto', or None")
-        if self.view_tokens not in (None, "auto"):
+        if self.view_tokens is not None and not isinstance(self.view_tokens, str):
             check_count("view_tokens", self.view_tokens)
         if len(self.auto_view) != 2 or not all(number > 0 for number in self.auto_view):
             raise ValueError(f"auto_view: got {self.auto_view}, want a factor and an exponent above 0")

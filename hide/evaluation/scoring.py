@@ -100,6 +100,47 @@ def share(results: Sequence[bool | None]) -> Share:
     return Share(right, total, right / total, float(low), float(high))
 
 
+class Difference(NamedTuple):
+    """How much larger one share is than another of the same questions, with its 95 % interval, which is NaN of fewer
+    than two groups; all NaN of nothing."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "none"
+        bounds = "" if math.isnan(self.low) else f" ({100 * self.low:+.0f} to {100 * self.high:+.0f})"
+        return f"{100 * self.value:+.1f}{bounds}"
+
+
+RESAMPLES = 4000
+
+
+def difference(ours: Sequence[bool | None], theirs: Sequence[bool | None], groups: Sequence[str]) -> Difference:
+    """Of shares of what is true; `None` counts as false.
+
+    Questions of one group, such as those about one picture, stand or fall together: the interval is that of the
+    percentiles over `RESAMPLES` resamples of groups (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    chapter 13), always the same ones.
+    """
+    import numpy as np
+
+    if not ours:
+        return Difference(math.nan, math.nan, math.nan)
+    names = list(dict.fromkeys(groups))
+    leads, counts = np.zeros((2, len(names)))
+    for one, other, group in zip(ours, theirs, groups, strict=True):
+        leads[names.index(group)] += (one is True) - (other is True)
+        counts[names.index(group)] += 1
+    if len(names) < 2:
+        return Difference(float(leads.sum() / counts.sum()), math.nan, math.nan)
+    drawn = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
+    low, high = np.percentile(leads[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return Difference(float(leads.sum() / counts.sum()), float(low), float(high))
+
+
 def sound(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of questions; those that are none are not scored."""
     return [record for record in records if "place" not in record]

@@ -1,0 +1,383 @@
+"""Accuracy over cost: `python -m benchmarks.frontier --out frontier`.
+
+Plain answers at several budgets, HiDe on several views cut from the original, views that are chosen by the image's
+size (`view_tokens="auto"`) and the gate, on drawn scenes of about 2,000, 4,000 and 10,000 image tokens. All ways that
+look at an image in the same number of tokens share one session per image, whose cost is counted for each. Tokens are
+positions of the language model over all steps, a session's image once; the encoder's patches are not among them.
+Seconds are from the decoded image to the answer.
+
+Every image's questions are on the disk before the next one's: the same command goes on after a crash, and
+`--questions` may be raised. With the embedded model a plain answer to 10,000 tokens takes over a minute;
+`--questions 60` asks 60 of each size. `--tune` asks about images of other seeds, for `benchmarks.frontier_tuning`.
+`--data` and `--model` take questions and a model of one's own, as `hide eval` has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.measure import count
+from hide.evaluation.data import READERS, BadRecord, Sample, distinct
+from hide.evaluation.embedded_model import large_scene
+from hide.evaluation.scoring import Share, difference, share, strict, verdict
+from hide.evaluation.store import ResultFile, blank_record
+from hide.evaluation.tables import markdown
+from hide.methods.base import Method, NoSettings, Steps
+from hide.methods.hide.method import HiDe
+from hide.methods.plain import Plain
+from hide.output import check_folder
+from hide.present.table import ResultTable
+from hide.presets import TOKEN_PIXELS
+from hide.profiling.runs import Settings, predict_flow
+from hide.profiling.workload import Workload
+from hide.questions import Question
+from hide.tiny import CHECKPOINT
+from hide.tiny.scenes import questions
+
+
+class Size(NamedTuple):
+    """Image tokens, least and most; how many questions are asked; the first seed, and that for tuning. Those of
+    `hide.evaluation` begin at 500,000, 1,000,000 and 2,000,000, training's at 2**40."""
+
+    tokens: tuple[int, int]
+    questions: int
+    seed: int
+    tuning_seed: int
+
+
+SIZES = {
+    "2k": Size((1560, 2050), 500, 5_000_000, 4_000_000),
+    "4k": Size((3900, 4300), 200, 5_100_000, 4_100_000),
+    "10k": Size((9500, 10500), 60, 5_200_000, 4_200_000),
+}
+VIEWS = (350, 500, 700, 1000, 1400, 2000, 2800)
+# Of the gate, for the embedded model: the margin from which on a plain answer is taken.
+GATE = 5.0
+AUTO, GATED, ALWAYS, NEVER = "auto", "auto, gate", "auto, second look always", "auto, no second look"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One view, and the ways of answering that share a session on it. view: `None` is the whole image."""
+
+    view: int | str | None
+    hide: HiDe
+    ways: dict[str, Method[Any]]
+
+
+def plain_way(view: int | str | None) -> str:
+    """What the plain answer on a view is called."""
+    return "plain" if view is None else f"plain {view}"
+
+
+def hide_way(view: int | str | None) -> str:
+    """What HiDe on a view is called."""
+    return "hide" if view is None else AUTO if view == "auto" else f"hide {view}"
+
+
+def runs_of(hide: HiDe, views: Sequence[int], gate: float) -> list[Run]:
+    """The whole image, fixed views, and those that are chosen."""
+
+    def made(**changes: Any) -> HiDe:
+        # Each with an extractor of its own, so that each pays for the entities.
+        return HiDe(hide.model, hide.preset.changed(**changes), notes=hide.notes)
+
+    found = []
+    for view in (None, *views, "auto"):
+        own = made(view_tokens=view)
+        plain = Plain(hide.model, own.preset.with_settings(NoSettings()))
+        ways: dict[str, Method[Any]] = {plain_way(view): plain, hide_way(view): own}
+        if view == "auto":
+            ways[GATED] = made(view_tokens=view, gate=gate)
+            # What `benchmarks.frontier_tuning` chooses the limit by.
+            ways[ALWAYS] = made(view_tokens=view, look_again=0.0)
+            ways[NEVER] = made(view_tokens=view, look_again=float("inf"))
+        found.append(Run(view, own, ways))
+    return found
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+
+def scene_samples(size: str, number: int, *, tuning: bool = False) -> Iterator[Sample]:
+    """Questions about scenes of one of `SIZES`, up to six each, as many about colors as about sides."""
+    tokens, _, first, tuning_seed = SIZES[size]
+    seed = tuning_seed if tuning else first
+    while number > 0:
+        scene, rng = large_scene(seed, tokens), np.random.default_rng(seed)
+        found = questions(scene, rng)
+        splits = [[one for one in found if one.split == split] for split in ("attribute", "position")]
+        each = min(3, *map(len, splits))
+        chosen = [one for pair in zip(*(group[:each] for group in splits), strict=True) for one in pair][:number]
+        for place, one in enumerate(chosen):
+            boxes = tuple(scene.objects[target].box for target in one.targets)
+            yield Sample(
+                f"{size}-{seed}-{place}",
+                partial(_same, scene.image),
+                Question.parse(one.text),
+                one.answer,
+                size,
+                boxes,
+                one.entities,
+                f"{size}-{seed}",
+            )
+        number, seed = number - len(chosen), seed + 1
+
+
+def _same(image: Image.Image) -> Image.Image:
+    return image
+
+
+def ask_image(runs: Sequence[Run], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """A record for each of the questions about one image, with all ways that show it differently from the whole."""
+    try:
+        return _asked(runs, samples)
+    except Exception as error:  # whatever one image does, the others are asked
+        return [blank_record(sample, f"{type(error).__name__}: {error}") for sample in samples]
+
+
+def _asked(runs: Sequence[Run], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    image = samples[0].image()
+    if isinstance(image, tuple):
+        raise ValueError(f"image: got {len(image)} images, want one")
+    blank: dict[str, Any] = {name: {} for name in ("replies", "tokens", "seconds", "details", "opened", "shown")}
+    records = [{**blank_record(sample, ""), "error": None, **{name: {} for name in blank}} for sample in samples]
+    for record in records:
+        record["images"] = [list(image.size)]
+    whole = image.width * image.height / TOKEN_PIXELS
+    for run in runs:
+        if isinstance(run.view, int) and run.view >= whole:
+            continue
+        steps = Steps(run.hide.model.model.device)
+        with run.hide.open(image, steps=steps) as session:
+            opened = steps.finished().values()
+            seconds, tokens = sum(step.seconds for step in opened), sum(step.tokens for step in opened)
+            for sample, record in zip(samples, records, strict=True):
+                record["opened"][hide_way(run.view)] = {"seconds": seconds, "tokens": tokens}
+                if run.view is None:
+                    record["image_tokens"] = list(session.image_tokens)
+                for name, method in run.ways.items():
+                    said = method.ask(session, sample.question)
+                    record["replies"][name] = said.text
+                    record["seconds"][name] = seconds + sum(said.seconds.values())
+                    record["tokens"][name] = tokens + sum(said.tokens.values())
+                    record["details"][name] = dict(said.details)
+                    record["shown"][name] = sum(found.shown_tokens or 0 for found in said.evidence)
+    return records
+
+
+def record_all(runs: Sequence[Run], samples: Iterator[Sample], results: ResultFile) -> list[dict[str, Any]]:
+    """Records of all questions, those that `results` has already and the others, image by image."""
+    found = []
+    for _, group in groupby(samples, key=lambda sample: sample.picture or sample.id):
+        own = list(group)
+        if new := [sample for sample in own if sample.id not in results.records]:
+            for record in ask_image(runs, new):
+                results.append(record)
+            print(f"{new[-1].id}: {len(results.records)} questions", file=sys.stderr, flush=True)
+        found += [results.records[sample.id] for sample in own]
+    return found
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """One way of answering: right answers, means of tokens and seconds, and both as parts of the plain answer's."""
+
+    share: Share
+    tokens: float
+    seconds: float
+    token_part: float
+    second_part: float
+
+
+def points(records: Sequence[dict[str, Any]]) -> dict[str, Point]:
+    """Of each way that was asked, over the questions that did not fail."""
+    sound = [record for record in records if not record["error"]]
+    found = {}
+    for way in dict.fromkeys(name for record in sound for name in record["replies"]):
+        own = [record for record in sound if way in record["replies"]]
+        tokens, seconds, all_tokens, all_seconds = (
+            fmean(record[what][name] for record in own) for name in (way, "plain") for what in ("tokens", "seconds")
+        )
+        right = share([verdict(record, way, strict) for record in own])
+        found[way] = Point(right, tokens, seconds, tokens / all_tokens, seconds / all_seconds)
+    return found
+
+
+def lead(records: Sequence[dict[str, Any]], way: str, other: str) -> str:
+    """How much more often one way is right than another, with the interval of `difference`; images are the groups."""
+    both = [record for record in records if not record["error"] and {way, other} <= record["replies"].keys()]
+    ours, theirs = ([verdict(record, name, strict) for record in both] for name in (way, other))
+    return str(difference(ours, theirs, [record["picture"] or record["id"] for record in both]))
+
+
+def size_table(size: str, records: Sequence[dict[str, Any]], memory: dict[str, int]) -> ResultTable:
+    """One line per way. memory: bytes at the predicted peak."""
+    rows = []
+    for way, point in points(records).items():
+        rows.append(
+            (
+                way,
+                f"{point.share.value:.1%} ({point.share.low:.1%} to {point.share.high:.1%})",
+                *(lead(records, way, other) if way != other else "" for other in ("plain", "hide")),
+                f"{point.tokens:,.0f}",
+                f"{point.token_part:.2f}",
+                f"{point.seconds:.2f}",
+                f"{point.second_part:.2f}",
+                f"{memory[way] / 1e6:,.0f} MB" if way in memory else "",
+            )
+        )
+    failed = sum(bool(record["error"]) for record in records)
+    title = f"{size}: {len(records) - failed} questions about {len({one['picture'] for one in records})} images"
+    header = ("way", "right", "points above plain", "above HiDe", "tokens", "of plain", "seconds", "of plain", "memory")
+    return ResultTable(f"{title}, {failed} failed" if failed else title, header, rows)
+
+
+def together_table(by_size: dict[str, Sequence[dict[str, Any]]]) -> ResultTable:
+    """Each way over all sizes, which count alike; where an image has fewer tokens than a view, the whole image."""
+    every = {size: points(records) for size, records in by_size.items()}
+    rows = []
+    for way in dict.fromkeys(name for of_size in every.values() for name in of_size):
+        same = way.partition(" ")[0] if way.startswith(("plain ", "hide ")) else way
+        own = [of_size.get(way) or of_size[same] for of_size in every.values()]
+        means = (
+            fmean(values) for values in zip(*((p.share.value, p.token_part, p.second_part) for p in own), strict=True)
+        )
+        right, tokens, seconds = means
+        rows.append((way, f"{right:.1%}", f"{tokens:.3f}", f"{seconds:.3f}"))
+    header = ("way", "right", "tokens, of plain", "seconds, of plain")
+    return ResultTable(f"Means of {', '.join(by_size)}", header, rows)
+
+
+def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Accuracy with 95 % intervals over tokens and over seconds, a column for each size."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(max(6.0, 4.6 * len(by_size)), 7), layout="constrained")
+    panels = figure.subplots(2, len(by_size), squeeze=False, sharey=True)
+    series = {
+        "plain": lambda way: way.partition(" ")[0] == "plain" and way != plain_way("auto"),
+        "HiDe": lambda way: way.partition(" ")[0] == "hide",
+        AUTO: lambda way: way == AUTO,
+        GATED: lambda way: way == GATED,
+    }
+    for column, (size, records) in enumerate(by_size.items()):
+        found = points(records)
+        for row, cost in enumerate(("tokens", "seconds")):
+            axes = panels[row, column]
+            for number, (name, belongs) in enumerate(series.items()):
+                own = sorted((p for way, p in found.items() if belongs(way)), key=lambda p: getattr(p, cost))
+                if not own:
+                    continue
+                values = [point.share.value for point in own]
+                ends = [
+                    [value - point.share.low for value, point in zip(values, own, strict=True)],
+                    [point.share.high - value for value, point in zip(values, own, strict=True)],
+                ]
+                axes.errorbar(
+                    [getattr(point, cost) for point in own], values, yerr=ends, label=name, marker="osD^"[number],
+                    color=f"C{number}", capsize=2, linewidth=1,
+                )  # fmt: skip
+            axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(0, 1.02))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3)
+            if not row:
+                axes.set_title(size)
+            if not column:
+                axes.set_ylabel("right answers")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
+    figure.savefig(path, dpi=110)
+
+
+def predicted_memory(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Bytes at the peak of each way, for the mean size of the images and what was shown of them on average."""
+    sound = [record for record in records if not record["error"]]
+    if not sound:
+        return {}
+    width, height = (round(fmean(record["images"][0][axis] for record in sound)) for axis in (0, 1))
+    found = {}
+    for run in runs:
+        preset, model = run.hide.preset.run, run.hide.model
+        view = None if run.view is None else preset.view(width, height)
+        settings = Settings(str(model.dtype).removeprefix("torch."))
+        for way in run.ways:
+            own = [record["shown"][way] for record in sound if way in record["shown"]]
+            if not own:
+                continue
+            flow, shown = ("plain", 1) if way == plain_way(run.view) else ("ours", max(1, round(fmean(own))))
+            work = Workload((height, width), view, collage=shown, chunk=preset.prefill_chunk)
+            found[way] = predict_flow(model.model.config, flow, work, settings, owners=False).report.peak
+    return found
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """The command line; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("frontier"), help="results, tables and picture; goes on there")
+    parser.add_argument("--questions", type=count, help="of each size, at most; default: 500, 200 and 60")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="of drawn scenes")
+    parser.add_argument("--tune", action="store_true", help="images of other seeds, for benchmarks.frontier_tuning")
+    parser.add_argument("--views", type=count, nargs="*", default=VIEWS, help="fixed views, in tokens")
+    parser.add_argument("--gate", type=float, default=GATE, help="margin from which on a plain answer is taken")
+    parser.add_argument("--model", default=CHECKPOINT, help="a checkpoint; default: the embedded model")
+    parser.add_argument("--data", help="FORMAT:PATH in place of drawn scenes, as hide eval reads it")
+    parser.add_argument("--threads", type=count, default=1, help="default 1: steady beside other work")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    names = ("results.jsonl", "frontier.md", "frontier.png")
+    check_folder(arguments.out, names)
+    hide = HiDe.from_pretrained(arguments.model)
+    runs = runs_of(hide, arguments.views, arguments.gate)
+    settings = {
+        **hide.preset.to_dict(),
+        "model": str(arguments.model) if arguments.model != CHECKPOINT else "embedded",
+        "data": arguments.data or ("tuning seeds" if arguments.tune else "unseen seeds"),
+        "views": list(arguments.views),
+        "gate": arguments.gate,
+    }
+    by_size: dict[str, Sequence[dict[str, Any]]] = {}
+    with ResultFile(arguments.out / names[0], settings) as results:
+        if arguments.data:
+            kind, _, path = arguments.data.partition(":")
+            found = (one for one in distinct(READERS[kind](path)) if not isinstance(one, BadRecord))
+            by_size[path] = record_all(runs, islice(found, arguments.questions), results)
+        else:
+            for size in arguments.sizes:
+                wanted = SIZES[size].questions
+                number = wanted if arguments.questions is None else min(arguments.questions, wanted)
+                by_size[size] = record_all(runs, scene_samples(size, number, tuning=arguments.tune), results)
+    tables = [size_table(size, records, predicted_memory(runs, records)) for size, records in by_size.items()]
+    if len(by_size) > 1:
+        tables.append(together_table(by_size))
+    command = shlex.join(["python", "-m", "benchmarks.frontier", *sys.argv[1:]])
+    (arguments.out / names[1]).write_text(markdown("Accuracy over cost", command, tables), encoding="utf-8")
+    save_picture(arguments.out / names[2], by_size)
+    for table in tables:
+        print(table.markdown())
+    print(*(arguments.out / name for name in names))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
