@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 
 def one_line(error: object, most: int = 240) -> str:
@@ -16,6 +18,13 @@ def one_line(error: object, most: int = 240) -> str:
 def named(error: BaseException, most: int = 200) -> str:
     """An error of any type in one line, with its type."""
     return f"{type(error).__name__}: {one_line(str(error), most)}"
+
+
+def listed(value: Any) -> list[str]:
+    """A detail of an answer, which JSON holds, as one short text for each thing in it."""
+    if isinstance(value, Mapping):
+        return [f"{name} {', '.join(listed(own))}" for name, own in value.items()]
+    return list(map(str, value)) if isinstance(value, (list, tuple)) else [str(value)]
 
 
 def version(distribution: str) -> str | None:

@@ -4,19 +4,20 @@ import json
 
 import pytest
 import torch
+from families import FAMILIES
 from typer.testing import CliRunner
 
-from hide import HiDe, Plain
+from hide import HiDe, Plain, Preset
 from hide.cli import app
 from hide.images import to_tensor
-from hide.methods.base import NoSettings
+from hide.methods.base import AnswerSettings, NoSettings
 from hide.methods.hide.config import HiDeConfig
 from hide.methods.hide.signals import Signals, collage_part, looks_again, peak_over_mean, settles
 from hide.presets import RunSettings
 from hide.session import ImageSession
 from hide.tiny import CHECKPOINT
 from hide.tiny.scenes import draw_scene
-from hide_kernels.collage import collage
+from hide_kernels.collage import collage, plan_layout
 
 QUESTION = "Is the star on the left or right side of the ring?"
 SIZE = (1120, 840)
@@ -197,6 +198,23 @@ def test_a_second_look_that_finds_nothing_leaves_the_first(hide, image, monkeypa
     assert torch.equal(once.boxes[0], again.boxes[0]) and once.text == again.text
 
 
+@pytest.mark.parametrize("family, joined", [*((family, False) for family in FAMILIES), ("internvl", True)])
+def test_every_family_looks_again(family, joined, image):
+    adapter = FAMILIES[family]()
+    run = RunSettings(min_tokens=60, max_tokens=300, join_images=joined, view_tokens="auto", auto_view=(0.1, 1.0))
+    preset = Preset(
+        HiDeConfig(layers=(1,), sigma=1.0, threshold=0.6, look_again=0.0), run, AnswerSettings(max_new_tokens=2)
+    )
+    answer = HiDe(adapter, preset, extractor=lambda question: "star, ring").ask(image, QUESTION)
+    assert answer.details["signals"]["second_look"] and answer.tokens["second look"] > 0
+    whole = HiDe(adapter, preset.changed(look_again=1e9), extractor=lambda question: "star, ring").ask(image, QUESTION)
+    kept = plan_layout(whole.boxes[0])
+    assert len(answer.boxes[0])
+    for x0, y0, x1, y1 in answer.boxes[0].tolist():
+        assert any(first <= x0 < x1 <= last for first, last in kept.columns.tolist())
+        assert any(first <= y0 < y1 <= last for first, last in kept.rows.tolist())
+
+
 def test_the_command_takes_auto_and_a_gate(image, tmp_path):
     image.save(tmp_path / "image.png")
     call = ["ask", str(tmp_path / "image.png"), QUESTION, "--json", "--out", str(tmp_path / "out")]
@@ -206,5 +224,10 @@ def test_the_command_takes_auto_and_a_gate(image, tmp_path):
     found = json.loads((tmp_path / "out" / "result.json").read_text())
     assert found["image_tokens"][0] <= 139 and found["boxes"] == [] and found["answer"] == found["plain_answer"]
     assert set(found["signals"]) == {"plain_margin"}
+    said = CliRunner().invoke(
+        app, [*[one for one in call if one != "--json"], "--report", str(tmp_path / "page"), "--no-plain"]
+    )
+    assert "peaks" in said.output and "{" not in said.output
+    assert "<li>without_map 0</li>" in (tmp_path / "page" / "report.html").read_text()
     done = CliRunner().invoke(app, [*call[:-2], "--view", "few"])
     assert done.exit_code == 1 and "view: got 'few', want a number of tokens, or auto" in " ".join(done.output.split())

@@ -1,5 +1,7 @@
 """A session that looks at images in few tokens and cuts out of them at full resolution."""
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -43,6 +45,31 @@ def test_a_view_gives_the_maps_of_the_image_resized_by_hand_and_crops_of_the_ima
     assert len(boxes)
     want = collage(to_tensor(image), boxes, fill=hide.settings.fill)
     assert torch.equal(zoom.collages[0].image, want.image) and torch.equal(zoom.collages[0].boxes, want.boxes)
+
+
+def test_an_image_that_exif_turns_is_looked_at_and_cut_upright(hide, image, tmp_path):
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    small = hide.changed(view_tokens=130)
+    upright, found = (small.ask(one, QUESTION) for one in (image, tmp_path / "turned.png"))
+    assert torch.equal(found.boxes[0], upright.boxes[0]) and len(found.boxes[0])
+    assert found.images[0].size == SIZE and torch.equal(to_tensor(found.shown[0]), to_tensor(upright.shown[0]))
+
+
+def test_collages_of_a_view_keep_to_the_opaque_parts_of_the_image(hide, image):
+    clear = image.convert("RGBA")
+    alpha = Image.new("L", SIZE, 0)
+    alpha.paste(255, (0, 0, 700, 840))
+    clear.putalpha(alpha)
+    with hide.changed(view_tokens=130, threshold=0.05).open(clear) as session:
+        maps = hide.maps(hide.attention_rows(session, "star, ring"))
+        # Every cell, those that are transparent too.
+        whole = dataclasses.replace(maps, tokens=maps.tokens._replace(maps=[torch.ones_like(maps.tokens.maps[0])]))
+        made = hide.zoom(session, whole).collages[0]
+    assert made.boxes.tolist() == [[0, 0, 700, 840]]
+    assert torch.equal(made.image, to_tensor(clear)[:, :700])
 
 
 def test_collages_have_the_budget_of_the_run_and_not_that_of_the_view(hide, image):

@@ -17,6 +17,7 @@ from hide.cli.evaluate import calibrate, entities, evaluate
 from hide.cli.loading import EMBEDDED, LoadOptions, ModelOptions, options_of
 from hide.cli.profile import profile
 from hide.output import check_folder
+from hide.texts import listed
 
 if TYPE_CHECKING:
     from hide.methods.base import Answer
@@ -120,14 +121,14 @@ def _facts(answer: Answer, plain: Answer | None) -> Table:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_row("question", escape(answer.question.stem))
     for name, value in answer.details.items():
-        facts.add_row(escape(name), escape(", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        facts.add_row(escape(name), escape(", ".join(listed(value))))
     shown = [found.shown_tokens for found in answer.evidence if found.shown_tokens is not None]
     facts.add_row("image tokens", " + ".join(map(str, [*answer.image_tokens, *shown])))
     for index, boxes in enumerate(answer.boxes):
-        listed = "  ".join(str(tuple(box)) for box in boxes.tolist()[:6]) + (
+        corners = "  ".join(str(tuple(box)) for box in boxes.tolist()[:6]) + (
             f"  … {len(boxes)} in all" if len(boxes) > 6 else ""
         )
-        facts.add_row("boxes" if len(answer.boxes) == 1 else f"boxes {index}", listed or "none")
+        facts.add_row("boxes" if len(answer.boxes) == 1 else f"boxes {index}", corners or "none")
     if plain is not None:
         facts.add_row("plain answer", f"[bold]{escape(plain.text)}[/bold]")
     facts.add_row(f"{escape(answer.method)} answer", f"[bold]{escape(answer.text)}[/bold]")

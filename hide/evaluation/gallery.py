@@ -17,6 +17,7 @@ from hide.present.draw import boxed_picture, small_picture
 from hide.present.pages import Embedded, embedded, render
 from hide.present.table import ResultTable
 from hide.questions import LETTERS
+from hide.texts import listed
 from hide_kernels.collage import collage
 
 MOST = 24
@@ -103,7 +104,7 @@ def _failure(record: dict[str, Any], sample: Sample, scorer: Scorer, about: str)
     if record["error"]:
         return failure
     details = record["details"].get(about, {})
-    failure["details"] = {name: value if isinstance(value, list) else [value] for name, value in details.items()}
+    failure["details"] = {name: listed(value) for name, value in details.items()}
     try:
         shown = sample.image()
         loaded = [load_image(picture) for picture in (shown if isinstance(shown, tuple) else (shown,))]

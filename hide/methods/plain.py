@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hide.methods.base import Answer, Method, NoSettings, Steps
+from hide.methods.hide.signals import Signals
 from hide.questions import Question
 from hide.session import Session
 
@@ -19,6 +20,5 @@ class Plain(Method[NoSettings]):
         """See `Method`."""
         with steps("answer"):
             reply = self.reply(session, question)
-        return Answer(
-            reply.text, details={"signals": {} if reply.margin is None else {"margin": round(reply.margin, 4)}}
-        )
+        signals = Signals(margin=reply.margin).to_dict()
+        return Answer(reply.text, details={"signals": signals} if signals else {})

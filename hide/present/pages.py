@@ -22,7 +22,7 @@ from hide.images import load_image
 from hide.methods.base import Evidence
 from hide.present import draw
 from hide.questions import LETTERS
-from hide.texts import version
+from hide.texts import listed, version
 from hide_kernels.collage import plan_layout
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def report_html(
         model=model,
         answer=answer,
         plain=plain,
-        details={name: value if isinstance(value, list) else [value] for name, value in answer.details.items()},
+        details={name: listed(value) for name, value in answer.details.items()},
         images=[_image(seen) for seen in seen_in(answer)],
         steps=steps,
         settings=facts,

@@ -23,10 +23,10 @@ from hide_kernels.collage import Collage
 class Signals:
     """What is `None` was not asked, or an engine does not say it.
 
-    plain_margin, margin: of the plain answer and of HiDe's (`hide.session.Reply.margin`). peaks: of each entity token,
-    the peak of its attention over the image as a multiple of its mean. without_map: how many entity tokens have no
-    map, and so no region. collage: tokens that the collages would have at their own resolution, as a part of those of
-    the session's images. second_look: whether they were searched again.
+    plain_margin, margin: of the gate's plain answer, and of the answer itself (`hide.session.Reply.margin`). peaks: of
+    each entity token, the peak of its attention over the image as a multiple of its mean. without_map: how many entity
+    tokens have no map, and so no region. collage: tokens that the collages would have at their own resolution, as a
+    part of those of the session's images. second_look: whether they were searched again.
     """
 
     plain_margin: float | None = None
