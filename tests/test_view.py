@@ -63,13 +63,13 @@ def test_collages_of_a_view_keep_to_the_opaque_parts_of_the_image(hide, image):
     alpha = Image.new("L", SIZE, 0)
     alpha.paste(255, (0, 0, 700, 840))
     clear.putalpha(alpha)
-    with hide.changed(view_tokens=130, threshold=0.05).open(clear) as session:
+    with hide.changed(view_tokens=130).open(clear) as session:
         maps = hide.maps(hide.attention_rows(session, "star, ring"))
         # Every cell, those that are transparent too.
-        whole = dataclasses.replace(maps, tokens=maps.tokens._replace(maps=[torch.ones_like(maps.tokens.maps[0])]))
+        whole = dataclasses.replace(maps, tokens=maps.tokens._replace(maps=(torch.ones_like(maps.tokens.maps[0]),)))
         made = hide.zoom(session, whole).collages[0]
     assert made.boxes.tolist() == [[0, 0, 700, 840]]
-    assert torch.equal(made.image, to_tensor(clear)[:, :700])
+    assert torch.equal(made.image, to_tensor(image)[:, :700])
 
 
 def test_collages_have_the_budget_of_the_run_and_not_that_of_the_view(hide, image):
