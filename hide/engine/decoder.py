@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hide.engine.chunked_sdpa import continuing
 from hide.engine.kv_cache import PreallocatedCache, cache_keyword
@@ -120,13 +120,16 @@ def greedy_reply(model: Adapter, inputs: dict[str, Tensor], max_new_tokens: int,
 
 
 @contextmanager
-def only_layers(decoder: Any, layers: range) -> Iterator[None]:
-    """Inside, the decoder runs these layers alone, and its final norm only behind the last one."""
+def only_layers(decoder: Any, layers: range | nn.ModuleList) -> Iterator[None]:
+    """Inside, the decoder runs these layers alone, and its final norm only behind its last one; modules stand in the
+    place of its own."""
     # In front of the module's own, which stay where they are: other threads may be looking through the modules.
     own = vars(decoder)
-    if layers.stop < len(decoder.layers):
+    if isinstance(layers, nn.ModuleList) or layers.stop < len(decoder.layers):
         own["norm"] = lambda hidden: hidden
-    if len(layers) < len(decoder.layers):
+    if isinstance(layers, nn.ModuleList):
+        own["layers"] = layers
+    elif len(layers) < len(decoder.layers):
         own["layers"] = decoder.layers[layers.start : layers.stop]
     try:
         yield

@@ -24,6 +24,7 @@ BUILT_IN = {
     "hide": "hide.methods.hide.method:HiDe",
     "vicrop": "hide.methods.vicrop:ViCrop",
     "zoom-refine": "hide.methods.zoom_refine.method:ZoomRefine",
+    "q-zoom": "hide.methods.q_zoom.method:QZoom",
     "tiles": "hide.methods.ablations:Tiles",
     "masked": "hide.methods.ablations:Masked",
     "crop": "hide.methods.ablations:OneCrop",
