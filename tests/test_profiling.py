@@ -259,7 +259,10 @@ OFFLOADED = dataclasses.replace(SMALL, offload=True)
 
 
 # Two layers always stay on the device: of an offloaded session two more are looked at.
-@pytest.mark.parametrize("flow, work, layers", [*((flow, SMALL, 2) for flow in FLOWS), ("ours", OFFLOADED, 4)])
+@pytest.mark.parametrize(
+    "flow, work, layers",
+    [*((flow, SMALL, 2) for flow in FLOWS), ("q-zoom", SMALL, 3), ("ours", OFFLOADED, 4)],
+)
 def test_a_flows_prediction_is_its_measurement(flow, work, layers):
     config = tiny_config(layers)
     predicted = predict_flow(config, flow, work, Settings("float32", attention="sdpa")).report
@@ -594,7 +597,7 @@ def test_a_family_without_a_flow_is_refused_by_name(tmp_path):
     assert done.exit_code == 1 and f"'llama'; there are flows for {next(iter(FAMILIES))}" in " ".join(
         done.output.split()
     )
-    assert flows_of("all") == tuple(FLOWS) and len(flows_of("eager")) == 2
+    assert flows_of("all") == tuple(FLOWS) and len(flows_of("eager")) == 2 and flows_of("q-zoom") == ("q-zoom",)
 
 
 def test_exponents_are_those_of_powers():

@@ -2,6 +2,7 @@
 scratch, the rules between map and crop, and checkpoints with exactly the released keys."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
 
+from hide.cli import app
 from hide.engine import stock
 from hide.engine.decoder import extend
 from hide.engine.kv_cache import PreallocatedCache
@@ -37,6 +40,7 @@ from hide.models import load
 from hide.presets import AnswerSettings, NoSettings, RunSettings
 from hide.questions import Question
 from hide.session import Message
+from hide_kernels.integrations.transformers import capture_attention
 
 SERVED = ("qwen2_5_vl", "qwen3_vl", "llava")
 QUESTION = Question("What color is the star?")
@@ -136,7 +140,7 @@ def test_gate_and_map_are_those_of_plain_forwards_through_all_heads_and_rows(mod
     branches, prompt = method.branches, turn.input_ids
     states, _ = plainly(model, prompt, branches.gate)
     want = float(branches.head(states[:, -1]).sigmoid())
-    assert 0.01 < want < 0.99 and found["gate"] == pytest.approx(want, abs=1e-5)
+    assert 0.01 < want < 0.99 and float(found["gate"]) == pytest.approx(want, abs=1e-5)
     image = turn.images[0]
     cells = image.start + image.cells.flatten()
     if model.family == "llava":
@@ -178,7 +182,7 @@ def test_below_the_threshold_of_the_gate_the_answer_is_the_stock_models_own(mode
     ids = model.input_ids(method.prompt(QUESTION), everything(model, IMAGE))
     want = stock.generate_ids(model, ids, everything(model, IMAGE), max_new_tokens=ANSWER.max_new_tokens)
     assert answer.text == model.decode(want) and "scores" not in found
-    assert answer.details["zoomed"] is False and answer.details["gate"] == round(found["gate"], 4)
+    assert answer.details["zoomed"] is False and answer.details["gate"] == round(float(found["gate"]), 4)
     assert list(answer.steps) == ["read and resize", "prefix", "gate", "answer"]
 
 
@@ -299,7 +303,7 @@ def session_gate(method, session):
     turn = session.turn(method.prompt(QUESTION))
     with session.branch(turn.input_ids) as branch:
         states = branch.run(layers=range(LAYER))
-        return method._glance(session, turn, branch).gate(states, branch.positions[..., session.length :])
+        return float(method._glance(session, turn, branch).gate(states, branch.positions[..., session.length :]))
 
 
 def test_checkpoints_without_a_gate_always_look():
@@ -346,6 +350,48 @@ def test_numbers_that_are_none_are_a_plain_answer_with_a_note(qwen, monkeypatch)
     monkeypatch.setattr(method, "map", lambda glance, scores: torch.full_like(scores, math.nan))
     answer = method.ask(IMAGE, QUESTION)
     assert "the map holds NaN" in answer.notes[0] and not answer.details["zoomed"]
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_answers_are_the_same_in_every_mode_and_with_keys_on_the_host(qwen, mode):
+    method = method_of(qwen, gate_threshold=0.0, region_threshold=0.5, reuse_src_pos=True)
+    want = method.ask(IMAGE, QUESTION)
+    with mode(), method.open(IMAGE) as session:
+        inside = method.ask(session, QUESTION)
+    # What was made in one mode is used in another.
+    with mode():
+        session = method.changed(offload_kv=True).open(IMAGE)
+        method.ask(session, QUESTION)
+    outside = method.ask(session, QUESTION)
+    session.close()
+    for other in (inside, outside):
+        assert other.text == want.text and other.details == want.details
+        assert torch.equal(other.evidence[0].maps, want.evidence[0].maps)
+
+
+def test_captures_know_nothing_of_the_branches(qwen):
+    from families import FAMILIES
+
+    prompt, rows = qwen.input_ids(QUESTION.text, everything(qwen, IMAGE)), []
+    for adapter in (qwen, FAMILIES["qwen2_5_vl"]()):
+        with capture_attention(adapter.model, layers=[-1], queries=range(40, 43)) as captured, torch.no_grad():
+            adapter.model(**stock.forward_inputs(adapter, prompt, everything(adapter, IMAGE)))
+        rows.append(captured[3].weights)
+    assert torch.equal(*rows)
+
+
+def test_in_16_bits_cells_near_the_threshold_are_counted():
+    method = method_of(with_branches("qwen2_5_vl"), gate_threshold=0.0, region_threshold=0.5)
+    heat = torch.tensor([[0.5, 0.505, 0.493, 0.9]])
+    assert method._doubts(heat) == []
+    method.model.model.bfloat16()
+    assert method._doubts(heat) == [
+        "region: 3 cells lie within 0.0078125 of the threshold, a step of torch.bfloat16 at 1"
+    ]
+    answer = method.ask(IMAGE, QUESTION)
+    assert answer.evidence[0].maps.dtype == torch.float32 and answer.text
 
 
 def test_prompts_end_with_the_request_once():
@@ -580,7 +626,8 @@ def test_what_a_checkpoint_lacks_or_has_otherwise_is_named(tmp_path):
         "roi_source is 'hidden_states'": {"roi_source": "hidden_states"},
         "high_res_K is 1, want twig_K": {"high_res_K": 1},
         "twig_K is None": {"twig_K": None},
-        "twig_K: got 9": {"twig_K": 9},
+        "twig_K: got 4, want 1 to 3": {"twig_K": 4},
+        "twig_T: got 1": {"twig_T": 1},
         "twig_layers.0.input_layernorm.weight of shape": {},
     }.items():
         other = tmp_path / f"other {len(list(tmp_path.iterdir()))}"
@@ -618,3 +665,48 @@ def test_a_task_has_its_published_thresholds_and_budget():
     adapter = with_branches("qwen3_vl")
     assert QZoom.preset_for(adapter) == (presets["qwen3-vl-4b"], ())
     assert isinstance(QZoom(adapter).branches, Branches) and len(QZoom(adapter).branches.regions) == DEPTH
+
+
+# -- commands -----------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("q-zoom"), with_branches("qwen2_5_vl"), prefix="model.")
+
+
+def test_a_checkpoint_answers_on_the_command_line_and_in_a_report(checkpoint, tmp_path):
+    IMAGE.save(tmp_path / "image.png")
+    done = run(
+        "ask", tmp_path / "image.png", QUESTION.text, "--model", checkpoint, "--method", "q-zoom",
+        "--preset", "qwen2.5-vl-7b-ocrbench", "--set", "gate_threshold=0", "--set", "region_threshold=0.01",
+        "--set", "max_tokens=140", "--max-new-tokens", "4", "--report", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0 and "UNEXPECTED" not in done.output, done.output
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["zoomed"] and 0 < found["gate"] < 1 and found["shown_tokens"][0] >= 128 and found["notes"] == []
+    assert found["cells"] and found["labels"] == [["region branch"]] and len(found["boxes"][0]) == 1
+    assert 128 <= found["image_tokens"][0] < 200, "the plain answer's session has the task's budget too"
+    page = (tmp_path / "out" / "report.html").read_text()
+    for said in ("region branch", "gate", str(found["gate"]), "region_threshold", "Zoomed"):
+        assert said in page
+
+
+def test_it_is_evaluated_beside_a_plain_answer(checkpoint, tmp_path, small_scenes):
+    done = run(
+        "eval", "--methods", "plain,q-zoom", "--model", checkpoint, "--limit", "1", "--set", "max_tokens=60",
+        "--set", "min_tokens=20", "--set", "max_new_tokens=2", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (record,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()[1:])
+    assert "q-zoom" in json.dumps(record)
+
+
+def test_a_model_without_branches_is_one_line_that_says_what_to_name(tmp_path):
+    IMAGE.save(tmp_path / "image.png")
+    done = run("ask", tmp_path / "image.png", QUESTION.text, "--method", "q-zoom", "--out", tmp_path / "out")
+    assert done.exit_code == 1 and "branches=FOLDER" in " ".join(done.output.split())

@@ -23,7 +23,7 @@ def profile(
     ] = "Qwen2.5-VL-7B-Instruct",
     tokens: Annotated[int | None, typer.Option(help="Image tokens, as a square picture; default: 16384.")] = None,
     image: Annotated[str | None, typer.Option(help="Pixels instead of tokens: 7680x4320, width first.")] = None,
-    flow: Annotated[str, typer.Option(help="eager, published, ours, or all.")] = "all",
+    flow: Annotated[str, typer.Option(help="eager, published, ours, all of these, or q-zoom.")] = "all",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(help="Tokens that a session sends through the decoder at once.")] = 2048,
     offload_kv: Annotated[

@@ -7,6 +7,7 @@ generation_config.json cannot be read; both would be answers that look like the 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,7 @@ def read_weights(model_class: Any, path: str | Path, **arguments: Any) -> tuple[
 
     Raises `ValueError` for weights that the checkpoint lacks or has in other shapes, else as `reading`.
     """
-    with reading(path, "weights", WEIGHTS):
+    with reading(path, "weights", WEIGHTS), _unreported():
         model, report = model_class.from_pretrained(
             path,
             use_safetensors=True,
@@ -113,6 +114,22 @@ def read_weights(model_class: Any, path: str | Path, **arguments: Any) -> tuple[
             **arguments,
         )
     return model, _checked(path, report)
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Inside, transformers logs no table of weights that it lacks or has no place for: `_checked` says it, and some of
+    them find a place afterwards."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in ("LOAD REPORT", "Some weights of"))
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hide.present.pages import embedded, render
 from hide.present.table import ResultTable
-from hide.profiling.flows import FLOWS
+from hide.profiling.flows import EVERY
 from hide.profiling.runs import Fit, FlowRun, Settings, at_peak
 from hide.profiling.workload import Workload
 from hide_kernels.memory import Owner
@@ -130,7 +130,7 @@ def _stages(run: FlowRun) -> ResultTable:
         held = "-" if largest is None else f"{largest.group} {gigabytes(largest.bytes)}"
         rows.append((stage.name, gigabytes(stage.peak), gigabytes(stage.live), held))
     header = ("stage", "peak, GB", "live at its end", "largest beside weights")
-    return ResultTable(f"{run.flow}: {FLOWS[run.flow].about}", header, rows)
+    return ResultTable(f"{run.flow}: {EVERY[run.flow].about}", header, rows)
 
 
 def _owners(run: FlowRun) -> ResultTable:
@@ -168,7 +168,7 @@ def _flow(run: FlowRun) -> dict[str, Any]:
     report = run.report
     return {
         "flow": run.flow,
-        "about": FLOWS[run.flow].about,
+        "about": EVERY[run.flow].about,
         "kind": report.kind,
         "device": report.device,
         "tokens": run.tokens,

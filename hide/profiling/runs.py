@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hide.profiling.flows import FLOWS, owner_group
+from hide.profiling.flows import EVERY, SESSIONS, owner_group
 from hide.profiling.models import DTYPES, WEIGHTS, build, fused_attention
 from hide.profiling.workload import CELL, TooManyTokensError, Workload, picture_of
 from hide_kernels.memory import MemoryReport, Owner, predict, profile, stage
@@ -77,7 +77,7 @@ def predict_flow(config: Any, flow: str, work: Workload, settings: Settings = PL
 
     Args:
         config: of the model, as `hide.profiling.models.read_config` gives it.
-        flow: a name in `FLOWS`.
+        flow: a name in `EVERY`.
         work, settings: sizes, and how the model is held.
         owners: find out what is alive at the peak; without it takes less time.
 
@@ -91,7 +91,7 @@ def predict_flow(config: Any, flow: str, work: Workload, settings: Settings = PL
             adapter = build(config, DTYPES[settings.dtype], settings.weights)
         tokens = picture_of(adapter, work.image).tokens
         with fused_attention(adapter) if settings.attention == "flash" else nullcontext():
-            FLOWS[flow].run(adapter, work)
+            EVERY[flow].run(adapter, work)
     return FlowRun(flow, tokens, recording.report, time.perf_counter() - start)
 
 
@@ -105,7 +105,7 @@ def measure_flow(adapter: Any, flow: str, work: Workload, *, owners: bool = Fals
     with profile(adapter.model, owners=owners, groups=_measured_group if owners else None) as recording:
         ended = None
         try:
-            FLOWS[flow].run(adapter, work)
+            EVERY[flow].run(adapter, work)
         except (torch.OutOfMemoryError, MemoryError) as error:
             ended = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     report = recording.report if ended is None else dataclasses.replace(recording.report, error=ended)
@@ -178,7 +178,7 @@ def fits(
                 progress(f"{flow}, {kind} weights")
             fit, stage_of_peak = _largest(config, flow, budget, work, own)
             found.append(fit)
-            if flow != "ours":
+            if flow not in SESSIONS:
                 continue
             tried = work
             if tried.chunk > SMALL_CHUNK and stage_of_peak == "prefill" and not fit.limited:
@@ -204,7 +204,7 @@ def _largest(config: Any, flow: str, budget: int, work: Workload, settings: Sett
     size, limited = largest_within(peak, budget, math.isqrt(FIT_TOKENS * CELL**2 // (6 * STEP**2)))
     run = runs[max(size, 1)]
     pixels = (3 * size * STEP, 2 * size * STEP)
-    session = flow == "ours"
+    session = flow in SESSIONS
     fit = Fit(
         flow,
         settings.weights,

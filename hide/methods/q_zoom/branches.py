@@ -119,9 +119,9 @@ class Glance:
         towers = (one.nbytes for one in (self._gate, self._regions) if one is not None)
         return self._keys.nbytes + sum(towers)
 
-    def gate(self, hidden: Tensor, positions: Tensor) -> float | None:
-        """The gate's probability, from what enters layer K of the question's tokens, (1, n, hidden); `None`: the
-        checkpoint has no gate."""
+    def gate(self, hidden: Tensor, positions: Tensor) -> Tensor | None:
+        """() float32, the gate's probability, from what enters layer K of the question's tokens, (1, n, hidden);
+        `None`: the checkpoint has no gate."""
         layers, head = self._branches.gate, self._branches.head
         if layers is None or head is None:
             return None
@@ -131,7 +131,8 @@ class Glance:
             )
         last = self._gate.run(hidden, positions)[:, -1]
         with self._model.alone():
-            return float(head(last).float().sigmoid())
+            probability: Tensor = head(last).float().sigmoid()[0, 0]
+        return probability
 
     def scores(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """(rows, columns) float32: the map before any sigmoid; arguments as `gate`."""
@@ -216,8 +217,8 @@ def new_branches(
 
     Raises `ValueError` for sizes that the model does not take.
     """
-    if not 1 <= layer <= model.num_layers:
-        raise ValueError(f"twig_K: got {layer}, want 1 to {model.num_layers}, the model's layers")
+    if not 1 <= layer < model.num_layers:
+        raise ValueError(f"twig_K: got {layer}, want 1 to {model.num_layers - 1}, with layers of the model behind it")
     if depth < 2:
         raise ValueError(f"twig_T: got {depth}, want at least 2 layers, of the last of which the map is made")
     decoder = model.language_model

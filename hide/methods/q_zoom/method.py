@@ -163,16 +163,16 @@ class QZoom(Method[QZoomSettings]):
                 states = branch.run(layers=range(self.branches.layer))
                 places = branch.positions[..., session.length :]
                 glance = self._glance(session, turn, branch)
-                gate = glance.gate(states, places)
+                found = glance.gate(states, places)
+                gate = None if found is None else float(found)
             if gate is not None and math.isnan(gate):
                 notes.append("gate: its probability is NaN, so the answer is the plain one; a larger dtype may mend it")
             if gate is None or gate >= self.settings.gate_threshold:
                 with steps("region"):
-                    found = self.map(glance, glance.scores(states, places))
-                    evidence = Evidence(maps=found[None], labels=(LABEL,), threshold=self.settings.region_threshold)
-                    region = self.region(found)
-                if not bool(found.isfinite().all()):
-                    notes.append("region: the map holds NaN or inf; a larger dtype may mend it")
+                    heat = self.map(glance, glance.scores(states, places))
+                    evidence = Evidence(maps=heat[None], labels=(LABEL,), threshold=self.settings.region_threshold)
+                    region = self.region(heat)
+                notes += self._doubts(heat)
                 if region is None:
                     notes.append("region: no cell is above the threshold, so the answer is the plain one")
             if region is None:
@@ -265,7 +265,20 @@ class QZoom(Method[QZoomSettings]):
             ),
         )
 
+    def _doubts(self, heat: Tensor) -> list[str]:
+        """Notes about a map: what is no number, and in 16 bits cells that rounding could move over the threshold."""
+        notes = []
+        if not bool(heat.isfinite().all()):
+            notes.append("region: the map holds NaN or inf; a larger dtype may mend it")
+        error = torch.finfo(self.model.dtype).eps
+        near = int(((heat - self.settings.region_threshold).abs() <= error).sum())
+        if near and self.model.dtype.itemsize == 2:
+            notes.append(
+                f"region: {near} cells lie within {error:g} of the threshold, a step of {self.model.dtype} at 1"
+            )
+        return notes
+
     def _details(self, gate: float | None, region: Region | None) -> dict[str, Any]:
         cells = None if region is None else list(region.cells)
-        known = gate is not None and math.isfinite(gate)
-        return {"gate": round(gate, 4) if known else None, "zoomed": region is not None, "cells": cells}
+        shown = round(gate, 4) if gate is not None and math.isfinite(gate) else None
+        return {"gate": shown, "zoomed": region is not None, "cells": cells}
