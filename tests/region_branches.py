@@ -4,7 +4,6 @@ import json
 
 import torch
 from families import FAMILIES
-from random_models import V5
 from safetensors.torch import save_file
 
 from hide.methods.q_zoom.branches import attach, new_branches
@@ -93,6 +92,3 @@ def save(folder, adapter, *, prefix, gate=True, without=(), more=(), config=None
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     return folder
-
-
-__all__ = ["CONFIG", "DEPTH", "LAYER", "V5", "released_names", "save", "with_branches"]

@@ -638,6 +638,11 @@ def test_what_a_checkpoint_lacks_or_has_otherwise_is_named(tmp_path):
             branches_of(adapter, other)
 
 
+def test_positions_inside_an_image_are_refused_where_there_is_one_axis():
+    with pytest.raises(ValueError, match="reuse_src_pos: got True, but llava"):
+        method_of(with_branches("llava"), reuse_src_pos=True)
+
+
 def test_models_and_folders_without_branches_say_what_to_name(tmp_path):
     from families import FAMILIES
 

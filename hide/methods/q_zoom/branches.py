@@ -236,8 +236,9 @@ def new_branches(
 def attach(model: Adapter, branches: Branches, source: str = "") -> None:
     """Let the branches be parts of the model's text model, under their released names. source: where they come from."""
     with model.lock:
-        for name, module in branches.modules().items():
-            model.language_model.add_module(name, module)
+        # A new dictionary: other threads may be looking through the old one.
+        own = vars(model.language_model)
+        own["_modules"] = own["_modules"] | branches.modules()
         _attached[model.language_model] = source, branches
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from hide.engine.prefix import Branch, encode
-from hide.images import to_image
+from hide.images import on_colour, to_image
 from hide.methods.base import Answer, AnswerSettings, Evidence, Method, Preset, Steps, presets_of
 from hide.methods.prompts import SHORT_ANSWER
 from hide.methods.q_zoom.branches import Branches, Glance, branches_of
@@ -138,6 +138,10 @@ class QZoom(Method[QZoomSettings]):
     def check(self) -> None:
         """See `Method`. The branches are loaded, unless the model has them: `ValueError` where there are none."""
         super().check()
+        if self.settings.reuse_src_pos and self.model.family == "llava":
+            raise ValueError(
+                "reuse_src_pos: got True, but llava's positions have one axis, with no place inside an image"
+            )
         self.branches = branches_of(self.model, self.settings.branches)
 
     @property
@@ -241,7 +245,7 @@ class QZoom(Method[QZoomSettings]):
     def _square(self, session: ImageSession, crop: Tensor, region: Region) -> tuple[ImageInputs, Features]:
         """A crop as SD-RPN shows it to LLaVA: stretched to the square, and of its tokens those that are kept."""
         side = self.model.model.config.vision_config.image_size
-        square = to_image(crop).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        square = on_colour(to_image(crop)).resize((side, side), Image.Resampling.BILINEAR)
         inputs, features = encode(self.model, session.prepare([square]))
         (item,) = inputs.items
         kept = kept_tokens(region, item.grid)
