@@ -4,6 +4,7 @@ scratch, the rules between map and crop, and checkpoints with exactly the releas
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from hide.engine.decoder import extend
 from hide.engine.kv_cache import PreallocatedCache
 from hide.methods.base import Preset
 from hide.methods.plain import Plain
-from hide.methods.q_zoom.branches import Branches, branches_of, region_scores
+from hide.methods.q_zoom.branches import Branches, branches_of, new_branches, region_scores
 from hide.methods.q_zoom.method import QZoom, QZoomSettings
 from hide.methods.q_zoom.regions import (
     Region,
@@ -38,6 +39,7 @@ from hide.methods.q_zoom.regions import (
 )
 from hide.models import load
 from hide.presets import AnswerSettings, NoSettings, RunSettings
+from hide.profiling.models import build, read_config
 from hide.questions import Question
 from hide.session import Message
 from hide_kernels.integrations.transformers import capture_attention
@@ -369,6 +371,14 @@ def test_answers_are_the_same_in_every_mode_and_with_keys_on_the_host(qwen, mode
     for other in (inside, outside):
         assert other.text == want.text and other.details == want.details
         assert torch.equal(other.evidence[0].maps, want.evidence[0].maps)
+
+
+def test_threads_share_a_session_and_what_the_branches_make_of_it(qwen):
+    method = method_of(qwen, gate_threshold=0.0, region_threshold=0.5)
+    questions = [Question(f"Is thing {number} red?") for number in range(4)]
+    want = [method.ask(IMAGE, one).to_dict()["answer"] for one in questions]
+    with method.open(IMAGE) as session, ThreadPoolExecutor(3) as threads:
+        assert [answer.text for answer in threads.map(lambda one: method.ask(session, one), questions)] == want
 
 
 def test_captures_know_nothing_of_the_branches(qwen):
@@ -715,3 +725,16 @@ def test_a_model_without_branches_is_one_line_that_says_what_to_name(tmp_path):
     IMAGE.save(tmp_path / "image.png")
     done = run("ask", tmp_path / "image.png", QUESTION.text, "--method", "q-zoom", "--out", tmp_path / "out")
     assert done.exit_code == 1 and "branches=FOLDER" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [("Qwen2.5-VL-3B-Instruct", 0.46), ("Qwen2.5-VL-7B-Instruct", 1.40), ("Qwen3-VL-4B-Instruct", 0.61)],
+)
+def test_branches_of_real_sizes_have_the_published_parameters(name, billions):
+    config = read_config(name)
+    config.text_config.num_hidden_layers, config.vision_config.depth = 4, 1
+    with torch.device("meta"):
+        branches = new_branches(build(config, torch.bfloat16), 2, 3, gate_depth=3)
+    count = sum(own.numel() for module in branches.modules().values() for own in module.parameters())
+    assert count / 1e9 == pytest.approx(billions, abs=0.006)
