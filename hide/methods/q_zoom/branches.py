@@ -110,8 +110,7 @@ class Glance:
         self._hidden, self._positions = hidden, positions
         self._gate: Beside | None = None
         self._regions: Beside | None = None
-        self._keys = hidden.new_empty(0)
-        self._first: Tensor | None = None
+        self._keys = self._first_query = hidden.new_empty(0)
 
     @property
     def nbytes(self) -> int:
@@ -136,32 +135,28 @@ class Glance:
 
     def scores(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """(rows, columns) float32: the map before any sigmoid; arguments as `gate`."""
-        tower = self._looked()
-        last = tower.run(hidden, positions)[:, -1:]
+        last = self._looked().run(hidden, positions)[:, -1:]
         with self._model.alone():
             query = self._branches.folded_query(self._model, last, positions[..., -1:])
             return region_scores(query, self._keys)[0, 0].view(self._image.grid)
 
     def first_token_scores(self) -> Tensor:
         """(rows, columns) float32: scores of the sequence's first token in head 0 alone, which sinks stand out in."""
-        tower = self._looked()
-        if self._first is None:
-            assert tower.states is not None
-            last = self._branches.regions[-1]
-            with self._model.alone():
-                start, place = tower.states[:, :1], self._positions[..., :1]
-                query = query_heads(last, *self._branches.entering(self._model, start, place))[:, :1]
-                self._first = region_scores(query, self._keys[:, :1])[0, 0].view(self._image.grid)
-        return self._first
+        self._looked()
+        with self._model.alone():
+            return region_scores(self._first_query, self._keys[:, :1])[0, 0].view(self._image.grid)
 
     def _looked(self) -> Beside:
         if self._regions is None:
-            tower = Beside(self._model, self._branches.regions[:-1], self._hidden, self._positions, chunk=self._chunk)
-            assert tower.states is not None
+            model, branches, positions = self._model, self._branches, self._positions
+            tower = Beside(model, branches.regions[:-1], self._hidden, positions, chunk=self._chunk)
+            states, tower.states = tower.states, None
+            assert states is not None
             cells = self._image.start + self._image.cells.flatten()
-            with self._model.alone():
-                states = tower.states[:, cells.to(tower.states.device)]
-                self._keys = self._branches.keys(self._model, states, self._positions[..., cells.cpu()])
+            with model.alone():
+                self._keys = branches.keys(model, states[:, cells.to(states.device)], positions[..., cells.cpu()])
+                normed, turned = branches.entering(model, states[:, :1], positions[..., :1])
+                self._first_query = query_heads(branches.regions[-1], normed, turned)[:, :1]
             self._regions = tower
         return self._regions
 
@@ -186,7 +181,7 @@ def branches_of(model: Adapter, source: str | Path | None = None) -> Branches:
         raise ValueError(f"model: there are no region branches for {model.family}, only for {', '.join(FAMILIES)}")
     with model.lock:
         there = _attached.get(model.language_model)
-        if there is not None and source in (None, there[0]):
+        if there is not None and (source is None or str(source) == there[0]):
             return there[1]
         if there is not None:
             raise ValueError(f"branches: those of {there[0]} are attached to the model; load it anew for {source}")
