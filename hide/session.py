@@ -7,11 +7,11 @@ with the verbs that they have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -46,6 +46,7 @@ VERBS = ("attention", "chat", "crop", "ask", "branch", "hidden")
 QUESTION_ROOM = 1024
 
 Step = Callable[[str], AbstractContextManager[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +169,18 @@ class Session:
         """
         raise self._lacks("hidden")
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made when it is first asked for and held until the session is closed: what a method
+        computes of the images whatever the question.
+
+        Threads that ask at once may each make one, and get the same; inside an open branch there is one.
+        """
+        held: dict[Hashable, Any] = vars(self).setdefault("_held", {})
+        if key not in held:
+            held.setdefault(key, make())
+        found: T = held[key]
+        return found
+
     def close(self) -> None:
         """Free what is held; no more can be asked."""
 
@@ -232,6 +245,7 @@ class ImageSession(Prefix, Session):
         self.images, self._pixels, self.notes = tuple(images), tuple(pixels), tuple(notes)
         self.image_tokens, self.max_aspect = inputs.tokens, model.max_aspect
         self._conversation: _Conversation | None = None
+        self._held: dict[Hashable, Any] = {}
 
     @property
     def pixels(self) -> tuple[Tensor, ...]:
@@ -242,13 +256,15 @@ class ImageSession(Prefix, Session):
 
     @property
     def nbytes(self) -> int:
-        """Memory of the devices that is held: as a `Prefix`, and the images' pixels."""
-        return super().nbytes + sum(image.nbytes for image in self._pixels)
+        """Memory of the devices that is held: as a `Prefix`, the images' pixels, and what `once` holds, where it has
+        `nbytes`."""
+        held = [*self._pixels, *self._held.values()]
+        return super().nbytes + sum(getattr(one, "nbytes", 0) for one in held)
 
     def close(self) -> None:
-        """As a `Prefix`; the pixels too."""
+        """As a `Prefix`; the pixels and what `once` holds too."""
         super().close()
-        self._pixels, self._conversation = (), None
+        self._pixels, self._conversation, self._held = (), None, {}
 
     def turn(self, said: str | Sequence[Message | Reply]) -> Turn:
         """See `Session`."""

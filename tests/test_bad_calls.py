@@ -402,6 +402,7 @@ def test_method_names_that_are_none_are_shown(text, unknown):
     with pytest.raises(ValueError, match=f"^methods: got {unknown}, want any of plain, hide"):
         _method_names(text)
     assert _method_names(" hide, plain ,hide") == ["hide", "plain"]
+    assert "vicrop" in _method_names("all") and "q-zoom" not in _method_names("all")
 
 
 def test_a_method_on_a_session_that_is_run_otherwise_says_so(model):

@@ -263,7 +263,10 @@ OFFLOADED = dataclasses.replace(SMALL, offload=True)
 
 
 # Two layers always stay on the device: of an offloaded session two more are looked at.
-@pytest.mark.parametrize("flow, work, layers", [*((flow, SMALL, 2) for flow in FLOWS), ("ours", OFFLOADED, 4)])
+@pytest.mark.parametrize(
+    "flow, work, layers",
+    [*((flow, SMALL, 3 if flow == "q-zoom" else 2) for flow in FLOWS), ("ours", OFFLOADED, 4)],
+)
 def test_a_flows_prediction_is_its_measurement(flow, work, layers):
     config = tiny_config(layers)
     predicted = predict_flow(config, flow, work, Settings("float32", attention="sdpa")).report
@@ -338,8 +341,8 @@ def test_fused_attention_counts_output_and_log_sum_exp_and_leaves_the_model_as_i
 def test_flows_change_nothing_on_the_model(tiny):
     weights = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
     implementation = tiny.model.config.text_config._attn_implementation
-    for flow in FLOWS.values():
-        flow.run(tiny, SMALL)
+    for name in flows_of("all"):
+        FLOWS[name].run(tiny, SMALL)
     assert tiny.model.config.text_config._attn_implementation == implementation
     assert all(torch.equal(weights[name], parameter) for name, parameter in tiny.model.named_parameters())
 
@@ -664,7 +667,8 @@ def test_a_family_without_a_flow_is_refused_by_name(tmp_path):
     assert done.exit_code == 1 and f"'llama'; there are flows for {next(iter(FAMILIES))}" in " ".join(
         done.output.split()
     )
-    assert (*flows_of("all"), "plain") == tuple(FLOWS) and len(flows_of("eager")) == 2
+    assert (*flows_of("all"), "plain", "q-zoom") == tuple(FLOWS) and len(flows_of("eager")) == 2
+    assert flows_of("q-zoom") == ("q-zoom",)
 
 
 def test_exponents_are_those_of_powers():

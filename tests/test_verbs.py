@@ -200,6 +200,39 @@ def seen_before(scores, ids, new, penalty):
     return found
 
 
+def test_a_branch_takes_the_features_of_images_that_are_encoded_already(model, session):
+    more = everything(model, CROP)
+    ids, features = model.input_ids(SECOND, session.inputs + more), model.encode(more)
+    with session.branch(ids, more) as branch:
+        want = branch.logits()
+    with session.branch(ids, more.without_pixels(), features=features) as branch:
+        assert torch.equal(branch.logits(), want)
+    with (
+        pytest.raises(ValueError, match=r"features: got \d+ tokens, want as many"),
+        session.branch(ids, more, features=features.part(1, len(features.embeddings))),
+    ):
+        pass
+
+
+def test_what_is_made_once_is_held_until_the_session_is_closed(model):
+    made = []
+
+    def make():
+        made.append(torch.zeros(1000))
+        return made[-1]
+
+    with open_session(model, IMAGE, RUN) as session:
+        before = session.nbytes
+        assert session.once("zeros", make) is session.once("zeros", make) is made[0] and len(made) == 1
+        assert session.nbytes == before + 4000
+    assert session.nbytes == 0
+
+    class Remote(Session):
+        """Any engine's."""
+
+    assert Remote().once("one", lambda: 1) == 1
+
+
 def test_a_failure_within_the_layers_leaves_the_branch_as_it_was(model, session, monkeypatch):
     ids = model.input_ids(FIRST, session.inputs)
     want = logits(model, ids, everything(model, IMAGE))

@@ -350,10 +350,11 @@ def _warn(console: Console, text: str) -> None:
 
 
 def _method_names(text: str) -> list[str]:
-    from hide.methods import BUILT_IN, method_names
+    from hide.methods import BUILT_IN, TRAINED, method_names
 
     known = method_names()
-    asked = list(BUILT_IN) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    every = [name for name in BUILT_IN if name not in TRAINED]
+    asked = every if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
     if unknown := [name for name in asked if name not in known]:
         raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
     return asked

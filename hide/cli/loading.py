@@ -111,13 +111,21 @@ class LoadOptions(ModelOptions):
         A change that is none of a method's is for the others; `ValueError` for one that is none of any.
         """
         from hide.methods import method_class
+        from hide.presets import MODELS
 
         classes = [method_class(name) for name in names]
+        owner = next((kind for kind in classes if self.preset in kind.presets), None)
         model = self.load() if model is None else model
         changes, unused = self.changes(), set(self.changes())
         made: list[Method[Any]] = []
         for kind in classes:
-            preset, notes = kind.preset_for(model, self.preset)
+            if owner is not None and self.preset is not None and self.preset not in {*kind.presets, *MODELS}:
+                # One that other methods here know: this one has its own settings, and is run and asked in their way.
+                shared = owner.presets[self.preset]
+                preset, notes = kind.preset_for(model)
+                preset = dataclasses.replace(preset, run=shared.run, answer=shared.answer)
+            else:
+                preset, notes = kind.preset_for(model, self.preset)
             mine = {name: value for name, value in changes.items() if name in preset.to_dict()}
             unused -= mine.keys()
             made.append(kind(model, preset.changed(**mine), notes=notes))

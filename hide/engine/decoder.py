@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hide.engine.chunked_sdpa import continuing
@@ -151,13 +151,16 @@ class _FirstMargin(LogitsProcessor):
 
 
 @contextmanager
-def only_layers(decoder: Any, layers: range) -> Iterator[None]:
-    """Inside, the decoder runs these layers alone, and its final norm only behind the last one."""
+def only_layers(decoder: Any, layers: range | nn.ModuleList) -> Iterator[None]:
+    """Inside, the decoder runs these layers alone, and its final norm only behind its last one; modules stand in the
+    place of its own."""
     # In front of the module's own, which stay where they are: other threads may be looking through the modules.
     own = vars(decoder)
-    if layers.stop < len(decoder.layers):
+    if isinstance(layers, nn.ModuleList) or layers.stop < len(decoder.layers):
         own["norm"] = lambda hidden: hidden
-    if len(layers) < len(decoder.layers):
+    if isinstance(layers, nn.ModuleList):
+        own["layers"] = layers
+    elif len(layers) < len(decoder.layers):
         own["layers"] = decoder.layers[layers.start : layers.stop]
     try:
         yield

@@ -135,8 +135,7 @@ class Prefix:
         for tap in taps:
             if not 0 <= tap <= model.num_layers:
                 raise ValueError(f"taps: got {tap}, want layers 0 to {model.num_layers}")
-        if features is not None and len(features.embeddings) != sum(inputs.tokens if inputs is not None else ()):
-            raise ValueError(f"features: got {len(features.embeddings)} tokens, want as many as the images have")
+        _check_features(inputs, features)
         if inputs is not None and features is None:
             inputs, features = encode(model, inputs)
         if inputs is not None:
@@ -184,6 +183,7 @@ class Prefix:
         ids: Tensor,
         inputs: ImageInputs | None = None,
         *,
+        features: Features | None = None,
         positions: Tensor | None = None,
         room: int = 0,
         behind: Kept | None = None,
@@ -193,6 +193,8 @@ class Prefix:
         Args:
             ids: (1, L) int64, the whole prompt, which begins with the prefix.
             inputs: the images behind the prefix, or behind what was kept.
+            features: of their tokens, where the caller has encoded them, or a part of them; `None`: they are encoded
+                here.
             positions: of the tokens behind the prefix as the decoder takes them, (P, 1, n) or (1, n), integers or
                 fractions; `None`: those of the family.
             room: tokens that will come after the prompt.
@@ -206,12 +208,13 @@ class Prefix:
                 waited for.
         """
         self._check(ids, inputs, behind)
+        _check_features(inputs, features)
         with self._alone(behind) as cache:
             every = self.inputs if behind is None else behind.inputs
             start = self.length if behind is None else behind.ids.shape[1]
-            features = None
             if inputs is not None:
-                inputs, features = encode(self.model, inputs)
+                if features is None:
+                    inputs, features = encode(self.model, inputs)
                 every = inputs if every is None else every + inputs
             branch = None
             try:
@@ -348,9 +351,9 @@ class Branch:
     ) -> None:
         """Made by `Prefix.branch`.
 
-        cache: the prefix's. features: of the images whose tokens come from `start` on. tapped: per tap what entered
-        that layer, in the pieces that were sent. left: whether its block is over. margin: of the last reply, as
-        `Reply` has it.
+        cache: the prefix's. features: of the images whose tokens come from `start` on. positions: of the prompt's
+        tokens, as the decoder takes them. tapped: per tap what entered that layer, in the pieces that were sent. left:
+        whether its block is over. margin: of the last reply, as `Reply` has it.
         """
         self.ids = ids
         self.margin: float | None = None
@@ -359,7 +362,7 @@ class Branch:
         self.tapped: dict[int, list[Tensor]] = {tap: [] for tap in taps}
         self._prefix, self._model, self._cache = prefix, prefix.model, cache
         self._inputs = inputs
-        self._positions, self._rope_delta = prefix.model.positions(ids, inputs)
+        self.positions, self._rope_delta = prefix.model.positions(ids, inputs)
         self._own_positions = positions is not None
         if positions is not None:
             self._take_positions(positions, start)
@@ -461,7 +464,7 @@ class Branch:
             self._model,
             self._cache,
             self.ids[:, at:end],
-            self._positions[..., at:end],
+            self.positions[..., at:end],
             features,
             layers=layers,
             hidden=self._states[:, at - self.at : end - self.at] if self._layer else None,
@@ -568,7 +571,7 @@ class Branch:
 
     def _take_positions(self, positions: Tensor, start: int) -> None:
         """The caller's positions in place of the family's, for the tokens from `start` on and those of the reply."""
-        own = self._positions[..., start:]
+        own = self.positions[..., start:]
         if not isinstance(positions, Tensor) or positions.dtype in (torch.bool, torch.complex64, torch.complex128):
             kind = getattr(positions, "dtype", type(positions).__name__)
             raise TypeError(f"positions: got {kind}, want a tensor of integers or floats")
@@ -580,7 +583,7 @@ class Branch:
         given = positions.cpu()
         if not bool(torch.isfinite(given).all()):
             raise ValueError("positions: got NaN or inf among them, want numbers")
-        self._positions = torch.cat([self._positions[..., :start].to(given.dtype), given], dim=-1)
+        self.positions = torch.cat([self.positions[..., :start].to(given.dtype), given], dim=-1)
         if self._rope_delta is not None:
             # Replies go on one behind the last token, on the three axes of images; before them may be one of the text.
             following = given[-3:, ..., -1].max() + 1 - self.ids.shape[1]
@@ -593,7 +596,7 @@ class Branch:
             self._cache,
             [self.ids[0].tolist()],
             self.ids[0, -1:],
-            self._positions[..., -1:],
+            self.positions[..., -1:],
             torch.ones(1, last, dtype=torch.bool),
         )
         return decoder.decode(max_new_tokens)[0]
@@ -639,3 +642,9 @@ def _check_tokens(model: Adapter, ids: Tensor, inputs: ImageInputs | None) -> No
     places, tokens = int((ids == model.image_token).sum()), sum(inputs.tokens) if inputs is not None else 0
     if places != tokens:
         raise ValueError(f"ids: got {places} image tokens, want {tokens}, as many as the images have")
+
+
+def _check_features(inputs: ImageInputs | None, features: Features | None) -> None:
+    """Refuses features of other images."""
+    if features is not None and len(features.embeddings) != sum(inputs.tokens if inputs is not None else ()):
+        raise ValueError(f"features: got {len(features.embeddings)} tokens, want as many as the images have")

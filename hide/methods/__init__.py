@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hide.methods.base import Method
 
-__all__ = ["BUILT_IN", "GROUP", "method_class", "method_names"]
+__all__ = ["BUILT_IN", "GROUP", "TRAINED", "method_class", "method_names"]
 
 GROUP = "hide.methods"
 BUILT_IN = {
@@ -24,6 +24,7 @@ BUILT_IN = {
     "hide": "hide.methods.hide.method:HiDe",
     "vicrop": "hide.methods.vicrop:ViCrop",
     "zoom-refine": "hide.methods.zoom_refine.method:ZoomRefine",
+    "q-zoom": "hide.methods.q_zoom.method:QZoom",
     "tiles": "hide.methods.ablations:Tiles",
     "masked": "hide.methods.ablations:Masked",
     "crop": "hide.methods.ablations:OneCrop",
@@ -31,6 +32,8 @@ BUILT_IN = {
     "zoom-refine-random": "hide.methods.ablations:RandomBox",
 }
 """Name -> where its class is, which is loaded when it is needed."""
+TRAINED = frozenset({"q-zoom"})
+"""Those that want trained parts, which few checkpoints have: they are asked by name alone."""
 
 
 def method_names() -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hide.models.checkpoint import listed
 from hide.models.devices import device_of
 from hide.models.inputs import Features, ImageInput, ImageInputs
 from hide.models.prompts import PLACEHOLDER, ChatPrompts
@@ -64,8 +66,10 @@ class Adapter(ChatPrompts):
     """Whether several images may stand in a prompt as one (`ImageInputs.joined`)."""
     max_aspect: ClassVar[int] = 200
     """How many times as long as wide an image may be."""
-    notes: tuple[str, ...] = ()
-    """Doubts about the checkpoint; they are among the notes of every result."""
+    source: str | Path | None = None
+    """The folder or hub name that it was loaded from."""
+    left_out: tuple[str, ...] = ()
+    """Names of weights of the checkpoint that have no place in the model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         """Wrap parts that are loaded already; raises `ValueError` for a tokenizer without a chat template."""
@@ -102,6 +106,14 @@ class Adapter(ChatPrompts):
     def processor_class(cls) -> Any:
         """Its image processor's class in this version of transformers."""
         return next(found for name in cls.processors if (found := getattr(transformers, name, None)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Doubts about the checkpoint; they are among the notes of every result."""
+        if not self.left_out:
+            return ()
+        names = listed(self.left_out)
+        return (f"model: the checkpoint has {names} for which the model has no place; they were left out",)
 
     @property
     def num_layers(self) -> int:

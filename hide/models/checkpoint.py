@@ -7,6 +7,7 @@ generation_config.json cannot be read; both would be answers that look like the 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,11 +99,11 @@ def check_settings(settings: GenerationConfig) -> None:
 
 
 def read_weights(model_class: Any, path: str | Path, **arguments: Any) -> tuple[Any, tuple[str, ...]]:
-    """`from_pretrained` of safetensors with these arguments, and notes about weights that the model has no place for.
+    """`from_pretrained` of safetensors with these arguments, and the names of weights that the model has no place for.
 
     Raises `ValueError` for weights that the checkpoint lacks or has in other shapes, else as `reading`.
     """
-    with reading(path, "weights", WEIGHTS):
+    with reading(path, "weights", WEIGHTS), _unreported():
         model, report = model_class.from_pretrained(
             path,
             use_safetensors=True,
@@ -115,10 +116,26 @@ def read_weights(model_class: Any, path: str | Path, **arguments: Any) -> tuple[
     return model, _checked(path, report)
 
 
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Inside, transformers logs no table of weights that it lacks or has no place for: `_checked` says it, and some of
+    them find a place afterwards."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in ("LOAD REPORT", "Some weights of"))
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
 def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes about transformers' report of what it loaded; tied weights are not missing in it."""
+    """What is left over in transformers' report of what it loaded; tied weights are not missing in it."""
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model: {path} lacks {_listed(missing)}; random ones would take their place")
+        raise ValueError(f"model: {path} lacks {listed(missing)}; random ones would take their place")
     if wrong := sorted(report["mismatched_keys"]):
         # transformers 4.57 gives names alone, 5 the shapes too.
         name, *shapes = (wrong[0],) if isinstance(wrong[0], str) else wrong[0]
@@ -127,14 +144,11 @@ def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"model: {path} has {name}{reason}{more}; weights and config.json are not of one model")
     if failed := report["error_msgs"]:
         raise ValueError(f"model: {path}: {one_line(failed[0])}")
-    if unexpected := sorted(report["unexpected_keys"]):
-        return (
-            f"model: the checkpoint has {_listed(unexpected)} for which the model has no place; they were left out",
-        )
-    return ()
+    return tuple(sorted(report["unexpected_keys"]))
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """How many weights, and the names of the first."""
     shown = ", ".join(names[:NAMED])
     return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}{', ...' if len(names) > NAMED else ''})"
 

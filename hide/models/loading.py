@@ -112,7 +112,7 @@ def load_family(
     if attn_implementation is None:
         flash = target.type == "cuda" and dtype != "float32" and is_flash_attn_2_available()
         attn_implementation = "flash_attention_2" if flash else "sdpa"
-    model, notes = read_weights(
+    model, left_out = read_weights(
         getattr(transformers, family.model_class),
         path,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
@@ -126,7 +126,7 @@ def load_family(
         adapter.check_tokenizer()
     with reading(path, "image processor", PROCESSOR):
         adapter.check_image_processor()
-    adapter.notes = notes
+    adapter.source, adapter.left_out = path, left_out
     return adapter
 
 

@@ -6,6 +6,7 @@ picture and little memory; maps and collage are made of a few rows. Both are lef
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,24 +17,30 @@ from torch import Tensor
 from hide.engine.decoder import extend
 from hide.engine.prefix import Prefix, encode
 from hide.engine.stock import forward_inputs
+from hide.methods.q_zoom.branches import Branches, Glance, new_branches
 from hide.models.base import Adapter
-from hide.profiling.models import eager_decoder
-from hide.profiling.workload import Scene, Workload, scene
+from hide.models.inputs import ImageInputs
+from hide.profiling.models import eager_decoder, materialise
+from hide.profiling.workload import Scene, Workload, picture_of, scene
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.memory import Owner, stage
 
+# Q-Zoom's released branches have so many layers each; its largest published budget, of image and crop alike.
+BRANCH_LAYERS, CROP_TOKENS = 3, 4096
 # Modules of a vision encoder and what follows it, by their path or by their class where they are called alone.
 _VISION = re.compile("visual|Vision[A-Z]|vision_tower|projector")
 
 
 class Flow(NamedTuple):
     """run: the flow on a workload. family: what `--flow` calls it. about: one line for readers. session: whether it is
-    one, which may look at a small view of the picture."""
+    one, which prefills in chunks, may keep keys and values on the host, and may look at a small view of the picture.
+    extra: only predicted when it is asked for by name."""
 
     run: Callable[[Adapter, Workload], None]
     family: str
     about: str
     session: bool = False
+    extra: bool = False
 
 
 @torch.no_grad()
@@ -101,14 +108,73 @@ def ours(adapter: Adapter, work: Workload, *, plainly: bool = False) -> None:
         if not plainly:
             with stage("search"), session.branch(search.input_ids) as branch:
                 branch.attention(search, layers=[layer], causal=False)
-        with stage("answer"), session.branch(answer, collage) as branch:
-            token = branch.logits().argmax(-1, keepdim=True)
-            with stage("next token"):
-                every = shown if collage is None else shown + collage.without_pixels()
-                places, _ = adapter.positions(answer, every)
-                hidden, _ = extend(adapter, session.cache, token, places[..., -1:] + 1)
-                adapter.model.get_output_embeddings()(hidden)
+        with stage("answer"):
+            _answer(adapter, session, answer, collage)
     del source
+
+
+@torch.no_grad()
+def q_zoom(adapter: Adapter, work: Workload) -> None:
+    """Q-Zoom where the gate opens: a session, gate and region branch, and a crop with the budget of the picture."""
+    with stage("weights"):
+        branches = untrained_branches(adapter)
+    with stage("inputs"):
+        crop = min(picture_of(adapter, work.image).tokens, CROP_TOKENS)
+        given = scene(adapter, dataclasses.replace(work, collage=crop))
+        source = torch.zeros(*work.pixels, 3, dtype=torch.uint8, device=adapter.model.device)
+    search, answer, cut = given.search, given.answer, given.collage
+    head = search.input_ids[:, : given.prefix]
+    shown, features = encode(adapter, given.image)
+    del given
+    session = Prefix(
+        adapter,
+        head,
+        shown,
+        features=features,
+        prefill_chunk=work.chunk,
+        offload=work.offload,
+        taps=(branches.layer,),
+    )
+    del features
+    with session:
+        with session.branch(search.input_ids) as branch:
+            before, behind = branch.positions[..., : session.length], branch.positions[..., session.length :]
+            with stage("gate"):
+                states = branch.run(layers=range(branches.layer))
+                hidden = session.hidden(branches.layer)
+                glance = Glance(adapter, branches, hidden, before, search.images[0], work.chunk)
+                glance.gate(states, behind)
+            with stage("region"):
+                glance.scores(states, behind)
+        with stage("answer"):
+            _answer(adapter, session, answer, cut)
+    del source
+
+
+def untrained_branches(adapter: Adapter) -> Branches:
+    """Branches of the released sizes for any model, where it is and in its dtype, at the layer that its configuration
+    names, or at the relative depth of the releases."""
+    depth = adapter.num_layers
+    layer = getattr(adapter.model.config, "twig_K", None)
+    if layer is None:
+        layer = depth * 15 // 32 if adapter.family == "llava" else depth * 2 // 3
+    with torch.device("meta"):
+        found = new_branches(adapter, layer, BRANCH_LAYERS, gate_depth=BRANCH_LAYERS)
+    for module in found.modules().values():
+        materialise(module.to(adapter.dtype), adapter.model.device)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False).normal_(std=0.02)
+    return found
+
+
+def _answer(adapter: Adapter, session: Prefix, answer: Tensor, more: ImageInputs | None) -> None:
+    """The reply's first two tokens, behind a further picture, if there is one."""
+    with session.branch(answer, more) as branch:
+        token = branch.logits().argmax(-1, keepdim=True)
+        with stage("next token"):
+            places = branch.positions[..., -1:] + 1
+            hidden, _ = extend(adapter, session.cache, token, places)
+            adapter.model.get_output_embeddings()(hidden)
 
 
 def _forward_inputs(adapter: Adapter, given: Scene, *, answer: bool) -> dict[str, Tensor]:
@@ -153,18 +219,26 @@ FLOWS = {
         "plain",
         "a session that answers from the image alone, with no HiDe",
         session=True,
+        extra=True,
+    ),
+    "q-zoom": Flow(
+        q_zoom,
+        "q-zoom",
+        "Q-Zoom: a session with a trained gate and region branch, and a crop",
+        session=True,
+        extra=True,
     ),
 }
-"""By name: those of a HiDe question, the hungriest first, then what they are measured against."""
+"""By name: those of a HiDe question, the hungriest first, then the extra ones."""
 
 FAMILIES = tuple(dict.fromkeys(flow.family for flow in FLOWS.values()))
 
 
 def flows_of(name: str) -> tuple[str, ...]:
-    """Names in `FLOWS` that "eager", "published", "ours", "plain", a name itself, or, for all but "plain", "all" stands
-    for; else `ValueError`."""
+    """Names in `FLOWS` that a family, or a name itself, stands for; "all" for those that are no `extra`; else
+    `ValueError`."""
     found = tuple(
-        key for key, flow in FLOWS.items() if name in (key, flow.family) or (name == "all" and key != "plain")
+        key for key, flow in FLOWS.items() if name in (key, flow.family) or (name == "all" and not flow.extra)
     )
     if not found:
         raise ValueError(f"flow: got {name!r}, want one of {', '.join((*FAMILIES, 'all', *FLOWS))}")

@@ -82,13 +82,13 @@ def build(config: Any, dtype: torch.dtype, weights: str | None = None) -> Adapte
             model = make(config, dtype=dtype)
             if weights != "bf16":
                 storages(model, weights)
-        _materialise(model, device)
+        materialise(model, device)
     processor = next(found for name in adapter.processors if (found := getattr(transformers, name, None)))
     # Prompts are made of ids here, so that no tokenizer is needed.
     return adapter(model, SimpleNamespace(chat_template=""), processor())  # type: ignore[arg-type]
 
 
-def _materialise(model: nn.Module, device: torch.device) -> None:
+def materialise(model: nn.Module, device: torch.device) -> None:
     """Storages without values for what is on the meta device; what is shared stays so."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():

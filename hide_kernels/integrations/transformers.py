@@ -253,9 +253,13 @@ def decoder_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
     with the reason, for models that have no other.
     """
     found: dict[int, nn.Module] = {}
+    own = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     for name, module in model.named_modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int) and getattr(module, "is_causal", False) and hasattr(module, "config"):
+            if own is not None and layer >= own:
+                # Beside the decoder's own: a branch, or layers that predict further tokens.
+                continue
             if layer in found:
                 raise ValueError(f"model: {type(model).__name__} has two causal attentions of layer {layer} ({name})")
             found[layer] = module
