@@ -31,7 +31,7 @@ def profile(
             help="Sessions too that look at the picture in so many tokens, or auto, and a plain answer beside.",
         ),
     ] = None,
-    flow: Annotated[str, typer.Option(help="eager, published, ours, all of these; or plain (no HiDe), or q-zoom.")] = "all",
+    flow: Annotated[str, typer.Option(help="eager, published, ours, all of these; plain (no HiDe), q-zoom.")] = "all",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(help="Tokens that a session sends through the decoder at once.")] = 2048,
     offload_kv: Annotated[
