@@ -587,6 +587,7 @@ def test_a_checkpoint_of_the_released_layout_loads_without_a_key_too_many_or_too
     mine, theirs = (one.language_model.state_dict() for one in (adapter, made))
     assert {name for name in mine if name.startswith(("twig_", "high_res_"))} == set(names)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert not any(one.is_meta for one in (*adapter.model.parameters(), *adapter.model.buffers()))
     assert (
         method.taps == (LAYER,)
         and method.ask(IMAGE, QUESTION).text == method_of(made, reuse_src_pos=gate, **ALWAYS).ask(IMAGE, QUESTION).text

@@ -272,9 +272,15 @@ def loaded(model: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tens
         if value.shape != tensors[name].shape:
             got, want = tuple(tensors[name].shape), tuple(value.shape)
             raise ValueError(f"model: {place} has {name} of shape {got}, and config.json wants {want}")
-    device = device_of(model.language_model.layers[layer - 1])
+    neighbour = model.language_model.layers[layer - 1]
+    device = device_of(neighbour)
     holder.load_state_dict({name: tensors[name].to(device, model.dtype) for name in wanted}, assign=True)
     holder.requires_grad_(False)
+    # What is no weight, such as the rotary frequencies that every layer had before transformers 5, is the decoder's.
+    for one in (*made.regions, *(made.gate or ())):
+        for name, buffer in neighbour.named_buffers():
+            parent, _, child = name.rpartition(".")
+            one.get_submodule(parent)._buffers[child] = buffer
     return made
 
 
