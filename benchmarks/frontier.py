@@ -31,7 +31,6 @@ from PIL import Image
 
 from benchmarks.measure import count
 from hide.evaluation.data import READERS, BadRecord, Sample, distinct
-from hide.evaluation.embedded_model import large_scene
 from hide.evaluation.scoring import Share, difference, share, strict, verdict
 from hide.evaluation.store import ResultFile, blank_record
 from hide.evaluation.tables import markdown
@@ -45,7 +44,7 @@ from hide.profiling.runs import Settings, predict_flow
 from hide.profiling.workload import Workload
 from hide.questions import Question
 from hide.tiny import CHECKPOINT
-from hide.tiny.scenes import questions
+from hide.tiny.scenes import large_scene, questions
 
 
 class Size(NamedTuple):

@@ -110,8 +110,7 @@ def scenes(
     """
     import numpy as np
 
-    from hide.evaluation.embedded_model import large_scene
-    from hide.tiny.scenes import draw_scene, questions
+    from hide.tiny.scenes import draw_scene, large_scene, questions
 
     number = 0
     while count > 0:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hide.evaluation.embedded_model import large_scene, measure_large, small_scene
+from hide.evaluation.embedded_model import measure_large, small_scene
 from hide.evaluation.scoring import Share, share
 from hide.methods.base import NoSettings
 from hide.methods.hide.method import HiDe
@@ -38,7 +38,18 @@ from hide.replies import read_letter
 from hide.session import ImageSession, Message
 from hide.tiny import CHECKPOINT
 from hide.tiny.letter_forms import LETTER_FORMS
-from hide.tiny.scenes import COLORS, KINDS, NUMBERS, PLURALS, Question, Scene, draw_scene, more_questions, questions
+from hide.tiny.scenes import (
+    COLORS,
+    KINDS,
+    NUMBERS,
+    PLURALS,
+    Question,
+    Scene,
+    draw_scene,
+    large_scene,
+    more_questions,
+    questions,
+)
 
 __all__ = ["PARTS", "SIZES", "main", "measure_methods", "measure_size", "overlap", "read_box"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections import defaultdict
@@ -28,9 +27,9 @@ from hide.methods.hide.method import HiDe
 from hide.methods.plain import Plain
 from hide.session import ImageSession
 from hide.tiny import CHECKPOINT
-from hide.tiny.scenes import Question, Scene, draw_scene, questions
+from hide.tiny.scenes import Question, Scene, draw_scene, large_scene, questions
 
-__all__ = ["attention_shares", "large_scene", "main", "measure_large", "measure_small", "small_scene"]
+__all__ = ["attention_shares", "main", "measure_large", "measure_small", "small_scene"]
 
 _CELL = 28
 _SMALL, _LARGE = 1_000, 1_000_000  # first seeds; training draws from 2**40 on
@@ -42,14 +41,6 @@ def small_scene(seed: int) -> Scene:
     columns, rows = (int(side) for side in rng.integers(4, 11, 2))
     count = min(int(rng.integers(2, 7)), max(2, rows * columns // 7))
     return draw_scene(seed, columns * _CELL, rows * _CELL, objects=count, object_size=(28, 70))
-
-
-def large_scene(seed: int, tokens: tuple[int, int]) -> Scene:
-    """A cluttered picture with a number of image tokens in a range."""
-    rng = np.random.default_rng(seed)
-    wanted, aspect = rng.uniform(*tokens), rng.uniform(0.8, 1.7)
-    width, height = (math.ceil(_CELL * (wanted * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
-    return draw_scene(seed, width, height, objects=int(rng.integers(5, 11)), object_size=(30, 90))
 
 
 def _asked(scenes: Iterator[Scene], count: int) -> Iterator[tuple[Scene, list[Question]]]:

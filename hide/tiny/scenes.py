@@ -25,6 +25,7 @@ __all__ = [
     "Scene",
     "SceneObject",
     "draw_scene",
+    "large_scene",
     "more_questions",
     "questions",
 ]
@@ -289,6 +290,14 @@ def draw_scene(
         box = (x + int(left), y + int(top), x + int(right), y + int(bottom))
         drawn.append(SceneObject(kind, color, box))
     return Scene(_add_grain(picture, rng), tuple(drawn))
+
+
+def large_scene(seed: int, tokens: tuple[int, int]) -> Scene:
+    """A cluttered picture with a number of image tokens of 28 x 28 pixels in a range."""
+    rng = np.random.default_rng(seed)
+    wanted, aspect = rng.uniform(*tokens), rng.uniform(0.8, 1.7)
+    width, height = (math.ceil(28 * (wanted * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
+    return draw_scene(seed, width, height, objects=int(rng.integers(5, 11)), object_size=(30, 90))
 
 
 def questions(scene: Scene, rng: np.random.Generator, *, positions: int | None = None) -> list[Question]:
