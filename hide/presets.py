@@ -191,7 +191,7 @@ MODELS: dict[str, Preset[NoSettings]] = {
     "internvl3-8b-two-images": Preset(NoSettings(), RunSettings(max_tokens=16128), family="internvl", depth=28),
     "llava-1.5-7b": Preset(NoSettings(), family="llava", depth=32),
     "llava-onevision-7b": Preset(NoSettings(), family="llava_onevision", depth=28),
-    "tiny": Preset(NoSettings(), RunSettings(min_tokens=36), AnswerSettings(max_new_tokens=8)),
+    "tiny": Preset(NoSettings(), RunSettings(min_tokens=36), AnswerSettings(max_new_tokens=64)),
 }
 """What published code uses for a model whatever the method: budgets and the form of questions."""
 

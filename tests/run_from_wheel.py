@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-QUESTION = "Is the heart on the left or right side of the circle?"
+QUESTION = "Is the triangle on the left or right side of the circle?"
 
 
 def main() -> None:
@@ -27,9 +27,9 @@ def main() -> None:
         before, answer = (one.ask(session, QUESTION) for one in (plain, method))
     assert (before.text, answer.text) == ("right", "left"), answer.to_dict()
     page = report_html(answer, plain=before, settings=method.preset.to_dict())
-    assert "Is the heart" in page, "the pages' templates are there"
+    assert "Is the triangle" in page, "the pages' templates are there"
     print(
-        f"{folder.name}: the heart is {answer.text} of the circle; boxes {[boxes.tolist() for boxes in answer.boxes]}"
+        f"{folder.name}: the triangle is {answer.text} of the circle; boxes {[boxes.tolist() for boxes in answer.boxes]}"
     )
 
 

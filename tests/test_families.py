@@ -190,7 +190,8 @@ def test_a_saved_checkpoint_is_loaded_by_its_type_and_answers_the_same(adapter, 
         stock.generate(one, QUESTION, own, max_new_tokens=8)
         for one, own in zip((adapter, loaded), pictures, strict=True)
     )
-    assert mine == theirs
+    # Weights that lie elsewhere in memory may be summed in another order.
+    assert mine == theirs._replace(margin=pytest.approx(theirs.margin, abs=1e-4))
 
 
 # A red field in a blue picture of 640 x 400, a quarter of its width and half of its height.

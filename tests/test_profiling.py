@@ -635,7 +635,7 @@ def test_json_is_json_and_a_fit_needs_no_size(tiny_folder):
     "arguments, text",
     [
         (["--model", "Qwen9"], "packaged are InternVL3-14B-hf"),
-        (["--model", TINY, "--flow", "best"], "want one of eager, published, ours, plain, all"),
+        (["--model", TINY, "--flow", "best"], "want one of eager, published, ours, plain, q-zoom, all"),
         (["--model", TINY, "--tokens", "0"], "at least 1 token"),
         (["--model", TINY, "--tokens", "40000"], "the model takes 32,768"),
         (["--tokens", "10000000000"], "the model takes"),

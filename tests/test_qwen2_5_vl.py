@@ -207,7 +207,7 @@ def test_replies_are_greedy_with_the_checkpoints_own_repetition_penalty(adapter,
             )
         start = inputs["input_ids"].shape[1]
         said = adapter.tokenizer.decode(want[0, start:], skip_special_tokens=True).strip()
-        assert replies == {(said, want.shape[1], tuple(want[0, start:].tolist()), ())}
+        assert {reply[:4] for reply in replies} == {(said, want.shape[1], tuple(want[0, start:].tolist()), ())}
         assert not torch.equal(want, unpenalised)
     finally:
         adapter.model.generation_config = original

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -533,9 +533,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="batches to a step, each on a core of its own")
     parser.add_argument("--no-attention-loss", action="store_true", help="do not teach words where to look")
-    parser.add_argument("--part", type=float, default=1.0, help="of every stage's steps, for a short run to compare")
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--until", choices=names, default=names[-1], help="the last stage, for a short run to compare")
     arguments = parser.parse_args()
-    stages = tuple(replace(stage, steps=max(1, round(stage.steps * arguments.part))) for stage in STAGES)
+    stages = STAGES[: names.index(arguments.until) + 1]
     look_weight = 0.0 if arguments.no_attention_loss else _LOOK_WEIGHT
     train(
         arguments.output,

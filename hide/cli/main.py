@@ -121,7 +121,7 @@ def _facts(answer: Answer, plain: Answer | None) -> Table:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_row("question", escape(answer.question.stem))
     for name, value in answer.details.items():
-        facts.add_row(escape(name), escape(", ".join(listed(value))))
+        facts.add_row(escape(name.replace("_", " ")), escape(", ".join(listed(value))))
     shown = [found.shown_tokens for found in answer.evidence if found.shown_tokens is not None]
     facts.add_row("image tokens", " + ".join(map(str, [*answer.image_tokens, *shown])))
     for index, boxes in enumerate(answer.boxes):

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,12 @@ def _two_turns(session: ImageSession, question: AskedQuestion) -> tuple[str, str
 
 
 def _scenes(draw: Callable[[int], Scene]) -> Iterator[tuple[Scene, np.random.Generator]]:
-    seed = _FIRST_SEED
-    while True:
-        yield draw(seed), np.random.default_rng(seed)
-        seed += 1
+    for seed in numbers(_FIRST_SEED):
+        try:
+            scene = draw(seed)
+        except ValueError:  # its things do not fit into so small a picture
+            continue
+        yield scene, np.random.default_rng(seed)
 
 
 def _to_count(size: tuple[int, int], rng: np.random.Generator) -> tuple[Scene, Question] | None:

@@ -74,7 +74,7 @@ class ViCrop(Method[ViCropSettings]):
         "qwen2.5-vl-3b": Preset(ViCropSettings(layers=(22,)), _RUN, _ANSWER, "qwen2_5_vl", 36),
         "qwen2.5-vl-7b": Preset(ViCropSettings(layers=(22,)), _RUN, _ANSWER, "qwen2_5_vl", 28),
         "llava-1.5-7b": Preset(ViCropSettings(layers=(14,), base=336), RunSettings(), _ANSWER, "llava", 32),
-        **presets_of({"tiny": ViCropSettings(layers=(2,), base=112, answer_request="")}),
+        **presets_of({"tiny": ViCropSettings(layers=(2,), base=112)}),
     }
 
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:

@@ -202,7 +202,7 @@ def report_html(
         model=model,
         answer=answer,
         plain=plain,
-        details={name: listed(value) for name, value in answer.details.items()},
+        details={name.replace("_", " "): listed(value) for name, value in answer.details.items()},
         images=[_image(seen) for seen in seen_in(answer)],
         steps=steps,
         settings=facts,

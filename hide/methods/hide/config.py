@@ -93,7 +93,7 @@ PRESETS: dict[str, Preset[HiDeConfig]] = presets_of(
         "llava-1.5-7b": HiDeConfig(layers=(14,), sigma=1.0, threshold=0.7, include_end_token=False),
         "llava-onevision-7b": HiDeConfig(layers=(14,), sigma=3.0, threshold=0.7, include_end_token=False),
         "tiny": HiDeConfig(
-            layers=(0,),
+            layers=(2,),
             sigma=1.0,
             threshold=0.1,
             entities_from="rules",

@@ -53,7 +53,6 @@ class ZoomRefineSettings:
 
 # 12 tiles and a thumbnail, as published.
 _TILES = RunSettings(min_tokens=256, max_tokens=3328)
-_TINY = presets_of({"tiny": ZoomRefineSettings()})["tiny"]
 # Pixels of a side; what is less than an image token of most families shows no more than the image did.
 _LEAST_SIDE = 28
 
@@ -67,8 +66,7 @@ class ZoomRefine(Method[ZoomRefineSettings]):
     Settings: ClassVar[type[Any]] = ZoomRefineSettings
     presets: ClassVar = {
         "internvl3-8b": Preset(ZoomRefineSettings(), _TILES, AnswerSettings(), "internvl", 28),
-        # An answer and a box are longer than the word that the others ask it for.
-        "tiny": replace(_TINY, answer=AnswerSettings(max_new_tokens=64)),
+        **presets_of({"tiny": ZoomRefineSettings()}),
     }
 
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
