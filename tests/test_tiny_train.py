@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +231,13 @@ def test_two_processes_average_their_gradients(tmp_path):
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, msg=key)
     assert not list((tmp_path / "two").glob("meeting-*"))
+
+
+def test_a_worker_stops_when_its_run_was_killed(tmp_path, monkeypatch):
+    dead = SimpleNamespace(is_alive=lambda: False)
+    monkeypatch.setattr("torch.multiprocessing.parent_process", lambda: dead)
+    train(tmp_path, seed=3, processes=1, stages=(VISION,))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_short_run_has_the_first_stages_as_they_are(monkeypatch):

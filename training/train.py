@@ -40,6 +40,7 @@ _SMALL, _MIDDLE, _LARGE = (4, 10), (10, 27), (28, 46)
 _WORDS = (("attribute", 2.0), ("position", 1.0), ("vertical", 0.5), ("existence", 0.5), ("count", 0.3))
 _ALL = (*_WORDS, ("box", 2.0), ("search", 1.0), ("general", 0.2))
 _SECOND = (("collage", 0.35), ("two-turn", 0.3))
+_POINT = (("attribute", 1.0), *_WORDS[1:], ("box", 5.0), ("search", 1.0), ("general", 0.2))
 STAGES: tuple[Stage, ...] = (
     Stage("vision", 500, 3e-3, 2e-4, ((1.0, (4, 8)),), (2, 6), 1200, text=False),
     Stage("few", 1200, 7e-4, 5e-4, ((1.0, (4, 7)),), (2, 4), 2000, _ALL),
@@ -68,6 +69,20 @@ STAGES: tuple[Stage, ...] = (
         _ALL,
         letters=0.4,
         second=_SECOND,
+        farthest=75,
+    ),
+    # In larger pictures a box takes edges to a hundredth, which come last.
+    Stage(
+        "point",
+        1900,
+        4e-4,
+        1e-5,
+        ((0.1, _SMALL), (0.7, (14, 27)), (0.2, _LARGE)),
+        (3, 10),
+        3000,
+        _POINT,
+        letters=0.4,
+        second=(("collage", 0.25), ("two-turn", 0.25)),
         farthest=75,
     ),
 )
@@ -439,13 +454,15 @@ def _work(
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{meeting.absolute()}", rank=process, world_size=processes
         )
+    parent = torch.multiprocessing.parent_process()
     run = _Run(directory, seed)
     all_layers = tuple(range(run.model.config.text_config.num_hidden_layers))
     done = 0
     while run.stage < len(stages):
         stage = stages[run.stage]
         while run.step < stage.steps:
-            if done == steps:
+            # Workers outlive a parent that is killed, and would write into the files of the next run.
+            if done == steps or not (parent is None or parent.is_alive()):
                 return
             began = time.perf_counter()
             logged = process == 0 and run.step % _LOG_EVERY == 0
