@@ -1,4 +1,4 @@
-"""The commands `hide eval`, `hide calibrate` and `hide entities`."""
+"""The commands `hide eval`, `hide export`, `hide calibrate` and `hide entities`."""
 
 from __future__ import annotations
 
@@ -129,6 +129,61 @@ def evaluate(
         title = f"{data}, {load.model or 'the embedded model'}, {scorer} scorer"
         page = save_gallery(out / "report.html", title, tables, records, samples(), SCORERS[scorer], settings)
         _finish(console, out, title, tables, [page, out / "results.jsonl"])
+
+
+@options_of(LoadOptions)
+def export(
+    load: LoadOptions,
+    data: DataOption = "scenes",
+    limit: Annotated[int, typer.Option(help="At most so many questions.")] = 200,
+    method: Annotated[
+        str, typer.Option(help="Whose pictures stand behind the image, see `hide methods`; plain: none.")
+    ] = "hide",
+    form: Annotated[str, typer.Option(help="llava, messages or webdataset; another one later asks nothing again.")] = (
+        "llava"
+    ),
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try questions again that failed.")] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for pictures, records and the form; a killed run goes on there.")
+    ] = (Path("hide-export")),
+) -> None:
+    """Write a data set to train on: images, what a method shows of them, questions, right answers.
+
+    llava: one JSON list of conversations. messages: chat messages, a line each, as Qwen-VL's processor takes them.
+    webdataset: tar files with pictures and JSON. The boxes of data set and method are in results.jsonl and webdataset.
+
+    [bold]Example:[/bold] hide export --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --form messages
+    """
+    console = Console(stderr=True)
+    with errors(console):
+        quiet()
+        from hide.evaluation.export import FORMS, export_here, save
+        from hide.evaluation.runner import evaluate as run
+        from hide.evaluation.store import ResultFile
+
+        if form not in FORMS:
+            raise ValueError(f"form: got {form!r}, want one of {', '.join(FORMS)}")
+        _check_count("limit", limit)
+        _check_readable(data, _samples(data, limit))
+        check_folder(out, ("results.jsonl",))
+        made = load.methods([method])[0]
+        settings = {"data": data, **load.facts(), "method": method, **made.preset.to_dict()}
+        records: list[dict[str, Any]] = []
+        with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:
+            task = bar.add_task("questions", total=limit)
+
+            def done(record: dict[str, Any]) -> None:
+                records.append(record)
+                bar.advance(task)
+
+            ask = functools.partial(export_here, made, out)
+            run(ask, _samples(data, limit), results, retry_failed=retry_failed, progress=done)
+            bar.update(task, total=len(records))
+            written = save(out, records, form)
+    failed = [f"{record['id']}: {record['error']}" for record in records if record["error"]]
+    console.print(escape(f"{written}: {len(records) - len(failed)} questions"), highlight=False, soft_wrap=True)
+    if failed:
+        _warn(console, f"{len(failed)} questions, which results.jsonl names; the first is {failed[0]}")
 
 
 @options_of(ModelOptions)

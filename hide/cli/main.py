@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hide.cli.console import App, errors, quiet
-from hide.cli.evaluate import calibrate, entities, evaluate
+from hide.cli.evaluate import calibrate, entities, evaluate, export
 from hide.cli.loading import EMBEDDED, LoadOptions, ModelOptions, options_of
 from hide.cli.profile import profile
 from hide.output import check_folder
@@ -218,6 +218,7 @@ def attend(
 
 
 app.command("eval")(evaluate)
+app.command()(export)
 app.command()(calibrate)
 app.command()(entities)
 app.command()(profile)
