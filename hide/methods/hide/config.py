@@ -95,7 +95,7 @@ PRESETS: dict[str, Preset[HiDeConfig]] = presets_of(
         "tiny": HiDeConfig(
             layers=(2,),
             sigma=1.0,
-            threshold=0.1,
+            threshold=0.2,
             entities_from="rules",
             include_end_token=False,
             include_punctuation=False,
