@@ -632,21 +632,69 @@ def test_what_a_checkpoint_lacks_or_has_otherwise_is_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             branches_of(adapter)
     assert not hasattr(adapter.language_model, "twig_layers")
-    for message, fields in {
-        "enable_twig is False": {"enable_twig": False},
-        "roi_source is 'hidden_states'": {"roi_source": "hidden_states"},
-        "high_res_K is 1, want twig_K": {"high_res_K": 1},
-        "twig_K is None": {"twig_K": None},
-        "twig_K: got 4, want 1 to 3": {"twig_K": 4},
-        "twig_T: got 1": {"twig_T": 1},
-        "twig_layers.0.input_layernorm.weight of shape": {},
-    }.items():
-        other = tmp_path / f"other {len(list(tmp_path.iterdir()))}"
-        other.mkdir()
-        save(other, made, prefix="model.", config=fields,
-             more={} if fields else {"model.twig_layers.0.input_layernorm.weight": torch.ones(3)})  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            branches_of(adapter, other)
+
+
+@pytest.mark.parametrize(
+    "message, fields, tensor",
+    [
+        ("enable_twig is False", {"enable_twig": False}, None),
+        ("enable_twig is 'false', want true or false", {"enable_twig": "false"}, None),
+        ("reuse_src_pos is 'no', want true or false", {"reuse_src_pos": "no"}, None),
+        ("roi_source is 'hidden_states'", {"roi_source": "hidden_states"}, None),
+        ("high_res_K is 1, want twig_K", {"high_res_K": 1}, None),
+        ("high_res_T is 0, want a number of layers", {"high_res_T": 0}, None),
+        ("twig_K is None", {"twig_K": None}, None),
+        ("twig_K: got 4, want 1 to 3", {"twig_K": 4}, None),
+        ("twig_T: got 1", {"twig_T": 1}, None),
+        ("has 12 weights .*twig_layers.2.* more than", {"twig_T": 2, "high_res_T": 3}, None),
+        ("has 38 weights .*high_res_head.bias.* more than", {"enable_high_res": False}, None),
+        ("twig_layers.0.input_layernorm.weight of shape", {}, torch.ones(3)),
+        ("twig_layers.0.input_layernorm.weight in torch.int8", {}, torch.ones(64, dtype=torch.int8)),
+        ("twig_layers.0.input_layernorm.weight in torch.float8", {}, torch.ones(64).to(torch.float8_e4m3fn)),
+    ],
+)
+def test_branches_that_are_not_what_their_config_says_are_refused(qwen, message, fields, tensor, tmp_path):
+    from families import FAMILIES
+
+    more = {} if tensor is None else {"model.twig_layers.0.input_layernorm.weight": tensor}
+    save(tmp_path, qwen, prefix="model.", config=fields, more=more)
+    with pytest.raises(ValueError, match=message):
+        branches_of(FAMILIES["qwen2_5_vl"](), tmp_path)
+
+
+def test_fields_of_config_that_are_null_are_as_none(qwen, tmp_path):
+    from families import FAMILIES
+
+    save(tmp_path, qwen, prefix="model.", config={"high_res_K": None, "high_res_T": None, "reuse_src_pos": None})
+    found = branches_of(FAMILIES["qwen2_5_vl"](), tmp_path)
+    assert len(found.gate) == DEPTH and found.reuse_src_pos is False
+
+
+def test_one_folder_may_be_named_in_two_ways(qwen, tmp_path, monkeypatch):
+    from families import FAMILIES
+
+    save(tmp_path, qwen, prefix="model.")
+    base = FAMILIES["qwen2_5_vl"]()
+    found = branches_of(base, tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert branches_of(base, tmp_path.name) is branches_of(base, f"{tmp_path}/../{tmp_path.name}") is found
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_tied_output_head_is_left_out_of_a_checkpoint_or_copied_into_it(copied, tmp_path):
+    made = with_branches("qwen3_vl")
+    made.model.lm_head.weight = made.language_model.embed_tokens.weight
+    folder = save(tmp_path, made, prefix="model.language_model.")
+    if not copied:
+        without(folder, "lm_head.weight")
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"tie_word_embeddings": True}
+    # The release's text config refers to the whole one, which is then written into it.
+    config["text_config"] |= {"tie_word_embeddings": True, "mm_config": {"text_config": {}, "twig_K": 9}, "twig_K": 8}
+    file.write_text(json.dumps(config))
+    method = method_of(load(folder, device="cpu", dtype="float32"), reuse_src_pos=False, **ALWAYS)
+    assert method.model.left_out == () and method.taps == (LAYER,)
+    assert method.ask(IMAGE, QUESTION).text == method_of(made, reuse_src_pos=False, **ALWAYS).ask(IMAGE, QUESTION).text
 
 
 def test_positions_inside_an_image_are_refused_where_there_is_one_axis():
