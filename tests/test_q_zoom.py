@@ -381,6 +381,21 @@ def test_threads_share_a_session_and_what_the_branches_make_of_it(qwen):
         assert [answer.text for answer in threads.map(lambda one: method.ask(session, one), questions)] == want
 
 
+def test_branches_without_memory_say_what_to_do_and_the_session_goes_on(qwen, monkeypatch):
+    method = method_of(qwen, **ALWAYS)
+    want = method.ask(IMAGE, QUESTION).text
+    with method.open(IMAGE) as session:
+        with monkeypatch.context() as full:
+
+            def refused(*_, **__):
+                raise torch.OutOfMemoryError("Tried to allocate 9 GB")
+
+            full.setattr("hide.engine.beside.through", refused)
+            with pytest.raises(MemoryError, match="^3 layers beside the decoder, of .* tokens, do not .*max_tokens"):
+                method.ask(session, QUESTION)
+        assert method.ask(session, QUESTION).text == want
+
+
 def test_captures_know_nothing_of_the_branches(qwen):
     from families import FAMILIES
 
