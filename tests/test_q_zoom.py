@@ -40,7 +40,7 @@ from hide.methods.q_zoom.regions import (
 from hide.models import load
 from hide.presets import AnswerSettings, NoSettings, RunSettings
 from hide.profiling.models import build, read_config
-from hide.questions import Question
+from hide.questions import LETTER_REQUEST, Question
 from hide.session import Message
 from hide_kernels.integrations.transformers import capture_attention
 
@@ -419,6 +419,13 @@ def test_in_16_bits_cells_near_the_threshold_are_counted():
     assert answer.evidence[0].maps.dtype == torch.float32 and answer.text
 
 
+@pytest.mark.parametrize("name", ["region_threshold", "gate_threshold"])
+def test_thresholds_are_numbers(name):
+    for value in (math.nan, *([math.inf, -math.inf] if name == "region_threshold" else [])):
+        with pytest.raises(ValueError, match=f"{name}: got .*number"):
+            QZoomSettings(**{name: value})
+
+
 def test_prompts_end_with_the_request_once():
     model = with_branches("qwen2_5_vl")
     method = method_of(model)
@@ -741,6 +748,14 @@ def test_a_task_has_its_published_thresholds_and_budget():
     assert presets["qwen3-vl-4b-ocrbench"].to_dict().items() >= {
         "region_threshold": 0.125, "gate_threshold": 0.1, "min_tokens": 128, "max_tokens": 576, "max_new_tokens": 128,
     }.items()  # fmt: skip
+    asked = {
+        task: QZoom.presets[f"llava-1.5-7b-{task}"] for task in ("docvqa", "chartqa", "ocrbench", "vstar", "hr-bench")
+    }
+    assert [one.settings.answer_request for one in asked.values()] == [
+        "Answer the question using a single word or phrase.", "Answer the question with a single word.", "", "", "",
+    ]  # fmt: skip
+    assert asked["vstar"].answer.letter_request == LETTER_REQUEST
+    assert asked["hr-bench"].answer.letter_request == "Answer the option letter directly."
     adapter = with_branches("qwen3_vl")
     assert QZoom.preset_for(adapter) == (presets["qwen3-vl-4b"], ())
     assert isinstance(QZoom(adapter).branches, Branches) and len(QZoom(adapter).branches.regions) == DEPTH
