@@ -130,15 +130,19 @@ def spied(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("chunk", [2048, 11])
-def test_gate_and_map_are_those_of_plain_forwards_through_all_heads_and_rows(model, chunk, monkeypatch):
+@pytest.mark.parametrize("chunk, implementation", [(2048, "sdpa"), (11, "sdpa"), (11, "eager")])
+def test_gate_and_map_are_those_of_plain_forwards_through_all_heads_and_rows(model, chunk, implementation, monkeypatch):
     method = method_of(
         model, RunSettings(min_tokens=20, max_tokens=60, prefill_chunk=chunk), **ALWAYS, sinks="first token"
     )
     found = spied(monkeypatch)
-    with method.open(IMAGE) as session:
-        method.ask(session, QUESTION)
-        turn = session.turn(method.prompt(QUESTION))
+    model.model.set_attn_implementation(implementation)
+    try:
+        with method.open(IMAGE) as session:
+            method.ask(session, QUESTION)
+            turn = session.turn(method.prompt(QUESTION))
+    finally:
+        model.model.set_attn_implementation("sdpa")
     branches, prompt = method.branches, turn.input_ids
     states, _ = plainly(model, prompt, branches.gate)
     want = float(branches.head(states[:, -1]).sigmoid())
@@ -192,7 +196,8 @@ def test_below_the_threshold_of_the_gate_the_answer_is_the_stock_models_own(mode
     "family, continuous", [("qwen2_5_vl", True), ("qwen3_vl", True), *((family, False) for family in SERVED)]
 )
 def test_the_crop_behind_the_image_is_both_images_from_scratch(family, continuous):
-    """Logits of the reused prefix against one forward over everything, at the positions of the crop's rule."""
+    """Logits of the reused prefix against one forward over everything, ours and the stock model's, at the positions of
+    the crop's rule."""
     model = with_branches(family)
     method = method_of(model, reuse_src_pos=continuous, **ALWAYS)
     region = Region((1, 1, 4, 3))
@@ -215,9 +220,10 @@ def test_the_crop_behind_the_image_is_both_images_from_scratch(family, continuou
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     if not continuous:
         assert reply == stock.generate_ids(model, ids, both, max_new_tokens=ANSWER.max_new_tokens)
-        with torch.no_grad():
-            stocks = model.model(**stock.forward_inputs(model, ids, both)).logits[0, -1]
-        torch.testing.assert_close(got, stocks, atol=1e-5, rtol=1e-5)
+    own = {"position_ids": places} if continuous else {}
+    with torch.no_grad():
+        stocks = model.model(**stock.forward_inputs(model, ids, both), **own).logits[0, -1]
+    torch.testing.assert_close(got, stocks, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -334,6 +340,14 @@ def test_an_image_of_one_row_or_column_of_cells_is_zoomed(qwen, size):
         picture(*size), QUESTION
     )
     assert 1 in answer.evidence[0].maps.shape[1:] and answer.details["zoomed"]
+
+
+def test_transparent_images_are_zoomed_into_all_the_same(model):
+    image = picture(120, 90).convert("RGBA")
+    image.putalpha(0)
+    image.putpixel((70, 20), (255, 0, 0, 255))
+    answer = method_of(model, **ALWAYS).ask(image, QUESTION)
+    assert answer.boxes[0].tolist() == [[0, 0, 120, 90]] and answer.evidence[0].shown.size == (120, 90)
 
 
 def test_numbers_that_are_none_are_a_plain_answer_with_a_note(qwen, monkeypatch):
