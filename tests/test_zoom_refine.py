@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
@@ -67,6 +68,9 @@ BOXES = {
     "Bounding box: [10%, 20%, 50%, 60%]": (None, (0.1, 0.2, 0.5, 0.6)),
     "Bounding box: [0.5, 0.6, 0.1, 0.2]": (None, (0.1, 0.2, 0.5, 0.6)),
     '```json\n[{"bbox_2d": [100, 400, 300, 800], "label": "ball"}]\n```': (None, (0.1, 0.2, 0.3, 0.4)),
+    "Bounding box: [0.1, 0.2, 1.02, 0.9]": ((0.1, 0.2, 1.0, 0.9),) * 2,
+    f"Bounding box of the ball, which {'truly ' * 12}lies here: [0.1, 0.2, 0.55, 0.65]": (None, (0.1, 0.2, 0.55, 0.65)),
+    f"Bounding box: none. {'I see nothing of it. ' * 9}1, 2, 3, 4": (None, None),
     "Bounding box: [0.5, 0.2, 0.5, 0.6]": (None, None),
     "Bounding box: [0.1, 0.2, 0.5]": (None, None),
     "Bounding box: none": (None, None),
@@ -96,6 +100,23 @@ def test_boxes_in_replies(reply, published, ours):
 def test_larger_numbers_are_no_box_of_a_family_that_writes_parts():
     assert box_in("Bounding box: [120, 340, 560, 780]") is None
     assert box_in("Bounding box: [0.1, 0.2, 0.5, 0.6]") == (0.1, 0.2, 0.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1 ", "[1 2 3", "bbox", "0", "0.", "answer", "answer: ", "Rechecked ", "[1" + " " * 400, "bbox" + " " * 400],
+)
+def test_long_replies_are_read_in_time_linear_in_their_length(text):
+    """A model that repeats itself; a pattern that backtracks would take hours."""
+    reply = text + text[-1] * 50_000 + text * (50_000 // len(text)) + "y"
+    for read in (box_in, published_box, published_letter, published_rechecked):
+        assert read(reply) is None
+    assert answer_in(reply, OPTIONS) is answer_in(reply, OPTIONS, rechecked=True) is None
+
+
+def test_numbers_of_a_box_may_stand_on_lines_of_their_own():
+    lines = '{"bbox_2d": [\n            100,\n            400,\n            300,\n            800\n]}'
+    assert box_in(lines, (1000, 2000)) == box_in(lines.replace("bbox_2d", "box"), (1000, 2000)) == (0.1, 0.2, 0.3, 0.4)
 
 
 def test_a_side_that_clamping_closes_is_opened_by_a_millionth_as_published():
@@ -238,6 +259,19 @@ def test_both_turns_are_those_of_the_unshared_conversation(family, monkeypatch, 
     unshared = since()
     assert len(shared) == len(first) + len(second)
     torch.testing.assert_close(shared, unshared, atol=1e-4, rtol=0)
+
+
+def test_what_is_transparent_is_cut_out_too(method, monkeypatch):
+    image = Image.new("RGBA", (300, 200))
+    image.paste((255, 0, 0, 255), (100, 100, 110, 110))
+    with method.open(image) as session:
+        for box, side in (("[0.6, 0.6, 0.8, 0.8]", 0), ("[0.2, 0.4, 0.5, 0.7]", 100)):
+            Talk(session, monkeypatch, f"Answer: [A]\nBounding box: {box}", "Rechecked Answer: [B]")
+            answer = method.ask(session, QUESTION)
+            x0, y0, x1, y1 = answer.boxes[0][0].tolist()
+            shown = np.asarray(answer.evidence[0].shown)
+            assert shown.shape == (y1 - y0, x1 - x0, 3) and answer.letter == "B"
+            assert int((shown == (255, 0, 0)).all(-1).sum()) == side
 
 
 def test_a_crop_of_few_pixels_is_enlarged_with_a_note(method, monkeypatch):
