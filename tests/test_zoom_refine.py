@@ -10,7 +10,7 @@ from PIL import Image
 
 from hide.engine import stock
 from hide.evaluation.published_scores import main as published_main
-from hide.evaluation.published_scores import published_scores
+from hide.evaluation.published_scores import published_baseline, published_scores
 from hide.methods import method_class
 from hide.methods.ablations import RandomBox
 from hide.methods.base import Preset
@@ -20,6 +20,7 @@ from hide.methods.zoom_refine.parse import (
     answer_in,
     box_in,
     published_box,
+    published_first_letter,
     published_letter,
     published_rechecked,
 )
@@ -318,6 +319,17 @@ def test_the_published_scorer_leaves_out_what_it_cannot_read_and_the_strict_one_
         published_scores([recorded("A", "A", "A", replies={"plain": "A"})])
 
 
+def test_the_published_scorer_of_plain_answers_takes_any_first_letter_from_a_to_e():
+    said = {"B": "B", "(c)": "C", "The answer is B": "E", "I think B": "B", "Only x or y.": None, "It": None}
+    said |= {"Error: none": "E"}
+    for reply, letter in said.items():
+        assert published_first_letter(reply) == letter, reply
+    records = [recorded("B", "", replies={"plain": reply}) for reply in said]
+    records += [recorded("E", "", error="OutOfMemoryError", replies={}), recorded("F", "", replies={"plain": "F"})]
+    share = published_baseline(records)
+    assert (share.right, share.total) == (3, 6), "a failure is an E, and what has none is left out"
+
+
 def test_the_published_scores_of_a_results_file_are_one_command(tmp_path, monkeypatch, capsys):
     lines = [{"settings": {}}, recorded("A", "B", "B", id="1"), recorded("A", "A", "B", "A", id="1")]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"id": "2", ')
@@ -326,7 +338,16 @@ def test_the_published_scores_of_a_results_file_are_one_command(tmp_path, monkey
     printed = capsys.readouterr().out
     assert "0 questions that the published scorer leaves out" in printed
     assert "| published: rechecked, else first | 100% (21–100) | 1 of 1 |" in printed
-    assert "| published: first | 0% (0–79) | 0 of 1 |" in printed
+    assert "| published: first | 0% (0–79) | 0 of 1 |" in printed and "plain" not in printed
+    (tmp_path / "both.jsonl").write_text(
+        "".join(
+            json.dumps(line) + "\n"
+            for line in (lines[0], recorded("A", "B", "B", id="1", replies={"plain": "A", "zoom-refine": "B"}))
+        )
+    )
+    monkeypatch.setattr("sys.argv", ["published_scores", str(tmp_path / "both.jsonl")])
+    assert published_main() == 0
+    assert "| published: plain, the first letter from A to E | 100% (21–100) | 1 of 1 |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["published_scores", str(tmp_path / "none.jsonl")])
     assert published_main() == 1 and "none.jsonl" in capsys.readouterr().err
 

@@ -99,6 +99,12 @@ def published_letter(reply: str) -> str | None:
     return found[1].upper() if found else None
 
 
+def published_first_letter(reply: str) -> str | None:
+    """Of a plain answer: the first letter from A to E anywhere in it, in either case, though it stands in a word."""
+    found = re.search("[a-e]", reply, re.IGNORECASE)
+    return found[0].upper() if found else None
+
+
 def published_rechecked(reply: str) -> str | None:
     """The first letter behind "Rechecked Answer:", though it begins a word."""
     found = _PUBLISHED_RECHECKED.search(reply)
