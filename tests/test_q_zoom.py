@@ -714,6 +714,8 @@ def test_one_folder_may_be_named_in_two_ways(qwen, tmp_path, monkeypatch):
     found = branches_of(base, tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     assert branches_of(base, tmp_path.name) is branches_of(base, f"{tmp_path}/../{tmp_path.name}") is found
+    adapter = load(tmp_path, device="cpu", dtype="float32")
+    assert branches_of(adapter, tmp_path.name) is branches_of(adapter) and adapter.left_out == ()
 
 
 @pytest.mark.parametrize("copied", [True, False])
@@ -745,6 +747,10 @@ def test_models_and_folders_without_branches_say_what_to_name(tmp_path):
         with pytest.raises(ValueError, match=message):
             method_of(FAMILIES[family]())
     adapter = FAMILIES["qwen2_5_vl"]()
+    with pytest.raises(ValueError, match="branches: got no name"):
+        method_of(adapter, branches=" ")
+    with pytest.raises(OSError, match="some/name .* no folder, and the hub's cache does not have it"):
+        method_of(adapter, branches="some/name")
     (tmp_path / "config.json").write_text('{"enable_twig": true}')
     with pytest.raises(OSError, match="no safetensors"):
         method_of(adapter, branches=str(tmp_path))

@@ -197,7 +197,7 @@ def branches_of(model: Adapter, source: str | Path | None = None) -> Branches:
             )
         found = loaded(model, config, tensors, place)
         attach(model, found, _place(place))
-        if source is None:
+        if model.source is not None and _place(place) == _place(model.source):
             taken = {f"{part}.{name}" for part, module in found.modules().items() for name in module.state_dict()}
             model.left_out = tuple(
                 name for name in model.left_out if not ((own := _tail(name)) in taken or _UNUSED.match(own))
@@ -328,7 +328,8 @@ def _read(place: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and all tensors of branches by their names in the text model."""
     config = find_file(place, CONFIG[0])
     if config is None:
-        raise FileNotFoundError(f"{place} has no config.json")
+        there = "" if Path(place).is_dir() else "; it is no folder, and the hub's cache does not have it"
+        raise FileNotFoundError(f"{place} has no config.json{there}")
     files = list(_weight_files(place))
     if not files:
         raise FileNotFoundError(f"{place} has no safetensors, and other files are not read")

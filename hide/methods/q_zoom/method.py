@@ -88,6 +88,8 @@ class QZoomSettings:
             raise ValueError("gate_threshold: got NaN, want a number")
         if not math.isfinite(self.region_threshold):
             raise ValueError(f"region_threshold: got {self.region_threshold}, want a finite number")
+        if self.branches is not None and not self.branches.strip():
+            raise ValueError("branches: got no name, want a checkpoint's folder, or None for the model's own")
         if self.sinks not in (None, "corner", "first token", "none"):
             raise ValueError(f"sinks: got {self.sinks!r}, want 'corner', 'first token', 'none', or None")
 
