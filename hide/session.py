@@ -141,12 +141,12 @@ class Session:
         return self.chat([Message(text, images)], max_new_tokens=max_new_tokens)
 
     def crop(
-        self, boxes: Sequence[Tensor], *, fill: tuple[int, int, int] | None = WHITE, alpha_threshold: int = 10
+        self, boxes: Sequence[Tensor], *, fill: tuple[int, int, int] | None = WHITE, alpha_threshold: int | None = None
     ) -> list[Collage]:
         """What lies in boxes, at full resolution, one picture per image: of several boxes a layout-preserving collage.
 
         boxes: per image (K, 4) int64 pixels x0, y0, x1, y1 half-open; those that touch are merged. fill,
-        alpha_threshold: as `hide_kernels.collage`.
+        alpha_threshold: as `hide_kernels.collage`; boxes are cut down to what is opaque only where that is asked for.
         """
         if len(boxes) != len(self.images):
             raise ValueError(f"boxes: got {len(boxes)} tensors, want {len(self.images)}, one per image")

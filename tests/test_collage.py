@@ -280,6 +280,8 @@ def test_transparent_boxes_are_cut_down_to_their_opaque_parts_after_merging() ->
     assert got.image is not None
     assert got.image.shape == (5, 7, 4)
     assert len(collage(image, got.boxes, alpha_threshold=255).boxes) == 0
+    uncut = collage(image, tensor([[0, 0, 10, 10], [10, 10, 20, 20]]), alpha_threshold=None)
+    assert uncut.boxes.tolist() == [[0, 0, 20, 20]] and torch.equal(uncut.image, image)
 
 
 def test_opaque_parts_whose_rectangles_overlap_stay_separate_boxes() -> None:

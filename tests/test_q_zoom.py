@@ -40,7 +40,7 @@ from hide.methods.q_zoom.regions import (
 from hide.models import load
 from hide.presets import AnswerSettings, NoSettings, RunSettings
 from hide.profiling.models import build, read_config
-from hide.questions import Question
+from hide.questions import LETTER_REQUEST, Question
 from hide.session import Message
 from hide_kernels.integrations.transformers import capture_attention
 
@@ -130,15 +130,19 @@ def spied(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("chunk", [2048, 11])
-def test_gate_and_map_are_those_of_plain_forwards_through_all_heads_and_rows(model, chunk, monkeypatch):
+@pytest.mark.parametrize("chunk, implementation", [(2048, "sdpa"), (11, "sdpa"), (11, "eager")])
+def test_gate_and_map_are_those_of_plain_forwards_through_all_heads_and_rows(model, chunk, implementation, monkeypatch):
     method = method_of(
         model, RunSettings(min_tokens=20, max_tokens=60, prefill_chunk=chunk), **ALWAYS, sinks="first token"
     )
     found = spied(monkeypatch)
-    with method.open(IMAGE) as session:
-        method.ask(session, QUESTION)
-        turn = session.turn(method.prompt(QUESTION))
+    model.model.set_attn_implementation(implementation)
+    try:
+        with method.open(IMAGE) as session:
+            method.ask(session, QUESTION)
+            turn = session.turn(method.prompt(QUESTION))
+    finally:
+        model.model.set_attn_implementation("sdpa")
     branches, prompt = method.branches, turn.input_ids
     states, _ = plainly(model, prompt, branches.gate)
     want = float(branches.head(states[:, -1]).sigmoid())
@@ -192,7 +196,8 @@ def test_below_the_threshold_of_the_gate_the_answer_is_the_stock_models_own(mode
     "family, continuous", [("qwen2_5_vl", True), ("qwen3_vl", True), *((family, False) for family in SERVED)]
 )
 def test_the_crop_behind_the_image_is_both_images_from_scratch(family, continuous):
-    """Logits of the reused prefix against one forward over everything, at the positions of the crop's rule."""
+    """Logits of the reused prefix against one forward over everything, ours and the stock model's, at the positions of
+    the crop's rule."""
     model = with_branches(family)
     method = method_of(model, reuse_src_pos=continuous, **ALWAYS)
     region = Region((1, 1, 4, 3))
@@ -215,9 +220,10 @@ def test_the_crop_behind_the_image_is_both_images_from_scratch(family, continuou
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     if not continuous:
         assert reply == stock.generate_ids(model, ids, both, max_new_tokens=ANSWER.max_new_tokens)
-        with torch.no_grad():
-            stocks = model.model(**stock.forward_inputs(model, ids, both)).logits[0, -1]
-        torch.testing.assert_close(got, stocks, atol=1e-5, rtol=1e-5)
+    own = {"position_ids": places} if continuous else {}
+    with torch.no_grad():
+        stocks = model.model(**stock.forward_inputs(model, ids, both), **own).logits[0, -1]
+    torch.testing.assert_close(got, stocks, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -336,6 +342,14 @@ def test_an_image_of_one_row_or_column_of_cells_is_zoomed(qwen, size):
     assert 1 in answer.evidence[0].maps.shape[1:] and answer.details["zoomed"]
 
 
+def test_transparent_images_are_zoomed_into_all_the_same(model):
+    image = picture(120, 90).convert("RGBA")
+    image.putalpha(0)
+    image.putpixel((70, 20), (255, 0, 0, 255))
+    answer = method_of(model, **ALWAYS).ask(image, QUESTION)
+    assert answer.boxes[0].tolist() == [[0, 0, 120, 90]] and answer.evidence[0].shown.size == (120, 90)
+
+
 def test_numbers_that_are_none_are_a_plain_answer_with_a_note(qwen, monkeypatch):
     found = spied(monkeypatch)
     method = method_of(qwen, gate_threshold=0.0, region_threshold=0.2)
@@ -381,6 +395,21 @@ def test_threads_share_a_session_and_what_the_branches_make_of_it(qwen):
         assert [answer.text for answer in threads.map(lambda one: method.ask(session, one), questions)] == want
 
 
+def test_branches_without_memory_say_what_to_do_and_the_session_goes_on(qwen, monkeypatch):
+    method = method_of(qwen, **ALWAYS)
+    want = method.ask(IMAGE, QUESTION).text
+    with method.open(IMAGE) as session:
+        with monkeypatch.context() as full:
+
+            def refused(*_, **__):
+                raise torch.OutOfMemoryError("Tried to allocate 9 GB")
+
+            full.setattr("hide.engine.beside.through", refused)
+            with pytest.raises(MemoryError, match="^3 layers beside the decoder, of .* tokens, do not .*max_tokens"):
+                method.ask(session, QUESTION)
+        assert method.ask(session, QUESTION).text == want
+
+
 def test_captures_know_nothing_of_the_branches(qwen):
     from families import FAMILIES
 
@@ -402,6 +431,13 @@ def test_in_16_bits_cells_near_the_threshold_are_counted():
     ]
     answer = method.ask(IMAGE, QUESTION)
     assert answer.evidence[0].maps.dtype == torch.float32 and answer.text
+
+
+@pytest.mark.parametrize("name", ["region_threshold", "gate_threshold"])
+def test_thresholds_are_numbers(name):
+    for value in (math.nan, *([math.inf, -math.inf] if name == "region_threshold" else [])):
+        with pytest.raises(ValueError, match=f"{name}: got .*number"):
+            QZoomSettings(**{name: value})
 
 
 def test_prompts_end_with_the_request_once():
@@ -632,21 +668,71 @@ def test_what_a_checkpoint_lacks_or_has_otherwise_is_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             branches_of(adapter)
     assert not hasattr(adapter.language_model, "twig_layers")
-    for message, fields in {
-        "enable_twig is False": {"enable_twig": False},
-        "roi_source is 'hidden_states'": {"roi_source": "hidden_states"},
-        "high_res_K is 1, want twig_K": {"high_res_K": 1},
-        "twig_K is None": {"twig_K": None},
-        "twig_K: got 4, want 1 to 3": {"twig_K": 4},
-        "twig_T: got 1": {"twig_T": 1},
-        "twig_layers.0.input_layernorm.weight of shape": {},
-    }.items():
-        other = tmp_path / f"other {len(list(tmp_path.iterdir()))}"
-        other.mkdir()
-        save(other, made, prefix="model.", config=fields,
-             more={} if fields else {"model.twig_layers.0.input_layernorm.weight": torch.ones(3)})  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            branches_of(adapter, other)
+
+
+@pytest.mark.parametrize(
+    "message, fields, tensor",
+    [
+        ("enable_twig is False", {"enable_twig": False}, None),
+        ("enable_twig is 'false', want true or false", {"enable_twig": "false"}, None),
+        ("reuse_src_pos is 'no', want true or false", {"reuse_src_pos": "no"}, None),
+        ("roi_source is 'hidden_states'", {"roi_source": "hidden_states"}, None),
+        ("high_res_K is 1, want twig_K", {"high_res_K": 1}, None),
+        ("high_res_T is 0, want a number of layers", {"high_res_T": 0}, None),
+        ("twig_K is None", {"twig_K": None}, None),
+        ("twig_K: got 4, want 1 to 3", {"twig_K": 4}, None),
+        ("twig_T: got 1", {"twig_T": 1}, None),
+        ("has 12 weights .*twig_layers.2.* more than", {"twig_T": 2, "high_res_T": 3}, None),
+        ("has 38 weights .*high_res_head.bias.* more than", {"enable_high_res": False}, None),
+        ("twig_layers.0.input_layernorm.weight of shape", {}, torch.ones(3)),
+        ("twig_layers.0.input_layernorm.weight in torch.int8", {}, torch.ones(64, dtype=torch.int8)),
+        ("twig_layers.0.input_layernorm.weight in torch.float8", {}, torch.ones(64).to(torch.float8_e4m3fn)),
+    ],
+)
+def test_branches_that_are_not_what_their_config_says_are_refused(qwen, message, fields, tensor, tmp_path):
+    from families import FAMILIES
+
+    more = {} if tensor is None else {"model.twig_layers.0.input_layernorm.weight": tensor}
+    save(tmp_path, qwen, prefix="model.", config=fields, more=more)
+    with pytest.raises(ValueError, match=message):
+        branches_of(FAMILIES["qwen2_5_vl"](), tmp_path)
+
+
+def test_fields_of_config_that_are_null_are_as_none(qwen, tmp_path):
+    from families import FAMILIES
+
+    save(tmp_path, qwen, prefix="model.", config={"high_res_K": None, "high_res_T": None, "reuse_src_pos": None})
+    found = branches_of(FAMILIES["qwen2_5_vl"](), tmp_path)
+    assert len(found.gate) == DEPTH and found.reuse_src_pos is False
+
+
+def test_one_folder_may_be_named_in_two_ways(qwen, tmp_path, monkeypatch):
+    from families import FAMILIES
+
+    save(tmp_path, qwen, prefix="model.")
+    base = FAMILIES["qwen2_5_vl"]()
+    found = branches_of(base, tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert branches_of(base, tmp_path.name) is branches_of(base, f"{tmp_path}/../{tmp_path.name}") is found
+    adapter = load(tmp_path, device="cpu", dtype="float32")
+    assert branches_of(adapter, tmp_path.name) is branches_of(adapter) and adapter.left_out == ()
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_tied_output_head_is_left_out_of_a_checkpoint_or_copied_into_it(copied, tmp_path):
+    made = with_branches("qwen3_vl")
+    made.model.lm_head.weight = made.language_model.embed_tokens.weight
+    folder = save(tmp_path, made, prefix="model.language_model.")
+    if not copied:
+        without(folder, "lm_head.weight")
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"tie_word_embeddings": True}
+    # The release's text config refers to the whole one, which is then written into it.
+    config["text_config"] |= {"tie_word_embeddings": True, "mm_config": {"text_config": {}, "twig_K": 9}, "twig_K": 8}
+    file.write_text(json.dumps(config))
+    method = method_of(load(folder, device="cpu", dtype="float32"), reuse_src_pos=False, **ALWAYS)
+    assert method.model.left_out == () and method.taps == (LAYER,)
+    assert method.ask(IMAGE, QUESTION).text == method_of(made, reuse_src_pos=False, **ALWAYS).ask(IMAGE, QUESTION).text
 
 
 def test_positions_inside_an_image_are_refused_where_there_is_one_axis():
@@ -661,6 +747,10 @@ def test_models_and_folders_without_branches_say_what_to_name(tmp_path):
         with pytest.raises(ValueError, match=message):
             method_of(FAMILIES[family]())
     adapter = FAMILIES["qwen2_5_vl"]()
+    with pytest.raises(ValueError, match="branches: got no name"):
+        method_of(adapter, branches=" ")
+    with pytest.raises(OSError, match="some/name .* no folder, and the hub's cache does not have it"):
+        method_of(adapter, branches="some/name")
     (tmp_path / "config.json").write_text('{"enable_twig": true}')
     with pytest.raises(OSError, match="no safetensors"):
         method_of(adapter, branches=str(tmp_path))
@@ -678,6 +768,14 @@ def test_a_task_has_its_published_thresholds_and_budget():
     assert presets["qwen3-vl-4b-ocrbench"].to_dict().items() >= {
         "region_threshold": 0.125, "gate_threshold": 0.1, "min_tokens": 128, "max_tokens": 576, "max_new_tokens": 128,
     }.items()  # fmt: skip
+    asked = {
+        task: QZoom.presets[f"llava-1.5-7b-{task}"] for task in ("docvqa", "chartqa", "ocrbench", "vstar", "hr-bench")
+    }
+    assert [one.settings.answer_request for one in asked.values()] == [
+        "Answer the question using a single word or phrase.", "Answer the question with a single word.", "", "", "",
+    ]  # fmt: skip
+    assert asked["vstar"].answer.letter_request == LETTER_REQUEST
+    assert asked["hr-bench"].answer.letter_request == "Answer the option letter directly."
     adapter = with_branches("qwen3_vl")
     assert QZoom.preset_for(adapter) == (presets["qwen3-vl-4b"], ())
     assert isinstance(QZoom(adapter).branches, Branches) and len(QZoom(adapter).branches.regions) == DEPTH

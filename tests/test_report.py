@@ -474,3 +474,11 @@ def test_chromium_shows_every_picture_without_sideways_scrolling(tmp_path):
     assert int(body[1]) == len([tag for tag, _ in Page(html).elements if tag == "img"]) == 6
     assert int(body[2]) <= 1200
     assert "<title>run" not in dom
+
+
+def test_a_figure_says_whether_maps_are_parts_of_their_peaks_or_probabilities(monkeypatch):
+    said = []
+    monkeypatch.setattr(draw, "_panels", lambda pictures, titles, scale, **more: said.append(scale))
+    for top in (1.0, 0.4):
+        draw.maps_figure(Image.new("RGB", (60, 40)), np.full((1, 4, 6), top, np.float32), ["star"], 0.3)
+    assert said == ["part of the map's own peak; outlined from 0.3 on", "the map's values; outlined from 0.3 on"]

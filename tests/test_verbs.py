@@ -337,3 +337,16 @@ def test_crops_are_cut_from_the_original_at_full_size(session):
     with pytest.raises(ValueError, match="boxes: got 2 tensors, want 1"):
         session.crop([box, box])
     assert isinstance(session, ImageSession)
+
+
+def test_crops_of_transparent_images_are_whole_boxes_unless_they_are_asked_to_shrink(model):
+    image = IMAGE.convert("RGBA")
+    image.putalpha(0)
+    image.paste(IMAGE.crop((30, 40, 40, 45)), (30, 40))
+    box = torch.tensor([[10, 20, 60, 50]])
+    with open_session(model, image, RUN) as session:
+        (whole,), (part,) = session.crop([box]), session.crop([box], alpha_threshold=10)
+    want = np.full((30, 50, 3), 255)
+    want[20:25, 20:30] = np.asarray(IMAGE)[40:45, 30:40]
+    assert np.array_equal(whole.image.numpy(), want) and torch.equal(whole.boxes, box)
+    assert part.boxes.tolist() == [[30, 40, 40, 45]]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
@@ -9,7 +10,7 @@ from PIL import Image
 
 from hide.engine import stock
 from hide.evaluation.published_scores import main as published_main
-from hide.evaluation.published_scores import published_scores
+from hide.evaluation.published_scores import published_baseline, published_scores
 from hide.methods import method_class
 from hide.methods.ablations import RandomBox
 from hide.methods.base import Preset
@@ -19,6 +20,7 @@ from hide.methods.zoom_refine.parse import (
     answer_in,
     box_in,
     published_box,
+    published_first_letter,
     published_letter,
     published_rechecked,
 )
@@ -67,6 +69,9 @@ BOXES = {
     "Bounding box: [10%, 20%, 50%, 60%]": (None, (0.1, 0.2, 0.5, 0.6)),
     "Bounding box: [0.5, 0.6, 0.1, 0.2]": (None, (0.1, 0.2, 0.5, 0.6)),
     '```json\n[{"bbox_2d": [100, 400, 300, 800], "label": "ball"}]\n```': (None, (0.1, 0.2, 0.3, 0.4)),
+    "Bounding box: [0.1, 0.2, 1.02, 0.9]": ((0.1, 0.2, 1.0, 0.9),) * 2,
+    f"Bounding box of the ball, which {'truly ' * 12}lies here: [0.1, 0.2, 0.55, 0.65]": (None, (0.1, 0.2, 0.55, 0.65)),
+    f"Bounding box: none. {'I see nothing of it. ' * 9}1, 2, 3, 4": (None, None),
     "Bounding box: [0.5, 0.2, 0.5, 0.6]": (None, None),
     "Bounding box: [0.1, 0.2, 0.5]": (None, None),
     "Bounding box: none": (None, None),
@@ -96,6 +101,23 @@ def test_boxes_in_replies(reply, published, ours):
 def test_larger_numbers_are_no_box_of_a_family_that_writes_parts():
     assert box_in("Bounding box: [120, 340, 560, 780]") is None
     assert box_in("Bounding box: [0.1, 0.2, 0.5, 0.6]") == (0.1, 0.2, 0.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1 ", "[1 2 3", "bbox", "0", "0.", "answer", "answer: ", "Rechecked ", "[1" + " " * 400, "bbox" + " " * 400],
+)
+def test_long_replies_are_read_in_time_linear_in_their_length(text):
+    """A model that repeats itself; a pattern that backtracks would take hours."""
+    reply = text + text[-1] * 50_000 + text * (50_000 // len(text)) + "y"
+    for read in (box_in, published_box, published_letter, published_rechecked):
+        assert read(reply) is None
+    assert answer_in(reply, OPTIONS) is answer_in(reply, OPTIONS, rechecked=True) is None
+
+
+def test_numbers_of_a_box_may_stand_on_lines_of_their_own():
+    lines = '{"bbox_2d": [\n            100,\n            400,\n            300,\n            800\n]}'
+    assert box_in(lines, (1000, 2000)) == box_in(lines.replace("bbox_2d", "box"), (1000, 2000)) == (0.1, 0.2, 0.3, 0.4)
 
 
 def test_a_side_that_clamping_closes_is_opened_by_a_millionth_as_published():
@@ -240,6 +262,19 @@ def test_both_turns_are_those_of_the_unshared_conversation(family, monkeypatch, 
     torch.testing.assert_close(shared, unshared, atol=1e-4, rtol=0)
 
 
+def test_what_is_transparent_is_cut_out_too(method, monkeypatch):
+    image = Image.new("RGBA", (300, 200))
+    image.paste((255, 0, 0, 255), (100, 100, 110, 110))
+    with method.open(image) as session:
+        for box, side in (("[0.6, 0.6, 0.8, 0.8]", 0), ("[0.2, 0.4, 0.5, 0.7]", 100)):
+            Talk(session, monkeypatch, f"Answer: [A]\nBounding box: {box}", "Rechecked Answer: [B]")
+            answer = method.ask(session, QUESTION)
+            x0, y0, x1, y1 = answer.boxes[0][0].tolist()
+            shown = np.asarray(answer.evidence[0].shown)
+            assert shown.shape == (y1 - y0, x1 - x0, 3) and answer.letter == "B"
+            assert int((shown == (255, 0, 0)).all(-1).sum()) == side
+
+
 def test_a_crop_of_few_pixels_is_enlarged_with_a_note(method, monkeypatch):
     with method.open(Image.new("RGB", (90, 60), "red")) as small:
         Talk(small, monkeypatch, "Answer: [A]\nBounding box: [0.5, 0.5, 0.51, 0.51]", "Rechecked Answer: [A]")
@@ -284,6 +319,17 @@ def test_the_published_scorer_leaves_out_what_it_cannot_read_and_the_strict_one_
         published_scores([recorded("A", "A", "A", replies={"plain": "A"})])
 
 
+def test_the_published_scorer_of_plain_answers_takes_any_first_letter_from_a_to_e():
+    said = {"B": "B", "(c)": "C", "The answer is B": "E", "I think B": "B", "Only x or y.": None, "It": None}
+    said |= {"Error: none": "E"}
+    for reply, letter in said.items():
+        assert published_first_letter(reply) == letter, reply
+    records = [recorded("B", "", replies={"plain": reply}) for reply in said]
+    records += [recorded("E", "", error="OutOfMemoryError", replies={}), recorded("F", "", replies={"plain": "F"})]
+    share = published_baseline(records)
+    assert (share.right, share.total) == (3, 6), "a failure is an E, and what has none is left out"
+
+
 def test_the_published_scores_of_a_results_file_are_one_command(tmp_path, monkeypatch, capsys):
     lines = [{"settings": {}}, recorded("A", "B", "B", id="1"), recorded("A", "A", "B", "A", id="1")]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"id": "2", ')
@@ -292,7 +338,16 @@ def test_the_published_scores_of_a_results_file_are_one_command(tmp_path, monkey
     printed = capsys.readouterr().out
     assert "0 questions that the published scorer leaves out" in printed
     assert "| published: rechecked, else first | 100% (21–100) | 1 of 1 |" in printed
-    assert "| published: first | 0% (0–79) | 0 of 1 |" in printed
+    assert "| published: first | 0% (0–79) | 0 of 1 |" in printed and "plain" not in printed
+    (tmp_path / "both.jsonl").write_text(
+        "".join(
+            json.dumps(line) + "\n"
+            for line in (lines[0], recorded("A", "B", "B", id="1", replies={"plain": "A", "zoom-refine": "B"}))
+        )
+    )
+    monkeypatch.setattr("sys.argv", ["published_scores", str(tmp_path / "both.jsonl")])
+    assert published_main() == 0
+    assert "| published: plain, the first letter from A to E | 100% (21–100) | 1 of 1 |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["published_scores", str(tmp_path / "none.jsonl")])
     assert published_main() == 1 and "none.jsonl" in capsys.readouterr().err
 

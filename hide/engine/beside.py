@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hide.engine.chunked_sdpa import continuing
 from hide.engine.decoder import only_layers
 from hide.engine.kv_cache import PreallocatedCache, cache_keyword
+from hide.engine.memory_advice import advised
 from hide.models.base import Adapter
 
 
@@ -84,7 +85,7 @@ class Beside:
         chunk: int = 2048,
         last_row_only: bool = False,
     ) -> None:
-        """Run the prefix.
+        """Run the prefix. Raises `MemoryError` with sizes and advice, as `run`.
 
         Args:
             hidden: (1, P, hidden), what its tokens bring, as `Prefix.hidden` gives it. positions: theirs.
@@ -96,7 +97,8 @@ class Beside:
         self._length = hidden.shape[1]
         self._cache = PreallocatedCache(_number(layers[-1]) + 1, self._length + 256)
         found = []
-        with model.alone():
+        self._said = f"{len(layers)} layers beside the decoder, of {self._length} tokens,"
+        with model.alone(), advised(self._said):
             for start in range(0, self._length, chunk):
                 own, places = hidden[:, start : start + chunk], positions[..., start : start + chunk]
                 if not last_row_only:
@@ -117,7 +119,7 @@ class Beside:
 
     def run(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Rows behind the prefix, (1, n, hidden), as they leave the layers; they leave nothing behind."""
-        with self._model.alone():
+        with self._model.alone(), advised(self._said):
             try:
                 return through(self._model, self._layers, hidden, positions, self._cache)
             finally:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hide.evaluation.scoring import Share, share, strict, verdict
+from hide.methods.plain import Plain
 from hide.methods.zoom_refine.method import ZoomRefine
+from hide.methods.zoom_refine.parse import published_first_letter
 from hide.present.table import ResultTable
 
-__all__ = ["PublishedScores", "main", "published_scores"]
+__all__ = ["PublishedScores", "main", "published_baseline", "published_scores"]
 
 
 class PublishedScores(NamedTuple):
@@ -59,6 +61,19 @@ def published_scores(records: Iterable[Mapping[str, Any]], method: str = ZoomRef
     )
 
 
+def published_baseline(records: Iterable[Mapping[str, Any]]) -> Share:
+    """The scores of plain answers by the published scorer of baselines: of lettered questions whose answer is one of A
+    to E, those whose reply has one of these letters anywhere; the first counts, and "Error" is what a failure says."""
+    right = []
+    for record in records:
+        if "place" in record or not record["options"] or record["answer"] not in tuple("ABCDE"):
+            continue
+        reply = "Error" if record["error"] else record["replies"].get(Plain.name, "")
+        if (letter := published_first_letter(reply)) is not None:
+            right.append(letter == record["answer"])
+    return share(right)
+
+
 def main() -> int:
     """The command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,6 +84,8 @@ def main() -> int:
         lines = arguments.results.read_text(encoding="utf-8").split("\n")[1:-1]
         records = {record["id"]: record for record in map(json.loads, lines)}  # the last line of each id counts
         scores = published_scores(records.values(), arguments.method)
+        plain = any(Plain.name in record["replies"] for record in records.values() if "place" not in record)
+        baseline = published_baseline(records.values()) if plain else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"error: {arguments.results} is no results file with {arguments.method}: {error}", file=sys.stderr)
         return 1
@@ -78,6 +95,8 @@ def main() -> int:
         "published: rechecked": scores.rechecked,
         "published: first": scores.first,
     }
+    if baseline is not None:
+        names["published: plain, the first letter from A to E"] = baseline
     rows = [(name, str(one), f"{one.right} of {one.total}") for name, one in names.items()]
     title = f"{arguments.method}: {scores.left_out} questions that the published scorer leaves out"
     print(ResultTable(title, ("scorer", "right, 95 %", "questions"), rows).markdown(), end="")

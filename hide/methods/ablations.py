@@ -117,7 +117,8 @@ class TrueBoxes(HiDe):
         none = torch.zeros(0, 4, dtype=torch.int64)
         with steps("collage"):
             boxes = [self._boxes, *(none for _ in session.images[1:])]
-            collages = session.crop(boxes, fill=self.settings.fill)
+            look = self.settings
+            collages = session.crop(boxes, fill=look.fill, alpha_threshold=look.alpha_threshold)
         with steps("answer"):
             pictures = [collage.image for collage in collages if collage.image is not None]
             reply = self.reply(session, question, pictures)

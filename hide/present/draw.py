@@ -228,13 +228,14 @@ def _tag(number: int) -> Image.Image:
 def maps_figure(
     small: Image.Image, maps: NDArray[np.float32], labels: Sequence[str], threshold: float | None = None
 ) -> Image.Image:
-    """The picture under each map of a method by itself: parts of the map's own peak, outlined from a threshold on."""
+    """The picture under each map of a method by itself, on a scale from 0 to 1, outlined from a threshold on."""
     panel, count = panel_picture(small), min(len(maps), MAX_PANELS)
     pictures = [heat_picture(panel, heat, threshold) for heat in maps[:count]]
     shown = f"the first {count} of {len(maps)} tokens; " if count < len(maps) else ""
     outlined = "" if threshold is None else f"; outlined from {threshold:g} on"
     titles = [short(label, 40) or "(blank)" for label in labels[:count]]
-    return _panels(pictures, titles, f"{shown}part of the token's peak{outlined}", mark=threshold)
+    scale = "part of the map's own peak" if maps.max((1, 2)).min() > 0.999 else "the map's values"
+    return _panels(pictures, titles, f"{shown}{scale}{outlined}", mark=threshold)
 
 
 def attention_figure(

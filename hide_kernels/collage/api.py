@@ -40,7 +40,7 @@ def collage(
     *,
     fill: tuple[int, int, int] | None = None,
     alpha: Literal["blend", "drop"] = "blend",
-    alpha_threshold: int = 10,
+    alpha_threshold: int | None = 10,
     backend: str | None = None,
 ) -> Collage:
     """Cut boxes out of an image and push them together: Layout-Preserving Decoupling of HiDe (arXiv 2510.00054).
@@ -56,7 +56,7 @@ def collage(
         alpha: what becomes of an RGBA source where `fill` is a colour. "blend" lays the pixels over it, exactly as
             Pillow's `paste` with the alpha as mask (Qwen); "drop" takes r, g, b as they are, exactly as Pillow's
             `convert("RGB")` (InternVL, with a black fill).
-        alpha_threshold: 0 to 255; alpha above it is opaque when boxes are cut down.
+        alpha_threshold: 0 to 255; alpha above it is opaque when boxes are cut down. `None`: they are not.
         backend: `None` picks (`hide_kernels.explain("collage")` says which); a name is used or refused.
 
     Returns:
@@ -112,7 +112,7 @@ class Look(NamedTuple):
 
     fill: tuple[int, int, int] | None
     blend: bool
-    alpha_threshold: int
+    alpha_threshold: int | None
 
 
 def planned_collage(image: Tensor, plan: Plan, look: Look, backend: str, boxes_device: torch.device) -> Collage:
@@ -153,8 +153,9 @@ def _gather(image: Tensor, boxes: Tensor, positions: Tensor, size: tuple[int, in
     return torch.from_numpy(gather_reference(pixels, source, target, size, look.fill, look.blend)).to(image.device)
 
 
-def _shown(image: Tensor, merged: NDArray[np.int64], alpha_threshold: int) -> NDArray[np.int64]:
-    return opaque(image[..., 3], merged, alpha_threshold) if image.shape[2] == 4 else merged
+def _shown(image: Tensor, merged: NDArray[np.int64], alpha_threshold: int | None) -> NDArray[np.int64]:
+    whole = alpha_threshold is None or image.shape[2] == 3
+    return merged if whole else opaque(image[..., 3], merged, alpha_threshold)
 
 
 def check_image(image: Tensor) -> tuple[int, int]:
@@ -168,7 +169,7 @@ def check_image(image: Tensor) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def check_look(fill: tuple[int, int, int] | None, alpha: str, alpha_threshold: int) -> None:
+def check_look(fill: tuple[int, int, int] | None, alpha: str, alpha_threshold: int | None) -> None:
     """Refuses a fill, alpha mode or alpha threshold that `collage` does not document."""
     if fill is not None:
         _check_fill(fill)
@@ -176,7 +177,8 @@ def check_look(fill: tuple[int, int, int] | None, alpha: str, alpha_threshold: i
         raise ValueError(f"alpha: got {alpha!r}, want 'blend' or 'drop'")
     if alpha == "drop" and fill is None:
         raise ValueError("alpha: got 'drop' with fill=None, which keeps alpha; want a fill colour")
-    check_level("alpha_threshold", alpha_threshold)
+    if alpha_threshold is not None:
+        check_level("alpha_threshold", alpha_threshold)
 
 
 def _check_fill(fill: tuple[int, int, int]) -> None:

@@ -24,7 +24,7 @@ def collage_of_maps(
     max_regions: int = 256,
     fill: tuple[int, int, int] | None = None,
     alpha: Literal["blend", "drop"] = "blend",
-    alpha_threshold: int = 10,
+    alpha_threshold: int | None = 10,
 ) -> Collage:
     """Collage of the regions of all maps together: `regions`, `boxes_to_pixels`, `collage`, with the same result.
 
@@ -66,7 +66,7 @@ def collages_of_maps(
     max_regions: int = 256,
     fill: tuple[int, int, int] | None = None,
     alpha: Literal["blend", "drop"] = "blend",
-    alpha_threshold: int = 10,
+    alpha_threshold: int | None = 10,
     read_too: Sequence[Tensor] = (),
 ) -> tuple[list[Collage], list[Tensor]]:
     """As `collage_of_maps` for several images, and with them on one GPU still one read by the host.

@@ -181,7 +181,7 @@ def branches_of(model: Adapter, source: str | Path | None = None) -> Branches:
         raise ValueError(f"model: there are no region branches for {model.family}, only for {', '.join(FAMILIES)}")
     with model.lock:
         there = _attached.get(model.language_model)
-        if there is not None and (source is None or str(source) == there[0]):
+        if there is not None and (source is None or _place(source) == there[0]):
             return there[1]
         if there is not None:
             raise ValueError(f"branches: those of {there[0]} are attached to the model; load it anew for {source}")
@@ -196,8 +196,8 @@ def branches_of(model: Adapter, source: str | Path | None = None) -> Branches:
                 "the model (branches=FOLDER)"
             )
         found = loaded(model, config, tensors, place)
-        attach(model, found, str(place))
-        if source is None:
+        attach(model, found, _place(place))
+        if model.source is not None and _place(place) == _place(model.source):
             taken = {f"{part}.{name}" for part, module in found.modules().items() for name in module.state_dict()}
             model.left_out = tuple(
                 name for name in model.left_out if not ((own := _tail(name)) in taken or _UNUSED.match(own))
@@ -247,20 +247,20 @@ def loaded(model: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tens
 
     Raises `ValueError`; see `branches_of`.
     """
-    if not config.get("enable_twig"):
+    if not _flag(config, place, "enable_twig"):
         raise ValueError(f"model: {place}: config.json: enable_twig is {config.get('enable_twig')!r}, want true")
-    if (source := config.get("roi_source", "qk")) != "qk":
+    if (source := _field(config, "roi_source", "qk")) != "qk":
         raise ValueError(f"model: {place}: config.json: roi_source is {source!r}, and only 'qk' was ever trained")
     layer, depth = (_whole(config, place, name) for name in ("twig_K", "twig_T"))
     gate_depth = 0
-    if config.get("enable_high_res"):
+    if _flag(config, place, "enable_high_res"):
         gate_depth = _whole(config, place, "high_res_T", depth)
         if (own := _whole(config, place, "high_res_K", layer)) != layer:
             raise ValueError(f"model: {place}: config.json: high_res_K is {own}, want twig_K ({layer}), as released")
     if model.family == "llava" and config.get("roi_multi_head") is False:
         raise ValueError(f"model: {place}: config.json: roi_multi_head is false, and no release of LLaVA's has it so")
+    reuse = _flag(config, place, "reuse_src_pos")
     with torch.device("meta"):
-        reuse = bool(config.get("reuse_src_pos", False))
         made = new_branches(model, layer, depth, gate_depth=gate_depth, reuse_src_pos=reuse)
     holder = nn.Module()
     for name, module in made.modules().items():
@@ -268,10 +268,19 @@ def loaded(model: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tens
     wanted = holder.state_dict()
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise ValueError(f"model: {place} lacks {listed(missing)} of its branches")
+    if more := sorted(name for name in tensors.keys() - wanted.keys() if not _UNUSED.match(name)):
+        raise ValueError(
+            f"model: {place} has {listed(more)} of branches more than its config.json says (twig_T, enable_high_res, "
+            "high_res_T)"
+        )
     for name, value in wanted.items():
-        if value.shape != tensors[name].shape:
-            got, want = tuple(tensors[name].shape), tuple(value.shape)
-            raise ValueError(f"model: {place} has {name} of shape {got}, and config.json wants {want}")
+        got, dtype = tensors[name].shape, tensors[name].dtype
+        if value.shape != got:
+            raise ValueError(
+                f"model: {place} has {name} of shape {tuple(got)}, and config.json wants {tuple(value.shape)}"
+            )
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"model: {place} has {name} in {dtype}, and branches that are quantised are not read")
     neighbour = model.language_model.layers[layer - 1]
     device = device_of(neighbour)
     holder.load_state_dict({name: tensors[name].to(device, model.dtype) for name in wanted}, assign=True)
@@ -284,11 +293,29 @@ def loaded(model: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tens
     return made
 
 
+def _field(config: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """A field of config.json, where null is as none."""
+    value = config.get(name)
+    return default if value is None else value
+
+
 def _whole(config: Mapping[str, Any], place: str | Path, name: str, default: int | None = None) -> int:
-    value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool):
+    value = _field(config, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"model: {place}: config.json: {name} is {value!r}, want a number of layers")
     return value
+
+
+def _flag(config: Mapping[str, Any], place: str | Path, name: str) -> bool:
+    value = _field(config, name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"model: {place}: config.json: {name} is {value!r}, want true or false")
+    return value
+
+
+def _place(source: str | Path) -> str:
+    """One text for one folder, however it is named."""
+    return str(Path(source).resolve() if Path(source).is_dir() else source)
 
 
 def _tail(name: str) -> str:
@@ -301,7 +328,8 @@ def _read(place: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and all tensors of branches by their names in the text model."""
     config = find_file(place, CONFIG[0])
     if config is None:
-        raise FileNotFoundError(f"{place} has no config.json")
+        there = "" if Path(place).is_dir() else "; it is no folder, and the hub's cache does not have it"
+        raise FileNotFoundError(f"{place} has no config.json{there}")
     files = list(_weight_files(place))
     if not files:
         raise FileNotFoundError(f"{place} has no safetensors, and other files are not read")

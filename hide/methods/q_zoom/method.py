@@ -71,7 +71,7 @@ class QZoomSettings:
         second image. `None`: as the checkpoint's config.json says.
     sinks: "corner" (Qwen2.5-VL), "first token" (Qwen3-VL), "none" (LLaVA); `None`: the family's.
     sink_cells: maps of more cells have their corner cleared; SD-RPN's code has 768.
-    answer_request: what every question ends with, on a line of its own, unless it does already; may be empty.
+    answer_request: what every question ends with, on a line of its own, unless it stands there already; may be empty.
     branches: a checkpoint whose branches are used beside the model, in place of the model's own.
     """
 
@@ -84,9 +84,12 @@ class QZoomSettings:
     branches: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("region_threshold", "gate_threshold"):
-            if math.isnan(getattr(self, name)):
-                raise ValueError(f"{name}: got NaN, want a number")
+        if math.isnan(self.gate_threshold):
+            raise ValueError("gate_threshold: got NaN, want a number")
+        if not math.isfinite(self.region_threshold):
+            raise ValueError(f"region_threshold: got {self.region_threshold}, want a finite number")
+        if self.branches is not None and not self.branches.strip():
+            raise ValueError("branches: got no name, want a checkpoint's folder, or None for the model's own")
         if self.sinks not in (None, "corner", "first token", "none"):
             raise ValueError(f"sinks: got {self.sinks!r}, want 'corner', 'first token', 'none', or None")
 
@@ -94,32 +97,40 @@ class QZoomSettings:
 _ANSWER = AnswerSettings(max_new_tokens=128)
 _DOCUMENTS, _FEWER, _DETAILS = (RunSettings(min_tokens=least, max_tokens=most) for least, most in
                                 ((256, 576), (128, 576), (512, 4096)))  # fmt: skip
-# Task -> budget, then thresholds of region and gate: Qwen2.5-VL, Qwen3-VL; of the region: LLaVA.
-_TASKS: dict[str, tuple[RunSettings, tuple[float, float], tuple[float, float], float | None]] = {
-    "textvqa": (_DOCUMENTS, (0.15, 0.05), (0.15, 0.1), 0.15),
-    "infovqa": (_DOCUMENTS, (0.15, 0.05), (0.15, 0.1), 0.15),
-    "chartqa": (_DOCUMENTS, (0.125, 0.05), (0.15, 0.1), 0.15),
-    "docvqa": (_DOCUMENTS, (0.125, 0.05), (0.15, 0.1), 0.1),
-    "ocrbench": (_FEWER, (0.15, 0.05), (0.125, 0.1), 0.05),
-    "vstar": (_DETAILS, (0.03, 0.02), (0.1, 0.025), 0.1),
-    "hr-bench": (_DETAILS, (0.04, 0.02), (0.1, 0.025), 0.1),
-    "mme-realworld": (_DETAILS, (0.04, 0.02), (0.1, 0.025), None),
+# Task -> budget, then thresholds of region and gate: Qwen2.5-VL, Qwen3-VL.
+_QWEN: dict[str, tuple[RunSettings, tuple[float, float], tuple[float, float]]] = {
+    "textvqa": (_DOCUMENTS, (0.15, 0.05), (0.15, 0.1)),
+    "infovqa": (_DOCUMENTS, (0.15, 0.05), (0.15, 0.1)),
+    "chartqa": (_DOCUMENTS, (0.125, 0.05), (0.15, 0.1)),
+    "docvqa": (_DOCUMENTS, (0.125, 0.05), (0.15, 0.1)),
+    "ocrbench": (_FEWER, (0.15, 0.05), (0.125, 0.1)),
+    "vstar": (_DETAILS, (0.03, 0.02), (0.1, 0.025)),
+    "hr-bench": (_DETAILS, (0.04, 0.02), (0.1, 0.025)),
+    "mme-realworld": (_DETAILS, (0.04, 0.02), (0.1, 0.025)),
+}
+# Task -> SD-RPN for LLaVA, whose questions end with another request in each; lettered ones have one already.
+_LLAVA = {
+    "textvqa": QZoomSettings(0.15),
+    "infovqa": QZoomSettings(0.15),
+    "chartqa": QZoomSettings(0.15, answer_request="Answer the question with a single word."),
+    "docvqa": QZoomSettings(0.1),
+    "ocrbench": QZoomSettings(0.05, answer_request=""),
+    "pope": QZoomSettings(0.15),
+    "vstar": QZoomSettings(0.1, answer_request=""),
+    "hr-bench": QZoomSettings(0.1, answer_request=""),
 }
 
 
 def _presets() -> dict[str, Preset[QZoomSettings]]:
     """Published values: of each task under the model's name and its own, and of TextVQA under the model's alone."""
     found: dict[str, Preset[QZoomSettings]] = {}
-    for task, (run, qwen2_5, qwen3, llava) in _TASKS.items():
-        for model, family, thresholds in (
-            ("qwen2.5-vl-7b", "qwen2_5_vl", qwen2_5),
-            ("qwen3-vl-4b", "qwen3_vl", qwen3),
-        ):
-            preset = Preset(QZoomSettings(*thresholds), run, _ANSWER, family)
-            found |= {f"{model}-{task}": preset} if task != "textvqa" else {model: preset, f"{model}-{task}": preset}
-        if llava is not None:
-            preset = Preset(QZoomSettings(llava), RunSettings(), _ANSWER, "llava")
-            found |= {f"llava-1.5-7b-{task}": preset} | ({"llava-1.5-7b": preset} if task == "textvqa" else {})
+    for task, (run, qwen2_5, qwen3) in _QWEN.items():
+        found[f"qwen2.5-vl-7b-{task}"] = Preset(QZoomSettings(*qwen2_5), run, _ANSWER, "qwen2_5_vl")
+        found[f"qwen3-vl-4b-{task}"] = Preset(QZoomSettings(*qwen3), run, _ANSWER, "qwen3_vl")
+    for task, settings in _LLAVA.items():
+        asked = replace(_ANSWER, letter_request="Answer the option letter directly.") if task == "hr-bench" else _ANSWER
+        found[f"llava-1.5-7b-{task}"] = Preset(settings, RunSettings(), asked, "llava")
+    found |= {model: found[f"{model}-textvqa"] for model in ("qwen2.5-vl-7b", "qwen3-vl-4b", "llava-1.5-7b")}
     sd_rpn = QZoomSettings(0.25, sink_cells=768)
     found["sd-rpn-qwen2.5-vl"] = Preset(sd_rpn, _DOCUMENTS, _ANSWER, "qwen2_5_vl")
     return found | presets_of({"tiny": QZoomSettings(answer_request="")})

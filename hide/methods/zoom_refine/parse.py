@@ -16,9 +16,10 @@ Box = tuple[float, float, float, float]
 
 _COLON = r"\s*[:：]\s*"
 _HEADER = re.compile(rf"(rechecked\s+)?\banswer\W{{0,4}}?{_COLON}[^\S\n]*([^\n]*)", re.IGNORECASE)
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)\s*%?"
-_FOUR = re.compile(rf"[\[(<{{]*\s*({_NUMBER})\s*[,;\s]\s*({_NUMBER})\s*[,;\s]\s*({_NUMBER})\s*[,;\s]\s*({_NUMBER})")
-_BRACKETED = re.compile(rf"[\[(]{{1,2}}\s*(?:{_NUMBER}\s*[,;\s]\s*){{3}}{_NUMBER}\s*[\])]")
+# No two ways to read a run of blanks or digits: a reply that repeats itself would take hours.
+_NUMBER, _BETWEEN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:\s?%)?", r"(?:\s*[,;]\s*|\s+)"
+_FOUR = re.compile(_BETWEEN.join([f"({_NUMBER})"] * 4))
+_BRACKETED = re.compile(rf"[\[(]{{1,2}}\s*{_BETWEEN.join([_NUMBER] * 4)}\s*[\])]")
 _BOX_HEADER = re.compile(r"(?:bounding[\s_-]*box|bbox(?:_2d)?)", re.IGNORECASE)
 
 
@@ -48,14 +49,16 @@ def answer_in(reply: str, options: Sequence[str], *, rechecked: bool = False) ->
 def box_in(reply: str, extent: tuple[int, int] | None = None) -> Box | None:
     """The last box of a reply: four numbers behind "Bounding box" or "bbox", or else any four in brackets.
 
-    Numbers up to 1, and percentages, are parts of the width and height. Larger ones are in units of which `extent`
-    has so many across and down, as the model's family writes them; `None`: it writes none, and there is no box.
-    Corners may come in any order and lie outside, where they are clamped; a box without an area is none.
+    Numbers up to 2, and percentages, are parts of the width and height: no box in other units is that small. Larger
+    ones are in units of which `extent` has so many across and down, as the model's family writes them; `None`: it
+    writes none, and there is no box. Corners may come in any order and lie outside, where they are clamped; a box
+    without an area is none.
     """
     for place in reversed(list(_BOX_HEADER.finditer(reply))):
-        # Behind the header, with no more than a few words and signs in between.
-        numbers = _FOUR.search(reply, place.end(), place.end() + 120)
-        if numbers is not None and (box := _box(numbers.groups(), extent)) is not None:
+        numbers = _FOUR.search(reply, place.end(), place.end() + 200)
+        if numbers is None or numbers.start() > place.end() + 120:
+            continue  # more than a few words and signs in between
+        if (box := _box(numbers.groups(), extent)) is not None:
             return box
     for numbers in reversed(list(_BRACKETED.finditer(reply))):
         four = _FOUR.search(numbers[0])
@@ -67,7 +70,7 @@ def box_in(reply: str, extent: tuple[int, int] | None = None) -> Box | None:
 def _box(texts: Sequence[str], extent: tuple[int, int] | None) -> Box | None:
     percent = any("%" in text for text in texts)
     values = [float(text.replace("%", "")) / (100 if percent else 1) for text in texts]
-    if max(map(abs, values)) > 1 and not percent:
+    if max(map(abs, values)) > 2 and not percent:
         if extent is None:
             return None
         values = [value / extent[axis % 2] for axis, value in enumerate(values)]
@@ -78,15 +81,14 @@ def _box(texts: Sequence[str], extent: tuple[int, int] | None) -> Box | None:
 
 # -- as published -----------------------------------------------------------------------------------------------------
 
-_BOLD = r"(?:\*\*)?"
-_PUBLISHED_HEADER = rf"{_BOLD}\s*(?:rechecked\s+)?answer\s*{_BOLD}\s*[:：]\s*"
+_PUBLISHED_HEADER = r"answer\s*(?:\*\*\s*)?[:：]\s*"
 _PUBLISHED_BRACKETED = re.compile(_PUBLISHED_HEADER + r"[\[(]\s*([A-E])\s*[\])]", re.IGNORECASE)
 _PUBLISHED_BARE = re.compile(_PUBLISHED_HEADER + r"\b([A-E])\b", re.IGNORECASE)
-_PUBLISHED_RECHECKED = re.compile(rf"{_BOLD}\s*rechecked\s+answer\s*{_BOLD}\s*[:：]\s*[\[(]?\s*([A-E])", re.IGNORECASE)
+_PUBLISHED_RECHECKED = re.compile(rf"rechecked\s+{_PUBLISHED_HEADER}(?:[\[(]\s*)?([A-E])", re.IGNORECASE)
 _DECIMAL = r"(\d+(?:\.\d+)?)"
 _PUBLISHED_BOX = re.compile(
-    rf"(?:bounding box|bbox)\s*{_BOLD}\s*:?\s*{_BOLD}\s*\[\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*,\s*"
-    rf"{_DECIMAL}\s*\]",
+    r"(?:bounding box|bbox)(?:\s*\*\*)?(?:\s*:)?(?:\s*\*\*)?\s*"
+    rf"\[\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*,\s*{_DECIMAL}\s*\]",
     re.IGNORECASE,
 )
 
@@ -95,6 +97,12 @@ def published_letter(reply: str) -> str | None:
     """The first letter in brackets behind any header, a rechecked answer's too; else the first bare one."""
     found = _PUBLISHED_BRACKETED.search(reply) or _PUBLISHED_BARE.search(reply)
     return found[1].upper() if found else None
+
+
+def published_first_letter(reply: str) -> str | None:
+    """Of a plain answer: the first letter from A to E anywhere in it, in either case, though it stands in a word."""
+    found = re.search("[a-e]", reply, re.IGNORECASE)
+    return found[0].upper() if found else None
 
 
 def published_rechecked(reply: str) -> str | None:
