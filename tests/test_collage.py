@@ -281,6 +281,7 @@ def test_transparent_boxes_are_cut_down_to_their_opaque_parts_after_merging() ->
     assert got.image.shape == (5, 7, 4)
     assert len(collage(image, got.boxes, alpha_threshold=255).boxes) == 0
     uncut = collage(image, tensor([[0, 0, 10, 10], [10, 10, 20, 20]]), alpha_threshold=None)
+    assert uncut.image is not None
     assert uncut.boxes.tolist() == [[0, 0, 20, 20]] and torch.equal(uncut.image, image)
 
 

@@ -154,8 +154,9 @@ def _gather(image: Tensor, boxes: Tensor, positions: Tensor, size: tuple[int, in
 
 
 def _shown(image: Tensor, merged: NDArray[np.int64], alpha_threshold: int | None) -> NDArray[np.int64]:
-    whole = alpha_threshold is None or image.shape[2] == 3
-    return merged if whole else opaque(image[..., 3], merged, alpha_threshold)
+    if alpha_threshold is None or image.shape[2] == 3:
+        return merged
+    return opaque(image[..., 3], merged, alpha_threshold)
 
 
 def check_image(image: Tensor) -> tuple[int, int]:
