@@ -67,7 +67,7 @@ resolve-%: build/uv resolve-triton
 		--output-file requirements/$*.txt
 
 demo: $(STAMP)  ## HiDe answers a question about the example picture; writes demo/report.html
-	$(BIN)/hide ask hide/examples/scene.jpg "Is the triangle on the left or right side of the circle?" --report demo
+	$(BIN)/hide ask hide/examples/scene.jpg "Is the circle on the left or right side of the triangle?" --report demo
 
 # By file: what tests of one file share (models, predictions, what a fresh process said) is made once.
 PARALLEL := --numprocesses=2 --dist=loadfile

@@ -17,7 +17,7 @@ SCENE = Path(__file__).parents[1] / "hide" / "examples" / "scene.jpg"
 def main(folder: str | None = None) -> None:
     """Two methods on one session: the image goes through the model once."""
     hide = HiDe.from_pretrained(CHECKPOINT)
-    question = "Is the triangle on the left or right side of the circle?"
+    question = "Is the circle on the left or right side of the triangle?"
     plain, answer = ask_all([Plain(hide.model), hide], SCENE, question)
     print(f"plain: {plain.text}; hide: {answer.text}")
     print("looked for:", answer.details["entities"])
