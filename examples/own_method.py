@@ -21,7 +21,7 @@ class Peak(Method):
 
     def answer(self, session: Session, question: Question, steps: Steps) -> Answer:
         with steps("look"):
-            (maps,) = session.attention(session.turn(question.stem), layers=[0])
+            (maps,) = session.attention(session.turn(question.stem), layers=[2])
             y, x = divmod(int(torch.nn.functional.adaptive_avg_pool2d(maps.mean(0)[None], 8).argmax()), 8)
             width, height = (length / 8 for length in session.images[0].size)
             box = torch.tensor([[x * width, y * height, (x + 1) * width, (y + 1) * height]]).long()
