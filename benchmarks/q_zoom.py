@@ -433,6 +433,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--runs", type=count, default=3, help="timed runs of each (default 3)")
+    parser.add_argument("--images", type=count, nargs="+", default=MEASURED, help="image tokens to time, about")
     parser.add_argument("--predicted", action="store_true", help="only what follows from the configuration")
     arguments = parser.parse_args()
     print(table(predicted()))
@@ -442,7 +443,7 @@ def main() -> int:
     if failed := list(found_wrong(sys.modules[__name__], arguments.device)):
         print("checks failed, no time is reported", *failed, sep="\n  ")
         return 1
-    rows = measured(arguments.device, arguments.runs)
+    rows = measured(arguments.device, arguments.runs, tuple(arguments.images))
     for row in rows:
         print(line(row))
     for name, ratio in ratios(rows).items():
