@@ -105,7 +105,7 @@ def evaluate(
             **{f"{one.name}.{name}": value for one in asked for name, value in one.preset.to_dict().items()},
         }
         records: list[dict[str, Any]] = []
-        with ResultFile(out / "results.jsonl", settings) as results, progress_bar(console) as bar:
+        with ResultFile(out / "results.jsonl", settings) as results, progressprogress_bar(console) as bar:
             task = bar.add_task("questions", total=limit)
 
             def done(record: dict[str, Any]) -> None:
@@ -156,6 +156,7 @@ def export(
     console = Console(stderr=True)
     with errors(console):
         quiet()
+        from hide.evaluation.data import read_data
         from hide.evaluation.export import FORMS, export_here, save
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.store import ResultFile
@@ -163,12 +164,12 @@ def export(
         if form not in FORMS:
             raise ValueError(f"form: got {form!r}, want one of {', '.join(FORMS)}")
         _check_count("limit", limit)
-        _check_readable(data, _samples(data, limit))
+        _check_readable(data, read_data(data, limit))
         check_folder(out, ("results.jsonl",))
         made = load.methods([method])[0]
         settings = {"data": data, **load.facts(), "method": method, **made.preset.to_dict()}
         records: list[dict[str, Any]] = []
-        with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:
+        with ResultFile(out / "results.jsonl", settings) as results, progress_bar(console) as bar:
             task = bar.add_task("questions", total=limit)
 
             def done(record: dict[str, Any]) -> None:
@@ -176,7 +177,7 @@ def export(
                 bar.advance(task)
 
             ask = functools.partial(export_here, made, out)
-            run(ask, _samples(data, limit), results, retry_failed=retry_failed, progress=done)
+            run(ask, read_data(data, limit), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))
             written = save(out, records, form)
     failed = [f"{record['id']}: {record['error']}" for record in records if record["error"]]
@@ -218,7 +219,7 @@ def calibrate(
     [bold]Example:[/bold] hide calibrate --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out calibrate-7b
     """
     console = Console(stderr=True)
-    with errors(console), progress_bar(console) as bar:
+    with errors(console), progressprogress_bar(console) as bar:
         quiet()
         from hide.evaluation import calibrate as experiments
         from hide.evaluation.data import Sample, read_data
@@ -354,7 +355,7 @@ def entities(
     [bold]Example:[/bold] hide entities --model Qwen/Qwen2.5-VL-7B-Instruct --misses
     """
     console = Console(stderr=True)
-    with errors(console), progress_bar(console) as bar:
+    with errors(console), progressprogress_bar(console) as bar:
         quiet()
         from hide.evaluation.entity_quality import labelled_questions, score_entities
         from hide.methods.hide.entities import entities_by_rules
