@@ -90,7 +90,7 @@ def method_of(model, **settings):
 def test_rows_of_the_reply_are_those_of_an_eager_model_that_keeps_every_matrix(model):
     layers = [1, 3]
     with open_session(model, IMAGE, RUN) as session:
-        ids, places, said = prompt_rows(session, QUESTION.text, "reply", "", 5)
+        ids, places, said = prompt_rows(session, QUESTION.text, QUESTION, "reply", "", 5)
         maps = head_maps(session, ids, places, layers)
         turn = session.turn(QUESTION.text)
     eager = copy.deepcopy(model.model)
@@ -101,7 +101,7 @@ def test_rows_of_the_reply_are_those_of_an_eager_model_that_keeps_every_matrix(m
             **inputs, max_new_tokens=5, do_sample=False, output_attentions=True, return_dict_in_generate=True
         )
     new = found.sequences[0, turn.input_ids.shape[1] :].tolist()
-    assert said == model.decode(new) and ids[0, places.start :].tolist() == new[:-1] and len(places) == 4
+    assert said == model.decode(new) and ids[0, places[0] :].tolist() == new[:-1] and len(places) == 4
     (image,) = turn.images
     cells = image.start + image.cells
     for layer in layers:
@@ -113,14 +113,22 @@ def test_rows_of_the_reply_are_those_of_an_eager_model_that_keeps_every_matrix(m
 def test_a_reply_of_one_token_has_that_tokens_row(model, monkeypatch):
     with open_session(model, IMAGE, RUN) as session:
         monkeypatch.setattr(session, "reply", lambda ids, max_new_tokens: [7])
-        ids, places, _ = prompt_rows(session, QUESTION.text, "reply", "", 5)
-        assert ids[0, places].tolist() == [7] and places.stop == ids.shape[1]
+        ids, places, _ = prompt_rows(session, QUESTION.text, QUESTION, "reply", "", 5)
+        assert ids[0, places].tolist() == [7] and places[-1] == ids.shape[1] - 1
         monkeypatch.setattr(session, "reply", lambda ids, max_new_tokens: [9, 7])
-        ids, places, _ = prompt_rows(session, QUESTION.text, "reply", "", 5)
+        ids, places, _ = prompt_rows(session, QUESTION.text, QUESTION, "reply", "", 5)
         assert ids[0, places].tolist() == [9]
-        # The question's own words, and what follows them.
-        ids, places, said = prompt_rows(session, QUESTION.text, "question", "Where?", 5)
-        assert said == "" and model.decode(ids[0, places].tolist()) == f"{QUESTION.text}\nWhere?"
+
+
+def test_of_a_question_the_words_that_name_things_are_looked_at(model):
+    question = Question("Is the star left of the other ring?")
+    with open_session(model, IMAGE, RUN) as session:
+        ids, places, said = prompt_rows(session, question.text, question, "question", "Give its box.", 5)
+        assert said == "" and model.decode(ids[0, places].tolist()) == "star ring"
+        assert "Give its box." in model.decode(ids[0].tolist())
+        question = Question("Where is it?")
+        ids, places, _ = prompt_rows(session, question.text, question, "question", "", 5)
+        assert model.decode(ids[0, places].tolist()) == question.text
 
 
 def test_a_label_is_of_the_mean_over_chosen_heads_at_any_resolution(model):
@@ -128,10 +136,10 @@ def test_a_label_is_of_the_mean_over_chosen_heads_at_any_resolution(model):
     for most in (16, 60):
         run = RunSettings(min_tokens=4, max_tokens=most)
         with open_session(model, IMAGE, run) as session:
-            ids, places, _ = prompt_rows(session, QUESTION.text, "question", "", 5)
+            ids, places, _ = prompt_rows(session, QUESTION.text, QUESTION, "question", "", 5)
             maps = head_maps(session, ids, places, heads.layers)
             rules = TriState(sink=0.3, largest=2.0)
-            found = label(session, QUESTION.text, heads, rules, 5)
+            found = label(session, QUESTION.text, QUESTION, heads, rules, 5)
             grid = session.inputs.grids[0]
         want = (maps[1][0] + maps[1][3] + maps[2][1]) / 3
         torch.testing.assert_close(mean_map(maps, heads.grounding), want)
@@ -590,7 +598,8 @@ def test_all_stages_make_a_checkpoint_that_answers_as_what_was_trained(base, que
     for stage in ("tuning", "gate"):
         adapter, training = begun()
         getattr(training, stage)()
-    folder = training.save()
+        folder = training.save()
+        assert json.loads((folder / "config.json").read_text())["enable_high_res"] is (stage == "gate")
     assert not torch.equal(
         adapter.language_model.layers[3].mlp.up_proj.weight, before["model.language_model.layers.3.mlp.up_proj.weight"]
     )
@@ -611,6 +620,11 @@ def test_all_stages_make_a_checkpoint_that_answers_as_what_was_trained(base, que
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert answers[0].text == answers[1].text
     torch.testing.assert_close(answers[0].evidence[0].maps, answers[1].evidence[0].maps)
+
+    # A gate of another model than the tuned one is none of it.
+    with monkeypatch.context() as other:
+        other.setattr(Training, "_tuned", lambda self: False)
+        assert not json.loads((training.save() / "config.json").read_text())["enable_high_res"]
 
     # Nothing is done twice.
     monkeypatch.setattr(q_zoom, "recorded", lambda ask, samples: [1 / 0 for _ in samples])

@@ -105,7 +105,7 @@ def evaluate(
             **{f"{one.name}.{name}": value for one in asked for name, value in one.preset.to_dict().items()},
         }
         records: list[dict[str, Any]] = []
-        with ResultFile(out / "results.jsonl", settings) as results, progressprogress_bar(console) as bar:
+        with ResultFile(out / "results.jsonl", settings) as results, progress_bar(console) as bar:
             task = bar.add_task("questions", total=limit)
 
             def done(record: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def calibrate(
     [bold]Example:[/bold] hide calibrate --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out calibrate-7b
     """
     console = Console(stderr=True)
-    with errors(console), progressprogress_bar(console) as bar:
+    with errors(console), progress_bar(console) as bar:
         quiet()
         from hide.evaluation import calibrate as experiments
         from hide.evaluation.data import Sample, read_data
@@ -355,7 +355,7 @@ def entities(
     [bold]Example:[/bold] hide entities --model Qwen/Qwen2.5-VL-7B-Instruct --misses
     """
     console = Console(stderr=True)
-    with errors(console), progressprogress_bar(console) as bar:
+    with errors(console), progress_bar(console) as bar:
         quiet()
         from hide.evaluation.entity_quality import labelled_questions, score_entities
         from hide.methods.hide.entities import entities_by_rules

@@ -143,7 +143,8 @@ def head_sweep(
         text = prompt_of(preset, sample.question)
         with open_session(model, image, settings.run(settings.label_tokens)) as session:
             for rows in kinds:
-                ids, places, _ = prompt_rows(session, text, rows, request, settings.max_new_tokens)
+                most = settings.max_new_tokens
+                ids, places, _ = prompt_rows(session, text, sample.question, rows, request, most)
                 by_layer = head_maps(session, ids, places, range(model.num_layers))
                 maps = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).cpu()
                 found.append((rows, maps, cells_inside(sample.boxes, image.size, _grid_of(maps))))

@@ -1,8 +1,8 @@
 """Whose attention labels are made of: heads that look at what is asked about, and heads that look at sinks.
 
 They are published for four models; for another, `choose` takes them from questions with boxes (`hide calibrate
---heads`). Rows are those of the reply's tokens, as published, or of the question's: a model that fetches what it needs
-while it reads the question looks at it there.
+--heads`). Rows are those of the reply's tokens, as published, or of the words in the question that name things, which
+HiDe reads too: a model that fetches what it needs while it reads the question looks at it there.
 """
 
 from __future__ import annotations

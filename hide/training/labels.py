@@ -6,13 +6,16 @@ behind the image give the rows of the chosen layers, at any resolution and under
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hide.methods.hide.entities import entities_by_rules
 from hide.methods.q_zoom.regions import blurred, one_box
+from hide.questions import Question
 from hide.session import ImageSession
 from hide.training.heads import Chosen, Heads, Rows
 from hide.training.settings import TriState
@@ -25,23 +28,33 @@ _LETTERS = {1: "1", 0: "0", IGNORED: "."}
 
 
 def prompt_rows(
-    session: ImageSession, text: str, rows: Rows, request: str, max_new_tokens: int
-) -> tuple[Tensor, range, str]:
+    session: ImageSession, text: str, question: Question, rows: Rows, request: str, max_new_tokens: int
+) -> tuple[Tensor, list[int], str]:
     """(1, L) ids that are sent, the places of the tokens whose rows are wanted, and the reply, if one was asked for.
 
     Of a reply of n tokens those are the first n - 1, which the model was fed when it wrote it; of a single one that
-    token.
+    token. Of the question they are the words that name things, by HiDe's rules; where there are none, all.
+
+    text: the question as the model is asked. request: what it is followed by, on a line of its own; may be empty.
     """
-    turn = session.turn(f"{text}\n{request}" if request else text)
+    said = f"{text}\n{request}" if request else text
+    turn = session.turn(said)
     if rows == "question":
-        return turn.input_ids, turn.rows, ""
+        names = {word for item in entities_by_rules(question).items for word in item.split()}
+        spans = [match.span() for match in re.finditer(r"[^\W_]+(?:['’\-][^\W_]+)*", said) if match[0].lower() in names]
+        named = [
+            place
+            for place, (start, stop) in zip(turn.rows, turn.offsets, strict=True)
+            if any(start < last and first < stop for first, last in spans)
+        ]
+        return turn.input_ids, named or list(turn.rows), ""
     reply = session.reply(turn.input_ids, max_new_tokens=max_new_tokens)
     length, fed = turn.input_ids.shape[1], max(1, len(reply) - 1)
     ids = torch.cat([turn.input_ids, torch.tensor([reply[:fed]])], 1)
-    return ids, range(length, length + fed), session.model.decode(reply)
+    return ids, list(range(length, length + fed)), session.model.decode(reply)
 
 
-def head_maps(session: ImageSession, ids: Tensor, places: range, layers: Sequence[int]) -> dict[int, Tensor]:
+def head_maps(session: ImageSession, ids: Tensor, places: Sequence[int], layers: Sequence[int]) -> dict[int, Tensor]:
     """Per layer (heads, h, w) float32: causal softmax rows over all keys, at the image's cells, mean over the tokens.
 
     ids: (1, L), which begin with the session's. places: of the tokens behind it whose rows are wanted.
@@ -104,9 +117,11 @@ def from_text(text: str, grid: tuple[int, int]) -> Tensor:
     return torch.tensor([values[letter] for letter in text]).view(grid)
 
 
-def label(session: ImageSession, text: str, heads: Heads, rules: TriState, max_new_tokens: int) -> dict[str, Any]:
+def label(
+    session: ImageSession, text: str, question: Question, heads: Heads, rules: TriState, max_new_tokens: int
+) -> dict[str, Any]:
     """What is recorded of one question: the reply, the map's grid and its labels."""
-    ids, places, reply = prompt_rows(session, text, heads.rows, heads.request, max_new_tokens)
+    ids, places, reply = prompt_rows(session, text, question, heads.rows, heads.request, max_new_tokens)
     maps = head_maps(session, ids, places, heads.layers)
     sinks = mean_map(maps, heads.sinks).cpu() if heads.sinks else None
     labels = tri_state(mean_map(maps, heads.grounding).cpu(), sinks, rules=rules)

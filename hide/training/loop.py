@@ -129,15 +129,15 @@ def fit(
         run.finish()
 
 
-def trained(folder: Path, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether a stage has ended; then its parameters are read."""
+def trained(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
+    """What a stage that has ended was made with, its parameters read; `None` for one that has not."""
     if not (folder / TRAINED).is_file():
-        return False
-    tensors = load_file(folder / TRAINED)
-    with torch.no_grad():
+        return None
+    with safe_open(folder / TRAINED, framework="pt") as opened, torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return True
+            parameter.copy_(opened.get_tensor(name))
+        facts: dict[str, Any] = json.loads(opened.metadata()["facts"])
+    return facts
 
 
 def scale(step: int, steps: int, warm_up: float) -> float:

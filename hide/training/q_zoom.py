@@ -119,7 +119,7 @@ class Training:
         self.branches = copied_branches(model, layer, depth)
         attach(model, self.branches)
         model.model.requires_grad_(False)
-        # The model is used as it was loaded: another checkpoint's thresholds are none of training's business.
+        # A task's thresholds are none of training's business.
         preset, _ = QZoom.preset_for(model)
         self.method = QZoom(
             model,
@@ -143,7 +143,8 @@ class Training:
             with open_session(self.model, image, self.settings.run(self.settings.label_tokens)) as session:
                 for sample in samples:
                     text = self.method.prompt(sample.question)
-                    yield label(session, text, heads, self.settings.labels, self.settings.max_new_tokens)
+                    most, rules = self.settings.max_new_tokens, self.settings.labels
+                    yield label(session, text, sample.question, heads, rules, most)
 
         self._ask(
             "labels",
@@ -168,7 +169,7 @@ class Training:
 
     def tuning(self) -> None:
         """The model's decoder layers and output head, on questions that a crop spoils."""
-        if not trained(self.out / "region", self._region_parameters()):
+        if trained(self.out / "region", self._region_parameters()) is None:
             raise ValueError(f"tuning: {self.out} has no trained region branch; run the stage region first")
 
         def ask(image: Image.Image, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
@@ -238,16 +239,13 @@ class Training:
 
     def save(self) -> Path | None:
         """Write the checkpoint of what is trained by now: the region branch, and gate and model where they are; `None`
-        without a region branch."""
-        if not trained(self.out / "region", self._region_parameters()):
+        without a region branch. A gate of the model before it was tuned is left out."""
+        if trained(self.out / "region", self._region_parameters()) is None:
             return None
-        tuned, gate = self._tuned(), trained(self.out / "gate", self._gate_parameters())
-        branches = dataclasses.replace(
-            self.branches,
-            gate=self.branches.gate if gate else None,
-            head=self.branches.head if gate else None,
-            reuse_src_pos=tuned and self.settings.reuse_src_pos,
-        )
+        tuned, facts = self._tuned(), trained(self.out / "gate", self._gate_parameters())
+        branches = dataclasses.replace(self.branches, reuse_src_pos=tuned and self.settings.reuse_src_pos)
+        if facts is None or facts["tuned"] != tuned:
+            branches = dataclasses.replace(branches, gate=None, head=None)
         if self.processes.rank == 0:
             assert self.model.source is not None, "it was loaded from somewhere"
             changed = {name: one.detach() for name, one in self._model_parameters().items()} if tuned else {}
@@ -322,7 +320,7 @@ class Training:
 
     def _tuned(self) -> bool:
         """Whether the model was tuned; then it is, from here on."""
-        return trained(self.out / "tuning", self._model_parameters())
+        return trained(self.out / "tuning", self._model_parameters()) is not None
 
     def _region_parameters(self) -> dict[str, nn.Parameter]:
         """Those that the map depends on: of the last layer its norm, queries and keys."""

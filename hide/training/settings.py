@@ -125,7 +125,7 @@ PRESETS = {
         max_new_tokens=8,
         region=Recipe(1e-3, 16, epochs=2),
         tuning=Recipe(1e-5, 16, epochs=2),
-        gate=Recipe(1e-3, 16, epochs=3),
+        gate=Recipe(1e-3, 16, epochs=2),
     )
 }
 
