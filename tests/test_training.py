@@ -34,8 +34,8 @@ from hide.session import open_session
 from hide.training import loop, q_zoom
 from hide.training.heads import GROUNDING, PUBLISHED, Heads, HeadScore, choose, head_scores, published
 from hide.training.labels import IGNORED, from_text, head_maps, label, mean_map, prompt_rows, to_text, tri_state
-from hide.training.loop import Processes, fit, read_log, scale
-from hide.training.objectives import NOTHING, Loss, answer_loss, gate_loss, region_loss, see
+from hide.training.loop import Processes, fit, read_log, scale, shuffled
+from hide.training.objectives import NOTHING, Loss, answer_loss, encoded, gate_loss, region_loss, see
 from hide.training.q_zoom import Pool, Training, copied_branches
 from hide.training.released import convert, read_pickle
 from hide.training.routing import Route, route, routes, shown
@@ -260,7 +260,7 @@ def labels_of(grid):
 
 @pytest.mark.parametrize("resized", [False, True])
 def test_the_region_branchs_loss_and_gradients_are_those_of_all_heads_written_out(model, branches, resized):
-    seen = see(model, IMAGE, QUESTION.text, RUN, branches.layer)
+    seen = see(model, *encoded(model, IMAGE, RUN), QUESTION.text, branches.layer)
     (image,) = seen.turn.images
     grid = (image.grid[0] * 2, image.grid[1] + 1) if resized else image.grid
     labels = labels_of(grid)
@@ -289,7 +289,7 @@ def test_the_region_branchs_loss_and_gradients_are_those_of_all_heads_written_ou
 
 
 def test_labels_without_a_cell_cost_no_forward(model, branches, monkeypatch):
-    seen = see(model, IMAGE, QUESTION.text, RUN, branches.layer)
+    seen = see(model, *encoded(model, IMAGE, RUN), QUESTION.text, branches.layer)
     monkeypatch.setattr("hide.methods.q_zoom.branches.through", None)
     assert region_loss(model, branches, seen, torch.full(seen.turn.images[0].grid, IGNORED)) == NOTHING
 
@@ -300,7 +300,7 @@ def test_training_sees_what_inference_sees_and_runs_no_layer_above(model, branch
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
         for number, layer in enumerate(model.language_model.layers)
     ]
-    seen = see(model, IMAGE, method.prompt(QUESTION), RUN, branches.layer)
+    seen = see(model, *encoded(model, IMAGE, RUN), method.prompt(QUESTION), branches.layer)
     for hook in hooks:
         hook.remove()
     assert ran == list(range(branches.layer)) and not seen.states.requires_grad
@@ -491,6 +491,16 @@ def test_processes_that_share_a_batch_learn_what_one_does(tmp_path):
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_what_is_shared_comes_one_after_another_and_every_process_has_its_part():
+    items = [f"{picture}{number}" for number in range(3) for picture in "abcdefgh"]
+    order = [items[place] for place in shuffled(items, lambda item: item[0], "0 1")]
+    assert sorted(order) == sorted(items) and order != sorted(items)
+    assert [item[0] for item in order[::3]] == [item[0] for item in order[2::3]], "pictures stay whole"
+    assert order != [items[place] for place in shuffled(items, lambda item: item[0], "0 2")]
+    parts = [Processes(rank, 3).part(order[:10]) for rank in range(3)]
+    assert [*parts[0], *parts[1], *parts[2]] == order[:10] and {len(part) for part in parts} == {3, 4}
+
+
 def test_the_rate_goes_up_in_a_line_and_down_in_a_cosine():
     rates = [scale(step, 100, 0.03) for step in range(100)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1]) and rates[-1] < 1e-3
@@ -628,7 +638,7 @@ def test_all_stages_make_a_checkpoint_that_answers_as_what_was_trained(base, que
 
     # Nothing is done twice.
     monkeypatch.setattr(q_zoom, "recorded", lambda ask, samples: [1 / 0 for _ in samples])
-    monkeypatch.setattr(q_zoom, "see", None)
+    monkeypatch.setattr(q_zoom, "encoded", None)
     adapter, training = begun()
     for stage in ("labels", "region", "gate"):
         getattr(training, stage)()
@@ -776,6 +786,7 @@ def test_the_command_trains_the_embedded_model_and_goes_on(tmp_path):
     for wrong, message in (
         (("--stages", "regions"), "want some of labels, region, tuning, gate"),
         (("--set", "region.rat=1"), "there is no region.rat"),
+        (("--weights", "int8"), "copies of layers that are not quantised"),
         (("--heads", "boxes"), "none are published for qwen2_5_vl of width 192"),
     ):
         done = run("train", "q-zoom", *more, *wrong)

@@ -72,6 +72,8 @@ def q_zoom(
         asked = [name.strip() for name in stages.split(",")]
         if unknown := [name for name in asked if name not in STAGES]:
             raise ValueError(f"stages: got {', '.join(map(repr, unknown))}, want some of {', '.join(STAGES)}")
+        if load.weights is not None:
+            raise ValueError(f"weights: got {load.weights}, but branches are copies of layers that are not quantised")
         check_folder(out)
         if load.device is None and torch.cuda.is_available():
             load = dataclasses.replace(load, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")

@@ -59,6 +59,11 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def part(self, places: Sequence[int]) -> Sequence[int]:
+        """This one's of a batch, which lie side by side."""
+        first, last = (len(places) * rank // self.count for rank in (self.rank, self.rank + 1))
+        return places[first:last]
+
     def total(self, tensors: Sequence[Tensor]) -> None:
         """Replace each by its sum over all."""
         if self.count > 1:
@@ -78,6 +83,7 @@ def fit(
     loss: Callable[[T, int], Loss],
     recipe: Recipe,
     *,
+    group: Callable[[T], Any] = lambda item: item,
     seed: int = 0,
     processes: Processes = ALONE,
     facts: Mapping[str, Any] | None = None,
@@ -90,6 +96,7 @@ def fit(
         folder: gets `log.jsonl`, a line for each step, and at the end `trained.safetensors`, the parameters by their
             names.
         parameters: float32, by names. items: what there is to learn from. loss: of an item, in an epoch.
+        group: of an item; those of one group come one after another, so that what they share may be made once.
         facts: what the run is made with, beside recipe, seed and number of items; a folder of others is refused.
         progress: called with the steps that are done and how many there are.
         steps: stop after so many without saving, as a run that is killed.
@@ -108,10 +115,9 @@ def fit(
     for step in range(run.step, every if steps is None else min(every, run.step + steps)):
         began = time.perf_counter()
         epoch, at = divmod(step, per_epoch)
-        order = random.Random(f"{seed} {epoch}").sample(range(len(items)), len(items))
-        chosen = order[at * recipe.batch : (at + 1) * recipe.batch]
+        chosen = shuffled(items, group, f"{seed} {epoch}")[at * recipe.batch : (at + 1) * recipe.batch]
         found, count = 0.0, 0
-        for place in chosen[processes.rank :: processes.count]:
+        for place in processes.part(chosen):
             value, terms = loss(items[place], epoch)
             if value is not None:
                 value.backward()
@@ -127,6 +133,16 @@ def fit(
         progress(step + 1, every)
     if steps is None:
         run.finish()
+
+
+def shuffled(items: Sequence[T], group: Callable[[T], Any], seed: str) -> list[int]:
+    """Places of the items, groups in an order of the seed's, each whole."""
+    groups: dict[Any, list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(group(item), []).append(place)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    return [place for own in order for place in own]
 
 
 def trained(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:

@@ -48,9 +48,13 @@ class Seen(NamedTuple):
     states: Tensor
 
 
-def see(model: Adapter, image: Image.Image, prompt: str, run: RunSettings, layer: int) -> Seen:
+def encoded(model: Adapter, image: Image.Image | Tensor, run: RunSettings) -> tuple[ImageInputs, Features]:
+    """An image as `see` takes it, whatever is asked about it."""
+    return encode(model, preprocess(model, [image], run))
+
+
+def see(model: Adapter, inputs: ImageInputs, features: Features, prompt: str, layer: int) -> Seen:
     """Send an image and a question through layers 0 to K - 1, and no further."""
-    inputs, features = encode(model, preprocess(model, [image], run))
     turn = model.turn(prompt, inputs)
     positions, _ = model.positions(turn.input_ids, inputs)
     with model.alone():
@@ -94,7 +98,7 @@ def answer_loss(method: QZoom, image: Image.Image, question: Question, answer: s
     question, with gradients in all layers; nothing where there is no region. Logits are made of those tokens alone.
     """
     model, branches, prompt = method.model, method.branches, method.prompt(question)
-    seen = see(model, image, prompt, run, branches.layer)
+    seen = see(model, *encoded(model, image, run), prompt, branches.layer)
     with torch.no_grad():
         with mixed(model):
             looked = branches.looked(model, seen.states, seen.positions, seen.turn.images[0])
@@ -103,7 +107,7 @@ def answer_loss(method: QZoom, image: Image.Image, question: Question, answer: s
         return NOTHING
     (box,) = method.box(region, seen.turn.images[0].grid, image.size).tolist()
     crop = within_aspect(to_tensor(image.crop(box)), model.max_aspect)
-    more, features = encode(model, preprocess(model, [crop], run))
+    more, features = encoded(model, crop, run)
     both = seen.inputs + more
     turn, reply = model.turn(prompt, both), model.reply_ids(answer)
     ids = torch.cat([turn.input_ids, reply], 1)

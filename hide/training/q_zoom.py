@@ -31,12 +31,13 @@ from hide.evaluation.store import ResultFile, blank_record
 from hide.methods.q_zoom.branches import Branches, attach, new_branches
 from hide.methods.q_zoom.method import QZoom
 from hide.models.base import Adapter
+from hide.models.inputs import Features, ImageInputs
 from hide.session import open_session
 from hide.training.checkpoint import save_checkpoint
 from hide.training.heads import published
 from hide.training.labels import from_text, label
 from hide.training.loop import ALONE, Processes, fit, trained
-from hide.training.objectives import NOTHING, Loss, answer_loss, gate_loss, region_loss, see
+from hide.training.objectives import NOTHING, Loss, Seen, answer_loss, encoded, gate_loss, region_loss, see
 from hide.training.routing import Route, routes, shown
 from hide.training.settings import Settings
 
@@ -114,6 +115,7 @@ class Training:
         """
         self.model, self.pool, self.out, self.settings = model, pool, out, settings
         self.processes, self.progress = processes, progress
+        self._encoded: tuple[tuple[str, int], tuple[ImageInputs, Features]] | None = None
         depth, layers = settings.depth, model.num_layers
         layer = min(2 * layers // 3, layers - depth) if settings.layer is None else settings.layer
         self.branches = copied_branches(model, layer, depth)
@@ -160,9 +162,7 @@ class Training:
 
         def loss(record: dict[str, Any], epoch: int) -> Loss:
             sample = self.pool[record["id"]]
-            run = self.settings.run(self._budget(sample, epoch))
-            prompt = self.method.prompt(sample.question)
-            seen = see(self.model, _picture(sample), prompt, run, self.branches.layer)
+            seen = self._see(sample, self._budget(sample, epoch))
             return region_loss(self.model, self.branches, seen, from_text(record["labels"], record["grid"]))
 
         self._fit("region", self._region_parameters(), usable, loss, budgets=self.settings.budgets)
@@ -230,10 +230,8 @@ class Training:
             choice = shown(item, self.settings.routes, rng)
             if choice is None:
                 return NOTHING
-            sample, (budget, wanted) = self.pool[item.id], choice
-            prompt, run = self.method.prompt(sample.question), self.settings.run(budget)
-            seen = see(self.model, _picture(sample), prompt, run, self.branches.layer)
-            return gate_loss(self.model, self.branches, seen, wanted)
+            budget, wanted = choice
+            return gate_loss(self.model, self.branches, self._see(self.pool[item.id], budget), wanted)
 
         self._fit("gate", self._gate_parameters(), chosen, loss, budgets=self.settings.routes, tuned=tuned)
 
@@ -305,6 +303,8 @@ class Training:
                 items,
                 loss,
                 getattr(self.settings, stage),
+                # Questions about one picture share its encoding, where they are shown it in one budget.
+                group=lambda item: item.id if isinstance(item, Route) else item["picture"] or item["id"],
                 seed=self.settings.seed,
                 processes=self.processes,
                 facts={**own, "depth": self.settings.depth, **facts},
@@ -313,6 +313,14 @@ class Training:
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+
+    def _see(self, sample: Sample, budget: int) -> Seen:
+        """A question about an image in so many tokens; an image that was encoded just before is not encoded again."""
+        key = sample.picture or sample.id, budget
+        if self._encoded is None or self._encoded[0] != key:
+            self._encoded = key, encoded(self.model, _picture(sample), self.settings.run(budget))
+        prompt = self.method.prompt(sample.question)
+        return see(self.model, *self._encoded[1], prompt, self.branches.layer)
 
     def _budget(self, sample: Sample, epoch: int = 0) -> int:
         budgets = self.settings.budgets
