@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install upgrade demo train test test-transformers-4 test-card carry test-newest test-kvpress hub wheels \
+.PHONY: help install upgrade demo train train-q-zoom test test-transformers-4 test-card carry test-newest test-kvpress hub wheels \
 	docs fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
@@ -75,6 +75,10 @@ PARALLEL := --numprocesses=2 --dist=loadfile
 train: $(STAMP)  ## the embedded model from nothing on two cores; goes on where it stopped
 	$(BIN)/python -m training.train --output build/embedded-model
 
+train-q-zoom: $(STAMP)  ## Q-Zoom's region branch and gate for the embedded model, on two cores; goes on where it stopped
+	$(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m hide train q-zoom \
+		--stages labels,region,gate --out build/q-zoom
+
 test: $(STAMP) lint build/kernels  ## linters, type checks and all tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
@@ -91,7 +95,7 @@ over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
 # What depends on a version of transformers: the capture, the families' inputs and forwards, sessions; and what is on top.
 MODEL_TESTS := capture capture_generate image_tokens families tile_families qwen2_5_vl qwen3_vl vision_slices \
 	session verbs threads q_zoom
-METHOD_TESTS := tiny_model offload hide vicrop methods attend drop_in quantised checkpoint
+METHOD_TESTS := tiny_model offload hide vicrop methods attend drop_in quantised checkpoint training
 
 OLDEST := transformers==4.57.1 huggingface-hub==0.36.2 tokenizers==0.22.2
 build/transformers-4: Makefile | $(STAMP)

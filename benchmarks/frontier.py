@@ -10,46 +10,50 @@ Every image's questions are on the disk before the next one's: the same command 
 `--questions` may be raised. With the embedded model a plain answer to 10,000 tokens takes over a minute;
 `--questions 60` asks 60 of each size. `--tune` asks about images of other seeds, for `benchmarks.frontier_tuning`.
 `--data` and `--model` take questions and a model of one's own, as `hide eval` has them.
+
+`--q-zoom CHECKPOINT` adds Q-Zoom at several `--budgets`, each for image and crop: with its gate, with the gate always
+open, and with untrained branches in place of its own, which must not help. Then the page also says how well the gate
+tells the plain answer's mistakes, and what is saved at the plain answer's best accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from benchmarks.measure import count
-from hide.evaluation.data import READERS, BadRecord, Sample, distinct
+from hide.cli.loading import assigned
+from hide.evaluation.data import READERS, BadRecord, Sample, distinct, scene_questions
 from hide.evaluation.scoring import Share, difference, share, strict, verdict
 from hide.evaluation.store import ResultFile, blank_record
 from hide.evaluation.tables import markdown
 from hide.methods.base import Method, NoSettings, Steps
 from hide.methods.hide.method import HiDe
 from hide.methods.plain import Plain
+from hide.methods.q_zoom.branches import attach, branches_of, new_branches
+from hide.methods.q_zoom.method import QZoom, QZoomSettings
+from hide.models import load
 from hide.output import check_folder
 from hide.present.table import ResultTable
-from hide.presets import TOKEN_PIXELS
+from hide.presets import TOKEN_PIXELS, Preset
 from hide.profiling.runs import Settings, predict_flow
 from hide.profiling.workload import Workload
-from hide.questions import Question
 from hide.tiny import CHECKPOINT
-from hide.tiny.scenes import large_scene, questions
 
 
 class Size(NamedTuple):
     """Image tokens, least and most; how many questions are asked; the first seed, and that for tuning. Those of
-    `hide.evaluation` begin at 500,000, 1,000,000 and 2,000,000, training's at 2**40."""
+    `hide.evaluation` begin at 500,000, 1,000,000 and 2,000,000, training's at 10,000,000 and 2**40."""
 
     tokens: tuple[int, int]
     questions: int
@@ -68,13 +72,23 @@ GATE = 5.0
 AUTO, GATED, ALWAYS, NEVER = "auto", "auto, gate", "auto, second look always", "auto, no second look"
 
 
+BUDGETS = (350, 500, 700, 1000)
+OPEN, UNTRAINED = ", gate open", ", untrained"
+
+
 @dataclass(frozen=True)
 class Run:
-    """One view, and the ways of answering that share a session on it. view: `None` is the whole image."""
+    """One view, and the ways of answering that share a session on it, which `opener` opens. view: `None` is the whole
+    image."""
 
     view: int | str | None
-    hide: HiDe
+    opener: Method[Any]
     ways: dict[str, Method[Any]]
+
+    @property
+    def name(self) -> str:
+        """Under which the session's costs are recorded."""
+        return hide_way(self.view) if isinstance(self.opener, HiDe) else next(iter(self.ways))
 
 
 def plain_way(view: int | str | None) -> str:
@@ -85,6 +99,42 @@ def plain_way(view: int | str | None) -> str:
 def hide_way(view: int | str | None) -> str:
     """What HiDe on a view is called."""
     return "hide" if view is None else AUTO if view == "auto" else f"hide {view}"
+
+
+def zoom_way(budget: int) -> str:
+    """What Q-Zoom at a budget is called."""
+    return f"q-zoom {budget}"
+
+
+def zoom_runs(trained: QZoom, untrained: QZoom, budgets: Sequence[int]) -> list[Run]:
+    """Q-Zoom at each budget, for image and crop, on sessions of its own; and without training."""
+
+    def made(method: QZoom, budget: int, **changes: Any) -> QZoom:
+        least = min(method.preset.run.min_tokens, budget)
+        return method.changed(min_tokens=least, max_tokens=budget, **changes)
+
+    found = []
+    for budget in budgets:
+        own = made(trained, budget)
+        found.append(
+            Run(budget, own, {zoom_way(budget): own, zoom_way(budget) + OPEN: own.changed(gate_threshold=0.0)})
+        )
+        other = made(untrained, budget, gate_threshold=0.0)
+        found.append(Run(budget, other, {zoom_way(budget) + UNTRAINED: other}))
+    return found
+
+
+def without_training(checkpoint: str | Path, preset: Preset[QZoomSettings]) -> QZoom:
+    """Q-Zoom on the same model with branches of random values."""
+    model = load(checkpoint)
+    trained = branches_of(load(checkpoint))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        branches = new_branches(model, trained.layer, len(trained.regions), gate_depth=len(trained.gate or ()))
+    for module in branches.modules().values():
+        module.to(model.input_device, model.dtype).requires_grad_(False)
+    attach(model, branches)
+    return QZoom(model, preset)
 
 
 def runs_of(hide: HiDe, views: Sequence[int], gate: float) -> list[Run]:
@@ -114,30 +164,8 @@ def runs_of(hide: HiDe, views: Sequence[int], gate: float) -> list[Run]:
 def scene_samples(size: str, number: int, *, tuning: bool = False) -> Iterator[Sample]:
     """Questions about scenes of one of `SIZES`, up to six each, as many about colors as about sides."""
     tokens, _, first, tuning_seed = SIZES[size]
-    seed = tuning_seed if tuning else first
-    while number > 0:
-        scene, rng = large_scene(seed, tokens), np.random.default_rng(seed)
-        found = questions(scene, rng)
-        splits = [[one for one in found if one.split == split] for split in ("attribute", "position")]
-        each = min(3, *map(len, splits))
-        chosen = [one for pair in zip(*(group[:each] for group in splits), strict=True) for one in pair][:number]
-        for place, one in enumerate(chosen):
-            boxes = tuple(scene.objects[target].box for target in one.targets)
-            yield Sample(
-                f"{size}-{seed}-{place}",
-                partial(_same, scene.image),
-                Question.parse(one.text),
-                one.answer,
-                size,
-                boxes,
-                one.entities,
-                f"{size}-{seed}",
-            )
-        number, seed = number - len(chosen), seed + 1
-
-
-def _same(image: Image.Image) -> Image.Image:
-    return image
+    seeds = itertools.count(tuning_seed if tuning else first)
+    return islice((one for seed in seeds for one in scene_questions(seed, tokens, size)), number)
 
 
 def ask_image(runs: Sequence[Run], samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -160,12 +188,12 @@ def _asked(runs: Sequence[Run], samples: Sequence[Sample]) -> list[dict[str, Any
     for run in runs:
         if isinstance(run.view, int) and run.view >= whole:
             continue
-        steps = Steps(run.hide.model.model.device)
-        with run.hide.open(image, steps=steps) as session:
+        steps = Steps(run.opener.model.model.device)
+        with run.opener.open(image, steps=steps) as session:
             opened = steps.finished().values()
             seconds, tokens = sum(step.seconds for step in opened), sum(step.tokens for step in opened)
             for sample, record in zip(samples, records, strict=True):
-                record["opened"][hide_way(run.view)] = {"seconds": seconds, "tokens": tokens}
+                record["opened"][run.name] = {"seconds": seconds, "tokens": tokens}
                 if run.view is None:
                     record["image_tokens"] = list(session.image_tokens)
                 for name, method in run.ways.items():
@@ -253,7 +281,9 @@ def together_table(by_size: dict[str, Sequence[dict[str, Any]]]) -> ResultTable:
     rows = []
     for way in dict.fromkeys(name for of_size in every.values() for name in of_size):
         same = way.partition(" ")[0] if way.startswith(("plain ", "hide ")) else way
-        own = [of_size.get(way) or of_size[same] for of_size in every.values()]
+        own = [found for of_size in every.values() if (found := of_size.get(way) or of_size.get(same))]
+        if len(own) < len(every):
+            continue
         means = (
             fmean(values) for values in zip(*((p.share.value, p.token_part, p.second_part) for p in own), strict=True)
         )
@@ -261,6 +291,77 @@ def together_table(by_size: dict[str, Sequence[dict[str, Any]]]) -> ResultTable:
         rows.append((way, f"{right:.1%}", f"{tokens:.3f}", f"{seconds:.3f}"))
     header = ("way", "right", "tokens, of plain", "seconds, of plain")
     return ResultTable(f"Means of {', '.join(by_size)}", header, rows)
+
+
+def gate_table(size: str, records: Sequence[dict[str, Any]]) -> ResultTable:
+    """How well the gate tells questions that a plain answer at the same budget gets wrong: the area under the curve of
+    hits over false alarms (Mann and Whitney 1947), and how often it opens."""
+    sound = [record for record in records if not record["error"]]
+    rows = []
+    for way in dict.fromkeys(name for record in sound for name in record["replies"] if name.endswith(OPEN)):
+        budget = way.removesuffix(OPEN).partition(" ")[2]
+        asked = [r for r in sound if way in r["replies"] and plain_way(int(budget)) in r["replies"]]
+        signals = [(r["details"][way]["gate"], verdict(r, plain_way(int(budget)), strict) is not True) for r in asked]
+        wrong, right = ([gate for gate, failed in signals if failed is kind] for kind in (True, False))
+        opened = [r["details"][zoom_way(int(budget))]["zoomed"] for r in asked]
+        rows.append((budget, f"{area(wrong, right):.3f}", str(len(wrong)), str(len(right)), f"{fmean(opened):.1%}"))
+    header = ("budget", "area under the curve", "plain wrong", "plain right", "zoomed")
+    return ResultTable(f"{size}: the gate", header, rows)
+
+
+def area(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """How often one of `positive` is larger than one of `negative`; of equal ones half. NaN where either is empty."""
+    pairs = [(one > other) + (one == other) / 2 for one in positive for other in negative]
+    return fmean(pairs) if pairs else float("nan")
+
+
+def saved_table(by_size: dict[str, Sequence[dict[str, Any]]]) -> ResultTable:
+    """Of plain, HiDe and Q-Zoom: the cheapest way that is right as often as the best plain answer, by seconds, and the
+    best one."""
+    rows = []
+    for size, records in by_size.items():
+        found = points(records)
+        plain = max((found[way] for way in found if _kind(way) == "plain"), key=lambda p: p.share.value)
+        for kind in ("hide", "q-zoom"):
+            own = {way: point for way, point in found.items() if _kind(way) == kind}
+            if not own:
+                continue
+            best = max(own, key=lambda way: own[way].share.value)
+            able = [way for way in own if own[way].share.value >= plain.share.value]
+            cheap = min(able, key=lambda way: own[way].seconds) if able else ""
+            rows.append(
+                (
+                    f"{size}, {kind}",
+                    f"{plain.share.value:.1%}",
+                    f"{plain.seconds:.2f}",
+                    cheap or "none",
+                    f"{plain.seconds / own[cheap].seconds:.2f}" if cheap else "",
+                    f"{plain.tokens / own[cheap].tokens:.2f}" if cheap else "",
+                    f"{best}, {own[best].share.value:.1%}",
+                    f"{100 * (own[best].share.value - plain.share.value):+.1f}",
+                )
+            )
+    header = (
+        "size",
+        "best plain",
+        "seconds",
+        "as right, for less",
+        "times faster",
+        "times fewer tokens",
+        "best",
+        "above",
+    )
+    return ResultTable("At the plain answer's best accuracy, and at the most", header, rows)
+
+
+def _kind(way: str) -> str:
+    """The method of a way that counts for the frontier; "" for views that are chosen, and what is there to compare."""
+    kind = way.partition(" ")[0].rstrip(",")
+    return (
+        ""
+        if way == plain_way("auto") or way.endswith((OPEN, UNTRAINED)) or kind not in ("plain", "hide", "q-zoom")
+        else kind
+    )
 
 
 def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> None:
@@ -271,10 +372,12 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
     figure = Figure(figsize=(max(6.0, 4.6 * len(by_size)), 7), layout="constrained")
     panels = figure.subplots(2, len(by_size), squeeze=False, sharey=True)
     series = {
-        "plain": lambda way: way.partition(" ")[0] == "plain" and way != plain_way("auto"),
-        "HiDe": lambda way: way.partition(" ")[0] == "hide",
+        "plain": lambda way: _kind(way) == "plain",
+        "HiDe": lambda way: _kind(way) == "hide",
         AUTO: lambda way: way == AUTO,
         GATED: lambda way: way == GATED,
+        "Q-Zoom": lambda way: _kind(way) == "q-zoom",
+        f"Q-Zoom{UNTRAINED}": lambda way: way.endswith(UNTRAINED),
     }
     for column, (size, records) in enumerate(by_size.items()):
         found = points(records)
@@ -290,7 +393,7 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
                     [point.share.high - value for value, point in zip(values, own, strict=True)],
                 ]
                 axes.errorbar(
-                    [getattr(point, cost) for point in own], values, yerr=ends, label=name, marker="osD^"[number],
+                    [getattr(point, cost) for point in own], values, yerr=ends, label=name, marker="osD^vx"[number],
                     color=f"C{number}", capsize=2, linewidth=1,
                 )  # fmt: skip
             axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(0, 1.02))
@@ -302,7 +405,8 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
                 axes.set_title(size)
             if not column:
                 axes.set_ylabel("right answers")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(series))
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=110)
 
 
@@ -314,7 +418,9 @@ def predicted_memory(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> 
     width, height = (round(fmean(record["images"][0][axis] for record in sound)) for axis in (0, 1))
     found = {}
     for run in runs:
-        preset, model = run.hide.preset.run, run.hide.model
+        if not isinstance(run.opener, HiDe):
+            continue
+        preset, model = run.opener.preset.run, run.opener.model
         view = None if run.view is None else preset.view(width, height)
         settings = Settings(str(model.dtype).removeprefix("torch."))
         for way in run.ways:
@@ -339,6 +445,9 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", help="images of other seeds, for benchmarks.frontier_tuning")
     parser.add_argument("--views", type=count, nargs="*", default=VIEWS, help="fixed views, in tokens")
     parser.add_argument("--gate", type=float, default=GATE, help="margin from which on a plain answer is taken")
+    parser.add_argument("--q-zoom", help="a checkpoint with branches: Q-Zoom, with and without its training")
+    parser.add_argument("--budgets", type=count, nargs="+", default=BUDGETS, help="of Q-Zoom, in tokens")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, a setting of Q-Zoom; repeat it")
     parser.add_argument("--model", default=CHECKPOINT, help="a checkpoint; default: the embedded model")
     parser.add_argument("--data", help="FORMAT:PATH in place of drawn scenes, as hide eval reads it")
     parser.add_argument("--threads", type=count, default=1, help="default 1: steady beside other work")
@@ -348,7 +457,15 @@ def main() -> int:
     check_folder(arguments.out, names)
     hide = HiDe.from_pretrained(arguments.model)
     runs = runs_of(hide, arguments.views, arguments.gate)
+    zoom: dict[str, Any] = {}
+    if arguments.q_zoom:
+        trained = QZoom.from_pretrained(arguments.q_zoom, **assigned(arguments.set))
+        untrained = without_training(arguments.q_zoom, trained.preset)
+        runs += zoom_runs(trained, untrained, arguments.budgets)
+        zoom = {f"q-zoom.{name}": value for name, value in trained.preset.to_dict().items()}
+        zoom |= {"q-zoom": str(arguments.q_zoom), "budgets": list(arguments.budgets)}
     settings = {
+        **zoom,
         **hide.preset.to_dict(),
         "model": str(arguments.model) if arguments.model != CHECKPOINT else "embedded",
         "data": arguments.data or ("tuning seeds" if arguments.tune else "unseen seeds"),
@@ -367,6 +484,8 @@ def main() -> int:
                 number = wanted if arguments.questions is None else min(arguments.questions, wanted)
                 by_size[size] = record_all(runs, scene_samples(size, number, tuning=arguments.tune), results)
     tables = [size_table(size, records, predicted_memory(runs, records)) for size, records in by_size.items()]
+    if arguments.q_zoom:
+        tables += [*(gate_table(size, records) for size, records in by_size.items()), saved_table(by_size)]
     if len(by_size) > 1:
         tables.append(together_table(by_size))
     command = shlex.join(["python", "-m", "benchmarks.frontier", *sys.argv[1:]])

@@ -136,7 +136,7 @@ class Preset(Generic[S]):
             except NameError:  # of another package, with a name that it imports for type checkers alone
                 hints = {}
             own = {one.name for one in dataclasses.fields(part)} & changes.keys()
-            taken = {one: _of_kind(one, changes.pop(one), hints.get(one), getattr(part, one)) for one in own}
+            taken = {one: of_kind(one, changes.pop(one), hints.get(one), getattr(part, one)) for one in own}
             parts[name] = dataclasses.replace(part, **taken)
         if changes:
             raise TypeError(f"settings: there is no {', '.join(changes)}; there are {', '.join(self.to_dict())}")
@@ -154,7 +154,7 @@ class Preset(Generic[S]):
 _KINDS = (bool, int, float, str, tuple, type(None))
 
 
-def _of_kind(name: str, value: Any, hint: Any, now: Any) -> Any:
+def of_kind(name: str, value: Any, hint: Any, now: Any) -> Any:
     """`value`, if it is of a field's type; now: the value that it replaces, as an example."""
     if isinstance(value, (list, range)) and not _fits(value, hint):
         value = tuple(value)

@@ -400,9 +400,9 @@ def test_settings_given_as_text_are_refused_by_name(model, given, cause):
 @pytest.mark.parametrize("text, unknown", [("plain,,hide", "''"), ("", "''"), ("all,plain", "'all'"), ("ALL", "'ALL'")])
 def test_method_names_that_are_none_are_shown(text, unknown):
     with pytest.raises(ValueError, match=f"^methods: got {unknown}, want any of plain, hide"):
-        _method_names(text)
-    assert _method_names(" hide, plain ,hide") == ["hide", "plain"]
-    assert "vicrop" in _method_names("all") and "q-zoom" not in _method_names("all")
+        _method_names(text, "no checkpoint")
+    assert _method_names(" hide, plain ,hide", "no checkpoint") == ["hide", "plain"]
+    assert "vicrop" in _method_names("all", "no checkpoint") and "q-zoom" not in _method_names("all", "no checkpoint")
 
 
 def test_a_method_on_a_session_that_is_run_otherwise_says_so(model):

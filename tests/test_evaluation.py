@@ -16,9 +16,8 @@ import pytest
 from fake_methods import Fake
 from PIL import Image
 
-from hide.cli.evaluate import _samples
 from hide.evaluation import data
-from hide.evaluation.data import Sample
+from hide.evaluation.data import Sample, read_data
 from hide.evaluation.runner import answer, ask_here, evaluate
 from hide.evaluation.scoring import compat, score_groups, score_methods, share, strict
 from hide.evaluation.store import ResultFile, blank_record
@@ -117,14 +116,14 @@ def test_mme_realworld_and_the_published_lists(tmp_path, picture):
 
 
 def test_scenes_of_a_number_of_tokens_have_about_so_many():
-    for sample in islice(_samples("scenes:600", 4), 4):
+    for sample in islice(read_data("scenes:600", 4), 4):
         width, height = sample.image().size
         assert 500 <= width / 28 * height / 28 <= 720
         assert sample.boxes and sample.question.text
-    assert [one.id for one in _samples("scenes:600", 2)] == [one.id for one in _samples("scenes:600", 2)]
+    assert [one.id for one in read_data("scenes:600", 2)] == [one.id for one in read_data("scenes:600", 2)]
     for wrong in ("scenes:", "scenes:x", "scenes:-5", "scenes:0", "scene", "hr-bench"):
         with pytest.raises(ValueError, match="want scenes, scenes:TOKENS, or FORMAT:PATH"):
-            _samples(wrong, 1)
+            read_data(wrong, 1)
 
 
 def test_scenes_are_questions_with_true_boxes_and_repeatable():

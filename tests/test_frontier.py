@@ -7,13 +7,16 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
+from region_branches import save, with_branches
 
 from benchmarks import frontier, frontier_tuning
 from benchmarks.frontier import ALWAYS, AUTO, GATED, NEVER, Size
 from benchmarks.frontier_tuning import Outcome
 from hide import HiDe
 from hide.evaluation.scoring import difference
+from hide.methods.q_zoom.method import QZoom
 from hide.tiny import CHECKPOINT
 
 UNSURE = {"margin": 1.0, "peaks": [900.0, 80.0], "collage": 0.6}
@@ -196,6 +199,58 @@ def test_tables_have_costs_as_parts_of_the_plain_answers():
     together = {row[0]: row for row in frontier.together_table({"4k": records, "2k": small}).rows}
     # Where the view is no smaller, the whole image: (0.5 + 1) / 2 right, (0.25 + 1.1) / 2 of the tokens.
     assert together["hide 200"] == ("hide 200", "75.0%", "0.675", "0.675")
+
+
+# -- Q-Zoom -----------------------------------------------------------------------------------------------------------
+
+
+def test_q_zoom_is_asked_at_each_budget_with_and_without_training(small, tmp_path):
+    trained = QZoom.from_pretrained(
+        save(tmp_path, with_branches("qwen2_5_vl"), prefix="model."), min_tokens=50, max_new_tokens=2
+    )
+    untrained = frontier.without_training(tmp_path, trained.preset)
+    assert untrained.branches.layer == trained.branches.layer and len(untrained.branches.gate) == 3
+    weights = [method.branches.regions[0].mlp.up_proj.weight for method in (trained, untrained)]
+    assert weights[0].shape == weights[1].shape and not torch.equal(*weights)
+    runs = frontier.zoom_runs(trained, untrained, [40, 5000])
+    (record,) = frontier.ask_image(runs, list(frontier.scene_samples("few", 1)))
+    assert record["error"] is None
+    assert list(record["replies"]) == ["q-zoom 40", "q-zoom 40, gate open", "q-zoom 40, untrained"]
+    assert set(record["opened"]) == {"q-zoom 40", "q-zoom 40, untrained"}
+    assert record["opened"]["q-zoom 40"]["tokens"] < 70 and 0 < record["details"]["q-zoom 40, gate open"]["gate"] < 1
+    assert runs[0].opener.preset.run.max_tokens == 40 and runs[1].opener.settings.gate_threshold == 0
+
+
+def zoomed(number, plain, gate, answer="red", **ways):
+    own = record(
+        number, **{"plain": ("red", 0), "plain 200": plain, "hide 200": ("red", 50), "q-zoom 200": (answer, 20)}, **ways
+    )
+    own["replies"]["q-zoom 200, gate open"] = "red"
+    own["details"] |= {"q-zoom 200, gate open": {"gate": gate}, "q-zoom 200": {"zoomed": gate > 0.1}}
+    own["tokens"]["q-zoom 200, gate open"] = own["seconds"]["q-zoom 200, gate open"] = 1.0
+    return own
+
+
+def test_the_gates_area_is_how_often_a_wrong_answer_has_the_higher_probability():
+    assert frontier.area([0.9, 0.4], [0.4, 0.1]) == 7 / 8 and math.isnan(frontier.area([], [0.5]))
+    records = [
+        zoomed(0, ("blue", 5), 0.9),
+        zoomed(1, ("red", 5), 0.05),
+        zoomed(2, ("blue", 5), 0.4),
+        zoomed(3, ("red", 5), 0.6),
+    ]
+    (row,) = frontier.gate_table("4k", records).rows
+    assert row == ("200", "0.750", "2", "2", "75.0%")
+
+
+def test_what_is_saved_is_read_off_at_the_best_plain_accuracy():
+    records = [zoomed(0, ("blue", 5), 0.9), zoomed(1, ("red", 5), 0.05)]
+    rows = {row[0]: row for row in frontier.saved_table({"4k": records}).rows}
+    # Plain: 1,000 tokens, always right; HiDe's view 250, Q-Zoom 320: as right.
+    assert rows["4k, hide"][1:] == ("100.0%", "1000.00", "hide 200", "4.00", "4.00", "hide 200, 100.0%", "+0.0")
+    assert rows["4k, q-zoom"][3:6] == ("q-zoom 200", "3.12", "3.12")
+    worse = [zoomed(0, ("blue", 5), 0.9, "blue"), zoomed(1, ("red", 5), 0.05)]
+    assert frontier.saved_table({"4k": worse}).rows[1][3:] == ("none", "", "", "q-zoom 200, 50.0%", "-50.0")
 
 
 # -- replayed ---------------------------------------------------------------------------------------------------------

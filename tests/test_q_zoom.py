@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from hide.cli import app
+from hide.cli.evaluate import _method_names
 from hide.engine import stock
 from hide.engine.decoder import extend
 from hide.engine.kv_cache import PreallocatedCache
@@ -363,7 +364,7 @@ def test_numbers_that_are_none_are_a_plain_answer_with_a_note(qwen, monkeypatch)
         with torch.no_grad():
             head.bias.copy_(before)
     assert math.isnan(found["gate"]) and "NaN" in answer.notes[0] and answer.details["gate"] is None
-    monkeypatch.setattr(method, "map", lambda glance, scores: torch.full_like(scores, math.nan))
+    monkeypatch.setattr(method, "map", lambda scores, first: torch.full_like(scores, math.nan))
     answer = method.ask(IMAGE, QUESTION)
     assert "the map holds NaN" in answer.notes[0] and not answer.details["zoomed"]
 
@@ -617,9 +618,9 @@ def test_a_checkpoint_of_the_released_layout_loads_without_a_key_too_many_or_too
                   config={"text_config_junk": {"mm_config": {}}, "reuse_src_pos": gate})  # fmt: skip
     adapter = load(folder, device="cpu", dtype="float32")
     names = released_names(family, gate=gate)
-    assert len(adapter.left_out) == len(names) + len(more) and "for which the model has no place" in adapter.notes[0]
+    assert adapter.notes == (), "what a method reads itself is nothing left over"
     method = QZoom(adapter, Preset(QZoomSettings(**ALWAYS), RUN, ANSWER))
-    assert adapter.left_out == () and adapter.notes == () and method.branches.reuse_src_pos is gate
+    assert method.branches.reuse_src_pos is gate
     mine, theirs = (one.language_model.state_dict() for one in (adapter, made))
     assert {name for name in mine if name.startswith(("twig_", "high_res_"))} == set(names)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -822,8 +823,20 @@ def test_it_is_evaluated_beside_a_plain_answer(checkpoint, tmp_path, small_scene
 
 def test_a_model_without_branches_is_one_line_that_says_what_to_name(tmp_path):
     IMAGE.save(tmp_path / "image.png")
-    done = run("ask", tmp_path / "image.png", QUESTION.text, "--method", "q-zoom", "--out", tmp_path / "out")
-    assert done.exit_code == 1 and "branches=FOLDER" in " ".join(done.output.split())
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    done = run(
+        "ask", tmp_path / "image.png", QUESTION.text, "--method", "q-zoom", "--set", f"branches={tmp_path}",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 1 and "(branches=FOLDER)" in " ".join(done.output.split())
+
+
+def test_all_methods_are_those_that_a_checkpoint_has_the_parts_of(checkpoint, tmp_path):
+    assert "q-zoom" in _method_names("all", checkpoint)
+    (tmp_path / "config.json").write_text("{}")
+    assert "q-zoom" not in _method_names("all", tmp_path) and "hide" in _method_names("all", tmp_path)
+    assert _method_names("q-zoom", tmp_path) == ["q-zoom"]
 
 
 @pytest.mark.parametrize(

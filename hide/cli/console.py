@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def quiet() -> None:
@@ -61,3 +62,15 @@ def errors(console: Console) -> Iterator[None]:
         raise typer.Exit(1) from None
     finally:
         warnings.showwarning = shown
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is going on, how much of it is done, and how long it takes."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hide.cli.console import errors, quiet
+from hide.cli.console import errors, progress_bar, quiet
 from hide.cli.loading import LoadOptions, ModelOptions, options_of, view_tokens
 from hide.output import check_folder
 
@@ -79,6 +76,7 @@ def evaluate(
         quiet()
         import torch
 
+        from hide.evaluation.data import read_data
         from hide.evaluation.gallery import save_gallery
         from hide.evaluation.on_ray import ask_on_ray
         from hide.evaluation.runner import ask_here
@@ -86,14 +84,15 @@ def evaluate(
         from hide.evaluation.scoring import SCORERS
         from hide.evaluation.store import ResultFile
         from hide.evaluation.tables import bad_table, group_table, method_table
+        from hide.tiny import CHECKPOINT
 
         if scorer not in SCORERS:
             raise ValueError(f"scorer: got {scorer!r}, want one of {', '.join(SCORERS)}")
         if actors is not None and (ray is None or actors < 1):
             raise ValueError(f"actors: got {actors}, want at least 1, together with --ray")
         _check_count("limit", limit)
-        names = _method_names(methods)
-        samples = functools.partial(_samples, data, limit)
+        names = _method_names(methods, load.model or CHECKPOINT)
+        samples = functools.partial(read_data, data, limit)
         _check_readable(data, samples())
         check_folder(out, ("results.jsonl", "summary.md", "report.html"))
         make = functools.partial(_methods, load, names, corrupt_entities, data)
@@ -106,7 +105,7 @@ def evaluate(
             **{f"{one.name}.{name}": value for one in asked for name, value in one.preset.to_dict().items()},
         }
         records: list[dict[str, Any]] = []
-        with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:
+        with ResultFile(out / "results.jsonl", settings) as results, progress_bar(console) as bar:
             task = bar.add_task("questions", total=limit)
 
             def done(record: dict[str, Any]) -> None:
@@ -157,6 +156,7 @@ def export(
     console = Console(stderr=True)
     with errors(console):
         quiet()
+        from hide.evaluation.data import read_data
         from hide.evaluation.export import FORMS, export_here, save
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.store import ResultFile
@@ -164,12 +164,12 @@ def export(
         if form not in FORMS:
             raise ValueError(f"form: got {form!r}, want one of {', '.join(FORMS)}")
         _check_count("limit", limit)
-        _check_readable(data, _samples(data, limit))
+        _check_readable(data, read_data(data, limit))
         check_folder(out, ("results.jsonl",))
         made = load.methods([method])[0]
         settings = {"data": data, **load.facts(), "method": method, **made.preset.to_dict()}
         records: list[dict[str, Any]] = []
-        with ResultFile(out / "results.jsonl", settings) as results, _bar(console) as bar:
+        with ResultFile(out / "results.jsonl", settings) as results, progress_bar(console) as bar:
             task = bar.add_task("questions", total=limit)
 
             def done(record: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def export(
                 bar.advance(task)
 
             ask = functools.partial(export_here, made, out)
-            run(ask, _samples(data, limit), results, retry_failed=retry_failed, progress=done)
+            run(ask, read_data(data, limit), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))
             written = save(out, records, form)
     failed = [f"{record['id']}: {record['error']}" for record in records if record["error"]]
@@ -202,6 +202,10 @@ def calibrate(
             help="Views to choose from, separated by commas: tokens, auto, whole; layers: on whole, or the first."
         ),
     ] = "whole,auto,500,1000,2000,4000",
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Instead, the heads that `hide train q-zoom` makes labels of: heads.json.")
+    ] = False,
+    request: Annotated[str, typer.Option(help="With --heads: what questions are followed by.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
         "hide-calibrate"
     ),
@@ -215,23 +219,22 @@ def calibrate(
     [bold]Example:[/bold] hide calibrate --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out calibrate-7b
     """
     console = Console(stderr=True)
-    with errors(console), _bar(console) as bar:
+    with errors(console), progress_bar(console) as bar:
         quiet()
         from hide.evaluation import calibrate as experiments
-        from hide.evaluation.data import Sample
+        from hide.evaluation.data import Sample, read_data
         from hide.evaluation.runner import ask_here
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
         from hide.evaluation.store import ResultFile
         from hide.evaluation.tables import bad_table, method_table
         from hide.methods.hide.method import HiDe
-        from hide.present.table import ResultTable
 
         _check_count("limit", limit)
         _check_count("answers", answers, least=0)
         given = dict.fromkeys(name.strip() for name in views.split(","))
         looks: list[experiments.View] = [None if name == "whole" else view_tokens(name) for name in given]
-        read = functools.partial(_samples, data, seed=_CALIBRATION_SEED)
+        read = functools.partial(read_data, data, seed=_CALIBRATION_SEED)
         _check_readable(data, read(limit))
         check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
         chosen = [one for one in read(limit) if isinstance(one, Sample) and one.boxes]
@@ -243,6 +246,18 @@ def calibrate(
             failed[sample.id] = f"{type(error).__name__}: {error}"
 
         model = load.load()
+        if heads:
+            from hide.training.heads import choose, head_table
+
+            task = bar.add_task("heads", total=len(chosen))
+            advance = functools.partial(bar.advance, task)
+            scores = experiments.head_sweep(model, chosen, request=request, progress=advance, failed=fail)
+            file = out / "heads.json"
+            out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(choose(scores, request).to_dict(), indent=1) + "\n", encoding="utf-8")
+            title = f"{data}, {load.model or 'the embedded model'}"
+            _finish(console, out, title, [head_table(scores), *_failed_table(failed, len(chosen))], [file])
+            return
         known, notes = HiDe.preset_for(model, preset)
         known = known.changed(view_tokens=None if None in looks else looks[0])
         hide = HiDe(model, known.changed(layers=tuple(layer)) if layer else known, notes=notes)
@@ -255,9 +270,7 @@ def calibrate(
         _, sigma, threshold, _, _, grid = swept[view]
         hide = hide.changed(view_tokens=view, sigma=sigma, threshold=threshold)
         tables = [experiments.layer_table(layers), experiments.view_table(swept), *experiments.grid_tables(grid)]
-        if failed:
-            title = f"Questions that could not be measured: {len(failed)} of {len(chosen)}"
-            tables.append(ResultTable(title, ("question", "error"), list(failed.items())))
+        tables += _failed_table(failed, len(chosen))
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
             "data": data,
@@ -307,6 +320,14 @@ def calibrate(
         Console().print(f"on a view: RunSettings(view_tokens={view!r}), --view {view}")
 
 
+def _failed_table(failed: dict[str, str], asked: int) -> list[ResultTable]:
+    """One table, or none where nothing failed."""
+    from hide.present.table import ResultTable
+
+    title = f"Questions that could not be measured: {len(failed)} of {asked}"
+    return [ResultTable(title, ("question", "error"), list(failed.items()))] if failed else []
+
+
 def forms_of_collage(hide: HiDe) -> list[Method[Any]]:
     """Plain and HiDe, its boxes shown in other forms, and the right boxes, all with its settings."""
     from hide.methods.ablations import Masked, OneCrop, Tiles, TrueBoxes
@@ -334,7 +355,7 @@ def entities(
     [bold]Example:[/bold] hide entities --model Qwen/Qwen2.5-VL-7B-Instruct --misses
     """
     console = Console(stderr=True)
-    with errors(console), _bar(console) as bar:
+    with errors(console), progress_bar(console) as bar:
         quiet()
         from hide.evaluation.entity_quality import labelled_questions, score_entities
         from hide.methods.hide.entities import entities_by_rules
@@ -366,19 +387,6 @@ def entities(
 _CALIBRATION_SEED = 500_000
 
 
-def _samples(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample | BadRecord]:
-    """Read as they are asked for: a benchmark's pictures are gigabytes. Bad records count for the limit."""
-    from hide.evaluation.data import READERS, distinct, scenes
-
-    kind, _, path = data.partition(":")
-    if kind == "scenes" and re.fullmatch(r"scenes(:[1-9]\d{1,5})?", data):
-        return scenes(limit, seed=seed, tokens=int(path) if path else None)
-    if kind not in READERS or not path:
-        formats = ", ".join(READERS)
-        raise ValueError(f"data: got {data!r}, want scenes, scenes:TOKENS, or FORMAT:PATH with FORMAT one of {formats}")
-    return islice(distinct(READERS[kind](path)), limit)
-
-
 def _check_readable(data: str, records: Iterator[Sample | BadRecord]) -> None:
     """Refuse a data set without any question, before anything is written: it may be of another format."""
     from hide.evaluation.data import BadRecord
@@ -404,12 +412,15 @@ def _warn(console: Console, text: str) -> None:
     console.print(f"[yellow]left out[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _method_names(text: str) -> list[str]:
+def _method_names(text: str, model: str | Path) -> list[str]:
     from hide.methods import BUILT_IN, TRAINED, method_names
+    from hide.models.checkpoint import CONFIG, find_file
 
-    known = method_names()
-    every = [name for name in BUILT_IN if name not in TRAINED]
-    asked = every if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    known, asked = method_names(), list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if text == "all":
+        file = find_file(model, CONFIG[0])
+        has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        asked = [name for name in BUILT_IN if name not in TRAINED or has.get(TRAINED[name])]
     if unknown := [name for name in asked if name not in known]:
         raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
     return asked
@@ -437,17 +448,6 @@ def _methods(load: LoadOptions, names: Sequence[str], corrupt: str | None, data:
         else method
         for method in made
     ]
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _finish(console: Console, out: Path, title: str, tables: Sequence[ResultTable], files: Sequence[Path]) -> None:

@@ -91,19 +91,7 @@ class LoadOptions(ModelOptions):
         given: dict[str, Any] = {"layers": tuple(self.layer) if self.layer else None, "sigma": self.sigma}
         given |= {"threshold": self.threshold, "offload_kv": self.offload_kv or None}
         given |= {"view_tokens": None if self.view is None else view_tokens(self.view)}
-        changes = {name: value for name, value in given.items() if value is not None}
-        for text in self.setting or ():
-            name, equals, value = text.partition("=")
-            if not equals:
-                raise ValueError(f"set: got {text!r}, want NAME=VALUE, such as threshold=0.5")
-            name, value = name.strip(), value.strip()
-            if name in changes:
-                raise ValueError(f"set: got {name} twice, by --set and by --set or an option of its own; want it once")
-            try:
-                changes[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                changes[name] = value
-        return changes
+        return assigned(self.setting or (), {name: value for name, value in given.items() if value is not None})
 
     def methods(self, names: Sequence[str], model: Adapter | None = None) -> list[Method[Any]]:
         """Methods on one model, which is loaded unless it is given.
@@ -135,6 +123,26 @@ class LoadOptions(ModelOptions):
                 f"set: {', '.join(names)} has no {', '.join(sorted(unused))}; there are {', '.join(known)}"
             )
         return made
+
+
+def assigned(texts: Sequence[str], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`given`, and what each `--set NAME=VALUE` adds; values are those of Python, or texts.
+
+    Raises `ValueError` for another form, and for a name that comes twice.
+    """
+    changes = dict(given or {})
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"set: got {text!r}, want NAME=VALUE, such as threshold=0.5")
+        name, value = name.strip(), value.strip()
+        if name in changes:
+            raise ValueError(f"set: got {name} twice, by --set and by --set or an option of its own; want it once")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    return changes
 
 
 def view_tokens(text: str) -> Any:

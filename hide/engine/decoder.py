@@ -13,7 +13,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from hide.engine.chunked_sdpa import continuing
 from hide.engine.kv_cache import PreallocatedCache, cache_keyword
 from hide.models.base import Adapter
-from hide.models.devices import device_of
 from hide.models.inputs import Features
 
 
@@ -54,23 +53,8 @@ def extend(
     """
     decoder = model.language_model
     layers = range(model.num_layers) if layers is None else layers
-    embed = decoder.get_input_embeddings()
-    device = device_of(embed)
-    ids = ids.to(device)
     with model.alone():
-        arguments: dict[str, Any] = {cache_keyword(type(decoder).forward): cache}
-        if layers.start == 0:
-            hidden = embed(ids)
-            if features is not None and len(features.embeddings):
-                image = (ids == model.image_token)[..., None]
-                hidden = hidden.masked_scatter(image, features.embeddings.to(device, hidden.dtype))
-        elif hidden is None:
-            raise ValueError(f"hidden: got None, want what enters layer {layers.start}")
-        if features is not None and len(features.embeddings):
-            # Added behind layer 0, 1, ...: those that are not behind the layers asked for.
-            added = [layer.to(device, hidden.dtype) for layer in features.deepstack[layers.start : layers.stop]]
-            if added:
-                arguments |= {"visual_pos_masks": ids == model.image_token, "deepstack_visual_embeds": added}
+        arguments = _entering(model, ids, features, layers, hidden)
         with (
             only_layers(decoder, layers),
             cache.from_layer(layers.start),
@@ -78,13 +62,52 @@ def extend(
             _tapped(decoder, taps) as found,
         ):
             last = decoder(
-                inputs_embeds=hidden,
-                position_ids=positions.to(device),
-                attention_mask=None if attention_mask is None else attention_mask.to(device),
+                position_ids=positions.to(model.input_device),
+                attention_mask=None if attention_mask is None else attention_mask.to(model.input_device),
                 use_cache=True,
+                **{cache_keyword(type(decoder).forward): cache},
                 **arguments,
             ).last_hidden_state
     return last, found
+
+
+def forward(
+    model: Adapter, ids: Tensor, positions: Tensor, features: Features | None = None, *, layers: range | None = None
+) -> Tensor:
+    """As `extend`, of (1, n) ids that nothing comes before, and without a cache.
+
+    Gradients are the caller's business: without them stand inside `Adapter.alone`.
+    """
+    decoder = model.language_model
+    layers = range(model.num_layers) if layers is None else layers
+    arguments = _entering(model, ids, features, layers, None)
+    with only_layers(decoder, layers), continuing(decoder):
+        last: Tensor = decoder(
+            position_ids=positions.to(model.input_device), use_cache=False, **arguments
+        ).last_hidden_state
+    return last
+
+
+def _entering(
+    model: Adapter, ids: Tensor, features: Features | None, layers: range, hidden: Tensor | None
+) -> dict[str, Any]:
+    """What enters the first of `layers`, as arguments of the decoder; see `extend`."""
+    device = model.input_device
+    ids = ids.to(device)
+    if layers.start == 0:
+        hidden = model.language_model.get_input_embeddings()(ids)
+        if features is not None and len(features.embeddings):
+            image = (ids == model.image_token)[..., None]
+            hidden = hidden.masked_scatter(image, features.embeddings.to(device, hidden.dtype))
+    elif hidden is None:
+        raise ValueError(f"hidden: got None, want what enters layer {layers.start}")
+    arguments: dict[str, Any] = {"inputs_embeds": hidden}
+    if features is not None and len(features.embeddings):
+        # Added behind layer 0, 1, ...: those that are not behind the layers asked for.
+        added = [layer.to(device, hidden.dtype) for layer in features.deepstack[layers.start : layers.stop]]
+        if added:
+            arguments |= {"visual_pos_masks": ids == model.image_token, "deepstack_visual_embeds": added}
+    return arguments
 
 
 def continue_ids(

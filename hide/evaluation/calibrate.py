@@ -2,7 +2,8 @@
 
 Four experiments: which layer's attention lies in the boxes; how small a view of the picture still finds them; what
 smoothing and threshold keep of the boxes and of the rest of the picture; and whether answers get better by the form in
-which the boxes are shown (`hide.evaluation.runner` with the methods of `hide.methods.ablations`).
+which the boxes are shown (`hide.evaluation.runner` with the methods of `hide.methods.ablations`). A fifth is for
+Q-Zoom's training: which heads look at what is asked about.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from torch import Tensor
 from hide.evaluation.data import Sample
 from hide.methods.hide.entities import Entities
 from hide.methods.hide.method import HiDe, region_boxes
+from hide.methods.q_zoom.method import QZoom, prompt_of
+from hide.models.base import Adapter
 from hide.present.table import ResultTable
+from hide.session import open_session
+from hide.training.heads import HeadScore, Rows, head_scores
+from hide.training.labels import head_maps, prompt_rows
+from hide.training.settings import settings_for
 from hide_kernels.collage import merge_boxes, plan_layout
 
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
@@ -113,6 +120,37 @@ def layer_sweep(
 
     found = _each(samples, measure, progress, failed)
     return [LayerScore(*map(fmean, zip(*of_layer, strict=True))) for of_layer in zip(*found, strict=True)]
+
+
+def head_sweep(
+    model: Adapter,
+    samples: Iterable[Sample],
+    *,
+    request: str = "",
+    progress: Callable[[], None] = lambda: None,
+    failed: Failed | None = None,
+) -> list[HeadScore]:
+    """Where each head looks while the model reads the question, and while it writes the reply.
+
+    The image has as many tokens as when labels are made. request: what questions are followed by. `failed` as for
+    `layer_sweep`.
+    """
+    settings, (preset, _) = settings_for(model), QZoom.preset_for(model)
+    kinds: tuple[Rows, ...] = ("reply", "question")
+
+    def measure(sample: Sample) -> list[tuple[Rows, Tensor, Tensor]]:
+        image, found = _picture(sample), list[tuple[Rows, Tensor, Tensor]]()
+        text = prompt_of(preset, sample.question)
+        with open_session(model, image, settings.run(settings.label_tokens)) as session:
+            for rows in kinds:
+                most = settings.max_new_tokens
+                ids, places, _ = prompt_rows(session, text, sample.question, rows, request, most)
+                by_layer = head_maps(session, ids, places, range(model.num_layers))
+                maps = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).cpu()
+                found.append((rows, maps, cells_inside(sample.boxes, image.size, _grid_of(maps))))
+        return found
+
+    return head_scores([one for of_sample in _each(samples, measure, progress, failed) for one in of_sample])
 
 
 def settings_grid(

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,35 @@ def scenes(
         yield Sample(f"scene-{scene_seed}", _held(scene.image), question, answer, one.split, boxes, one.entities)
 
 
+def scene_questions(seed: int, tokens: tuple[int, int], name: str) -> list[Sample]:
+    """Up to six questions about one large scene, as many about colors as about sides, in turn.
+
+    tokens: of the image, least and most. name: what ids and the split begin with: "name-seed-place".
+    """
+    import numpy as np
+
+    from hide.tiny.scenes import large_scene, questions
+
+    scene = large_scene(seed, tokens)
+    found = questions(scene, np.random.default_rng(seed))
+    splits = [[one for one in found if one.split == split] for split in ("attribute", "position")]
+    each = min(3, *map(len, splits))
+    chosen = [one for pair in zip(*(group[:each] for group in splits), strict=True) for one in pair]
+    return [
+        Sample(
+            f"{name}-{seed}-{place}",
+            _held(scene.image),
+            Question.parse(one.text),
+            one.answer,
+            name,
+            tuple(scene.objects[target].box for target in one.targets),
+            one.entities,
+            f"{name}-{seed}",
+        )
+        for place, one in enumerate(chosen)
+    ]
+
+
 def vstar(path: str | Path) -> Samples:
     """V*Bench: the folder with `test_questions.jsonl` and, beside each picture, a JSON file with the targets' boxes."""
     folder = Path(path)
@@ -233,6 +263,23 @@ READERS: dict[str, Callable[[str | Path], Samples]] = {
     "mme-realworld": mme_realworld,
     "list": published_list,
 }
+
+
+def read_data(data: str, limit: int, *, seed: int = 1_000_000) -> Iterator[Sample | BadRecord]:
+    """At most so many questions of what commands call `--data`, bad records among them, read as they are asked for: a
+    benchmark's pictures are gigabytes.
+
+    data: "scenes", "scenes:TOKENS", or "FORMAT:PATH" with a format of `READERS`. seed: of the first scene.
+
+    Raises `ValueError` for anything else.
+    """
+    kind, _, path = data.partition(":")
+    if kind == "scenes" and re.fullmatch(r"scenes(:[1-9]\d{1,5})?", data):
+        return scenes(limit, seed=seed, tokens=int(path) if path else None)
+    if kind not in READERS or not path:
+        formats = ", ".join(READERS)
+        raise ValueError(f"data: got {data!r}, want scenes, scenes:TOKENS, or FORMAT:PATH with FORMAT one of {formats}")
+    return islice(distinct(READERS[kind](path)), limit)
 
 
 def _samples(entries: Iterator[Entry], read: Callable[[Any, Entry], Sample], id_name: str) -> Samples:

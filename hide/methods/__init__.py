@@ -32,8 +32,9 @@ BUILT_IN = {
     "zoom-refine-random": "hide.methods.ablations:RandomBox",
 }
 """Name -> where its class is, which is loaded when it is needed."""
-TRAINED = frozenset({"q-zoom"})
-"""Those that want trained parts, which few checkpoints have: they are asked by name alone."""
+TRAINED = {"q-zoom": "enable_twig"}
+"""Those that want trained parts, and the field of config.json by which a checkpoint says that it has them: of other
+checkpoints they are asked by name alone."""
 
 
 def method_names() -> tuple[str, ...]:

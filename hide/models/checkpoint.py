@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ TOKENIZER = (
 )
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", INDEX)
+# What methods train beside a model, and read themselves (`hide.methods.q_zoom.branches`).
+TRAINED = re.compile(r"(?:^|\.)((?:twig_layers|twig_norm|twig_head|high_res_layers|high_res_head)\..+)$")
 # Settings of generation_config.json that a greedy reply cannot follow, with the values that ask for nothing.
 UNSERVED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
@@ -99,7 +102,7 @@ def check_settings(settings: GenerationConfig) -> None:
 
 
 def read_weights(model_class: Any, path: str | Path, **arguments: Any) -> tuple[Any, tuple[str, ...]]:
-    """`from_pretrained` of safetensors with these arguments, and the names of weights that the model has no place for.
+    """`from_pretrained` of safetensors with these arguments, and the names of weights that nobody has a place for.
 
     Raises `ValueError` for weights that the checkpoint lacks or has in other shapes, else as `reading`.
     """
@@ -144,7 +147,7 @@ def _checked(path: str | Path, report: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"model: {path} has {name}{reason}{more}; weights and config.json are not of one model")
     if failed := report["error_msgs"]:
         raise ValueError(f"model: {path}: {one_line(failed[0])}")
-    return tuple(sorted(report["unexpected_keys"]))
+    return tuple(sorted(name for name in report["unexpected_keys"] if not TRAINED.search(name)))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -157,6 +157,11 @@ class ChatPrompts(ABC):
         """Text of a reply, without special tokens and surrounding blanks."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
+    def reply_ids(self, text: str) -> Tensor:
+        """(1, n) ids of a reply as the model generates it, with the one that ends it."""
+        end = self.tokenizer.eos_token_id
+        return torch.tensor([[*self._reply_tokens(text), end if end in self.end_tokens else min(self.end_tokens)]])
+
     def _reply_tokens(self, reply: str | Sequence[int]) -> list[int]:
         if isinstance(reply, str):
             return self._tokenise(self.escape(reply))[0]

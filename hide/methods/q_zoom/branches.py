@@ -12,25 +12,32 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hide.engine.beside import Beside, Rotation, key_heads, new_layers, query_heads, rotation
+from hide.engine.beside import Beside, Rotation, key_heads, new_layers, query_heads, rotation, through
 from hide.models.base import Adapter
-from hide.models.checkpoint import CONFIG, INDEX, WEIGHTS, find_file, listed, reading
+from hide.models.checkpoint import CONFIG, INDEX, TRAINED, WEIGHTS, find_file, listed, reading
 from hide.models.devices import device_of
 from hide_kernels import ImageTokens, attention_rows
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava")
 """Those for which there are checkpoints."""
-_NAMES = re.compile(r"(?:^|\.)((?:twig_layers|twig_norm|twig_head|high_res_layers|high_res_head)\..+)$")
 # In checkpoints, and used by nothing: an untrained copy of the output head, and a norm that SD-RPN's code for
 # Qwen2.5-VL does not call. LLaVA's norm of that name is used, and then it has a place.
 _UNUSED = re.compile(r"twig_head\.|twig_norm\.|.*rotary_emb\.inv_freq$")
+
+
+class Looked(NamedTuple):
+    """(rows, columns) float32: the map before any sigmoid, and that of the sequence's first token in head 0 alone,
+    which sinks stand out in."""
+
+    scores: Tensor
+    first_token: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +89,31 @@ class Branches:
         if self.norm is None:
             return last.input_layernorm(states), rotation(model, states, positions)
         return last.input_layernorm(self.norm(states)), None
+
+    def looked(self, model: Adapter, hidden: Tensor, positions: Tensor, image: ImageTokens) -> Looked:
+        """What the region branch makes of a whole prompt, as `Glance` does of one behind a session; with gradients.
+
+        hidden, positions: (1, n, hidden) what enters layer K of its tokens, and where those stand.
+        """
+        states = through(model, self.regions[:-1], hidden, positions)
+        keys, first = self.of_image(model, states, positions, image)
+        query = self.folded_query(model, states[:, -1:], positions[..., -1:])
+        scores, of_first = region_scores(query, keys), region_scores(first, keys[:, :1])
+        return Looked(scores[0, 0].view(image.grid), of_first[0, 0].view(image.grid))
+
+    def of_image(self, model: Adapter, states: Tensor, positions: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
+        """Keys of the image's cells, and the query of the sequence's first token in head 0; states: as the layers
+        before the last leave them, of the tokens from the first to the image's last or further."""
+        cells = image.start + image.cells.flatten()
+        keys = self.keys(model, states[:, cells.to(states.device)], positions[..., cells.cpu()])
+        normed, turned = self.entering(model, states[:, :1], positions[..., :1])
+        return keys, query_heads(self.regions[-1], normed, turned)[:, :1]
+
+    def gate_logit(self, model: Adapter, hidden: Tensor, positions: Tensor) -> Tensor:
+        """() float32, whose sigmoid is the gate's probability; arguments as `looked`. With gradients."""
+        assert self.gate is not None and self.head is not None
+        logit: Tensor = self.head(through(model, self.gate, hidden, positions)[:, -1])[0, 0].float()
+        return logit
 
     @property
     def _key_heads(self) -> int:
@@ -152,11 +184,8 @@ class Glance:
             tower = Beside(model, branches.regions[:-1], self._hidden, positions, chunk=self._chunk)
             states, tower.states = tower.states, None
             assert states is not None
-            cells = self._image.start + self._image.cells.flatten()
             with model.alone():
-                self._keys = branches.keys(model, states[:, cells.to(states.device)], positions[..., cells.cpu()])
-                normed, turned = branches.entering(model, states[:, :1], positions[..., :1])
-                self._first_query = query_heads(branches.regions[-1], normed, turned)[:, :1]
+                self._keys, self._first_query = branches.of_image(model, states, positions, self._image)
             self._regions = tower
         return self._regions
 
@@ -197,11 +226,6 @@ def branches_of(model: Adapter, source: str | Path | None = None) -> Branches:
             )
         found = loaded(model, config, tensors, place)
         attach(model, found, _place(place))
-        if model.source is not None and _place(place) == _place(model.source):
-            taken = {f"{part}.{name}" for part, module in found.modules().items() for name in module.state_dict()}
-            model.left_out = tuple(
-                name for name in model.left_out if not ((own := _tail(name)) in taken or _UNUSED.match(own))
-            )
         return found
 
 
@@ -318,12 +342,6 @@ def _place(source: str | Path) -> str:
     return str(Path(source).resolve() if Path(source).is_dir() else source)
 
 
-def _tail(name: str) -> str:
-    """The name within a text model, of whichever layout; as it is for what is not of a branch."""
-    found = _NAMES.search(name)
-    return found[1] if found else name
-
-
 def _read(place: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and all tensors of branches by their names in the text model."""
     config = find_file(place, CONFIG[0])
@@ -337,8 +355,8 @@ def _read(place: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for path in files:
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no dict)
-                if _NAMES.search(name):
-                    tensors[_tail(name)] = opened.get_tensor(name)
+                if named := TRAINED.search(name):
+                    tensors[named[1]] = opened.get_tensor(name)
     return json.loads(config.read_text(encoding="utf-8")), tensors
 
 
@@ -348,5 +366,5 @@ def _weight_files(place: str | Path) -> Iterator[Path]:
     names = {WEIGHTS[0]}
     if index is not None:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {shard for name, shard in weights.items() if _NAMES.search(name)} or set(weights.values())
+        names = {shard for name, shard in weights.items() if TRAINED.search(name)} or set(weights.values())
     yield from (file for name in sorted(names) if (file := find_file(place, name)) is not None)

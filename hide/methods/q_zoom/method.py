@@ -9,7 +9,7 @@ image and replays the rest; here the image's keys and values are the session's, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -38,6 +38,7 @@ from hide.models.inputs import Features, ImageInputs
 from hide.presets import RunSettings
 from hide.questions import Question
 from hide.session import ImageSession, Message, Session, Turn
+from hide_kernels import ImageTokens
 
 Sinks = Literal["corner", "first token", "none"]
 LABEL = "region branch"
@@ -133,7 +134,13 @@ def _presets() -> dict[str, Preset[QZoomSettings]]:
     found |= {model: found[f"{model}-textvqa"] for model in ("qwen2.5-vl-7b", "qwen3-vl-4b", "llava-1.5-7b")}
     sd_rpn = QZoomSettings(0.25, sink_cells=768)
     found["sd-rpn-qwen2.5-vl"] = Preset(sd_rpn, _DOCUMENTS, _ANSWER, "qwen2_5_vl")
-    return found | presets_of({"tiny": QZoomSettings(answer_request="")})
+    return found | presets_of({"tiny": QZoomSettings(answer_request="", sinks="none")})
+
+
+def prompt_of(preset: Preset[QZoomSettings], question: Question) -> str:
+    """What a model is asked."""
+    text, request = question.asked(preset.answer.letter_request), preset.settings.answer_request
+    return text if not request or request in text else f"{text}\n{request}"
 
 
 class QZoom(Method[QZoomSettings]):
@@ -184,7 +191,7 @@ class QZoom(Method[QZoomSettings]):
                 notes.append("gate: its probability is NaN, so the answer is the plain one; a larger dtype may mend it")
             if gate is None or gate >= self.settings.gate_threshold:
                 with steps("region"):
-                    heat = self.map(glance, glance.scores(states, places))
+                    heat = self.map(glance.scores(states, places), glance.first_token_scores)
                     evidence = Evidence(maps=heat[None], labels=(LABEL,), threshold=self.settings.region_threshold)
                     region = self.region(heat)
                 notes += self._doubts(heat)
@@ -196,8 +203,7 @@ class QZoom(Method[QZoomSettings]):
                     ids = branch.reply(most)
                 return Answer(self.model.decode(ids), (evidence,), tuple(notes), self._details(gate, None))
         with steps("crop"):
-            layout, (image,) = LAYOUTS[self.model.family], session.images
-            box = torch.tensor([pixel_box(region.cells, turn.images[0].grid, image.size, layout.min_side)])
+            box = self.box(region, turn.images[0].grid, session.images[0].size)
             crop = session.crop([box])[0].image
             assert crop is not None, "a box has an area"
         with steps("answer"), self.zoomed(session, turn, prompt, crop, region) as (branch, tokens):
@@ -207,23 +213,38 @@ class QZoom(Method[QZoomSettings]):
 
     def prompt(self, question: Question) -> str:
         """What the model is asked, with and without the crop."""
-        text, request = question.asked(self.preset.answer.letter_request), self.settings.answer_request
-        return text if not request or request in text else f"{text}\n{request}"
+        return prompt_of(self.preset, question)
 
-    def map(self, glance: Glance, scores: Tensor) -> Tensor:
+    def map(self, scores: Tensor, first_token_scores: Callable[[], Tensor]) -> Tensor:
         """(rows, columns) float32 from 0 to 1: the region branch's scores as probabilities, without sinks, blurred."""
         found = scores.sigmoid()
         sinks = self.settings.sinks or LAYOUTS[self.model.family].sinks
         if sinks == "corner":
             found = without_corner(found, self.settings.sink_cells)
         elif sinks == "first token":
-            found = without_sinks(found, glance.first_token_scores())
+            found = without_sinks(found, first_token_scores())
         return blurred(found)
 
     def region(self, found: Tensor) -> Region | None:
         """What of a map is cut out; `None` where nothing is above the threshold."""
         positive = found > self.settings.region_threshold
         return component_box(positive) if LAYOUTS[self.model.family].square else one_box(positive)
+
+    def box(self, region: Region, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """(1, 4) int64 pixels of a region in a map of `grid` (rows, columns), of an image of `size` (width, height)."""
+        return torch.tensor([pixel_box(region.cells, grid, size, LAYOUTS[self.model.family].min_side)])
+
+    def inside(self, ids: Tensor, images: Sequence[ImageTokens], both: ImageInputs, region: Region) -> Tensor | None:
+        """Positions of (1, L) ids with the crop inside its source; `None`: it stands as a second image.
+
+        images: where source and crop lie. both: the two, of which pixels are not needed.
+        """
+        wanted = self.settings.reuse_src_pos
+        if not (self.branches.reuse_src_pos if wanted is None else wanted):
+            return None
+        source, crop = images
+        positions, _ = self.model.positions(ids, both)
+        return inside_source(positions, source.start, crop.start, crop.grid, region.cells)
 
     @contextmanager
     def zoomed(
@@ -243,15 +264,12 @@ class QZoom(Method[QZoomSettings]):
             return
         both = session.turn([Message(prompt, [crop])])
         assert both.more is not None
-        (item,), positions = both.more.items, None
-        wanted = self.settings.reuse_src_pos
-        if self.branches.reuse_src_pos if wanted is None else wanted:
-            positions, _ = self.model.positions(both.input_ids, session.inputs + both.more.without_pixels())
-            source, start = (image.start for image in both.images)
-            positions = inside_source(positions, source, start, item.grid, region.cells)[..., session.length :]
+        images = session.inputs + both.more.without_pixels()
+        positions = self.inside(both.input_ids, both.images, images, region)
+        behind = None if positions is None else positions[..., session.length :]
         room = self.preset.answer.max_new_tokens
-        with session.branch(both.input_ids, both.more, positions=positions, room=room) as branch:
-            yield branch, item.tokens
+        with session.branch(both.input_ids, both.more, positions=behind, room=room) as branch:
+            yield branch, sum(both.more.tokens)
 
     def _square(self, session: ImageSession, crop: Tensor, region: Region) -> tuple[ImageInputs, Features]:
         """A crop as SD-RPN shows it to LLaVA: stretched to the square, and of its tokens those that are kept."""
