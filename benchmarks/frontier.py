@@ -68,7 +68,7 @@ SIZES = {
 }
 VIEWS = (350, 500, 700, 1000, 1400, 2000, 2800)
 # Of the gate, for the embedded model: the margin from which on a plain answer is taken.
-GATE = 5.0
+GATE = 3.0
 AUTO, GATED, ALWAYS, NEVER = "auto", "auto, gate", "auto, second look always", "auto, no second look"
 
 

@@ -52,7 +52,7 @@ class HiDeConfig:
     search_prompt: str = SEARCH_PROMPT
     entity_prompt: str | None = None
     gate: float | None = None
-    look_again: float = 0.5
+    look_again: float = 0.3
 
     def __post_init__(self) -> None:
         if self.layers is not None and not self.layers:
