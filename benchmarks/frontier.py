@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.measure import count
 from hide.cli.loading import assigned
-from hide.evaluation.data import READERS, BadRecord, Sample, distinct, scene_questions
+from hide.evaluation.data import BadRecord, Sample, read_data, scene_questions
 from hide.evaluation.scoring import Share, difference, share, strict, verdict
 from hide.evaluation.store import ResultFile, blank_record
 from hide.evaluation.tables import markdown
@@ -475,9 +475,9 @@ def main() -> int:
     by_size: dict[str, Sequence[dict[str, Any]]] = {}
     with ResultFile(arguments.out / names[0], settings) as results:
         if arguments.data:
-            kind, _, path = arguments.data.partition(":")
-            found = (one for one in distinct(READERS[kind](path)) if not isinstance(one, BadRecord))
-            by_size[path] = record_all(runs, islice(found, arguments.questions), results)
+            found = read_data(arguments.data, arguments.questions or sys.maxsize)
+            asked = (one for one in found if not isinstance(one, BadRecord))
+            by_size[arguments.data] = record_all(runs, asked, results)
         else:
             for size in arguments.sizes:
                 wanted = SIZES[size].questions
