@@ -177,6 +177,32 @@ def test_choices_lose_their_own_letters_only(folder, choices, options):
         assert (found.question.options, found.answer) == (options, "B")
 
 
+@pytest.mark.parametrize(
+    ("question", "choices", "texts"),
+    [
+        ("What color is the bag?", ["(A) red", "(B) blue", "(C) The image does not feature it."],
+         ("red", "blue", "The image does not feature it.")),
+        ("图中的车牌号是多少？", ["(A) 京A1234", "(B) 沪B5678", "(C) 图片中没有"], ("京A1234", "沪B5678", "图片中没有")),
+    ],
+)  # fmt: skip
+def test_the_tables_of_mme_realworld_that_harnesses_read_are_its_questions(folder, question, choices, texts):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    # lmms-eval's parquet files, and VLMEvalKit's TSV with the same choices in one cell, both in either language.
+    own = {"index": 7, "question": question, "answer": "B", "category": "OCR", "l2-category": "plates"}
+    parquet.write_table(
+        pa.Table.from_pylist([{**own, "multi-choice options": choices, "bytes": PICTURE}]), folder / "mme.parquet"
+    )
+    lines = "\n".join(choices)
+    cells = {**own, "multi-choice options": f'"{lines}"', "A": choices[0], "image": PICTURE}
+    (folder / "mme.tsv").write_text("\t".join(cells) + "\n" + "\t".join(map(str, cells.values())) + "\n", "utf-8")
+    for name in ("mme.parquet", "mme.tsv"):
+        (found,) = distinct(data.mme_realworld(folder / name))
+        assert (found.id, found.question.stem, found.question.options) == ("7", question, texts)
+        assert (found.answer, found.split) == ("B", "OCR") and same(found.image(), PIXELS)
+
+
 def test_an_empty_option_between_others_is_a_bad_record_and_moves_no_letter(folder):
     bad, good = tsv(folder, row("x", " ", "y", ""), row("x", "y", " ", "", index="1"))
     assert isinstance(bad, BadRecord) and "options" in bad.reason and bad.place.startswith("line 2 of ")

@@ -209,8 +209,29 @@ def hr_bench(path: str | Path) -> Samples:
 
 
 def mme_realworld(path: str | Path) -> Samples:
-    """MME-RealWorld: the JSON list with Text, Answer choices, Ground truth and Image, a path from the file's folder."""
+    """MME-RealWorld, its Lite and its CN: the JSON list with Text, Answer choices, Ground truth and Image, a path from
+    the file's folder; or the TSV or parquet file that harnesses read, with columns index, question, multi-choice
+    options, answer, category, and the image in base64 as bytes or image.
+    """
     file = Path(path)
+
+    def row(cells: Any, entry: Entry) -> Sample:
+        text, listed = _text(_field(cells, "question"), "question"), _field(cells, _CHOICES)
+        # One text of lettered lines in TSV.
+        question = (
+            Question.parse(f"{text}\n{listed}")
+            if isinstance(listed, str)
+            else Question.parse(text, _options(listed, _CHOICES))
+        )
+        if not question.options:
+            raise ValueError(f"{_CHOICES}: got {_short(listed)}, want lettered lines or a list")
+        return Sample(
+            id=_id(cells.get("index"), entry),
+            question=question,
+            answer=right_answer(question, _text(_field(cells, "answer"), "answer")),
+            split=_split(cells.get("category")),
+            **_pictures(file.parent, [_embedded(_field(cells, "bytes" if cells.get("bytes") else "image"))]),
+        )
 
     def read(record: Any, entry: Entry) -> Sample:
         options = _options(_field(record, "Answer choices"), "Answer choices")
@@ -224,6 +245,8 @@ def mme_realworld(path: str | Path) -> Samples:
             **_pictures(file.parent, [_field(record, "Image")]),
         )
 
+    if file.suffix in (".tsv", ".parquet"):
+        return _samples(table(file, ("question", _CHOICES, "answer")), row, "index")
     return _samples(json_records(file), read, "Question_id")
 
 
@@ -340,6 +363,7 @@ def _split(value: Any) -> str:
     return " ".join(_text(value, "category", "").split()) or "all"
 
 
+_CHOICES = "multi-choice options"
 _LETTERED = re.compile(r"\s*[(（\[【]?([A-Za-z])[)）\]】.．:：、](?:[.．:：](?=\s))?\s*(.*)", re.DOTALL)
 
 
