@@ -67,9 +67,10 @@ SIZES = {
     "10k": Size((9500, 10500), 60, 5_200_000, 4_200_000),
 }
 VIEWS = (350, 500, 700, 1000, 1400, 2000, 2800)
-# Of the gate, for the embedded model: the margin from which on a plain answer is taken.
-GATE = 3.0
-AUTO, GATED, ALWAYS, NEVER = "auto", "auto, gate", "auto, second look always", "auto, no second look"
+# Of the gate, for the embedded model: the margin from which on a plain answer is taken, and `auto_view` with it.
+GATE, GATE_VIEW = 3.0, (17.0, 0.5)
+AUTO, ALWAYS, NEVER = "auto", "auto, second look always", "auto, no second look"
+SMALLER, GATED = f"auto {GATE_VIEW[0]:g}", f"auto {GATE_VIEW[0]:g}, gate"
 
 
 BUDGETS = (350, 500, 700, 1000)
@@ -88,7 +89,7 @@ class Run:
     @property
     def name(self) -> str:
         """Under which the session's costs are recorded."""
-        return hide_way(self.view) if isinstance(self.opener, HiDe) else next(iter(self.ways))
+        return next(name for name, method in self.ways.items() if method is self.opener)
 
 
 def plain_way(view: int | str | None) -> str:
@@ -150,12 +151,13 @@ def runs_of(hide: HiDe, views: Sequence[int], gate: float) -> list[Run]:
         plain = Plain(hide.model, own.preset.with_settings(NoSettings()))
         ways: dict[str, Method[Any]] = {plain_way(view): plain, hide_way(view): own}
         if view == "auto":
-            ways[GATED] = made(view_tokens=view, gate=gate)
             # What `benchmarks.frontier_tuning` chooses the limit by.
             ways[ALWAYS] = made(view_tokens=view, look_again=0.0)
             ways[NEVER] = made(view_tokens=view, look_again=float("inf"))
         found.append(Run(view, own, ways))
-    return found
+    smaller = {"view_tokens": "auto", "auto_view": GATE_VIEW}
+    own = made(**smaller)
+    return [*found, Run("auto", own, {SMALLER: own, GATED: made(**smaller, gate=gate)})]
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -233,24 +235,31 @@ class Point(NamedTuple):
 
 
 def points(records: Sequence[dict[str, Any]]) -> dict[str, Point]:
-    """Of each way that was asked, over the questions that did not fail."""
+    """Of each way that was asked, over the questions that did not fail; see `told`."""
     sound = [record for record in records if not record["error"]]
     found = {}
     for way in dict.fromkeys(name for record in sound for name in record["replies"]):
-        own = [record for record in sound if way in record["replies"]]
-        tokens, seconds, all_tokens, all_seconds = (
-            fmean(record[what][name] for record in own) for name in (way, "plain") for what in ("tokens", "seconds")
-        )
-        right = share([verdict(record, way, strict) for record in own])
+        own = [(record, name) for record in sound if (name := told(record, way))]
+        tokens, seconds = (fmean(record[what][name] for record, name in own) for what in ("tokens", "seconds"))
+        all_tokens, all_seconds = (fmean(record[what]["plain"] for record, _ in own) for what in ("tokens", "seconds"))
+        right = share([verdict(record, name, strict) for record, name in own])
         found[way] = Point(right, tokens, seconds, tokens / all_tokens, seconds / all_seconds)
     return found
 
 
+def told(record: dict[str, Any], way: str) -> str | None:
+    """What says what a way does: where an image has no more tokens than a view, the whole image; `None`: nothing."""
+    if way in record["replies"]:
+        return way
+    return way.partition(" ")[0] if way.startswith(("plain ", "hide ")) else None
+
+
 def lead(records: Sequence[dict[str, Any]], way: str, other: str) -> str:
     """How much more often one way is right than another, with the interval of `difference`; images are the groups."""
-    both = [record for record in records if not record["error"] and {way, other} <= record["replies"].keys()]
-    ours, theirs = ([verdict(record, name, strict) for record in both] for name in (way, other))
-    return str(difference(ours, theirs, [record["picture"] or record["id"] for record in both]))
+    sound = [record for record in records if not record["error"]]
+    both = [(record, one, two) for record in sound if (one := told(record, way)) and (two := told(record, other))]
+    ours, theirs = [verdict(r, one, strict) for r, one, _ in both], [verdict(r, two, strict) for r, _, two in both]
+    return str(difference(ours, theirs, [record["picture"] or record["id"] for record, *_ in both]))
 
 
 def size_table(size: str, records: Sequence[dict[str, Any]], memory: dict[str, int]) -> ResultTable:
@@ -364,6 +373,12 @@ def _kind(way: str) -> str:
     )
 
 
+def _view_of(way: str) -> float:
+    """Tokens of a way's view; the whole image has the most."""
+    number = way.partition(",")[0].rpartition(" ")[2]
+    return float(number) if number.isdecimal() else float("inf")
+
+
 def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> None:
     """Accuracy with 95 % intervals over tokens and over seconds, a column for each size."""
     from matplotlib.figure import Figure
@@ -384,7 +399,8 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
         for row, cost in enumerate(("tokens", "seconds")):
             axes = panels[row, column]
             for number, (name, belongs) in enumerate(series.items()):
-                own = sorted((p for way, p in found.items() if belongs(way)), key=lambda p: getattr(p, cost))
+                # By the view, not by the cost: views too small for a map have large collages.
+                own = [p for way, p in sorted(found.items(), key=lambda one: _view_of(one[0])) if belongs(way)]
                 if not own:
                     continue
                 values = [point.share.value for point in own]
@@ -396,7 +412,7 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
                     [getattr(point, cost) for point in own], values, yerr=ends, label=name, marker="osD^vx"[number],
                     color=f"C{number}", capsize=2, linewidth=1,
                 )  # fmt: skip
-            axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(0, 1.02))
+            axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(None, 1.02))
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
@@ -471,6 +487,7 @@ def main() -> int:
         "data": arguments.data or ("tuning seeds" if arguments.tune else "unseen seeds"),
         "views": list(arguments.views),
         "gate": arguments.gate,
+        "gate_view": list(GATE_VIEW),
     }
     by_size: dict[str, Sequence[dict[str, Any]]] = {}
     with ResultFile(arguments.out / names[0], settings) as results:

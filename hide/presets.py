@@ -49,7 +49,7 @@ class RunSettings:
     min_tokens: int = 256
     max_tokens: int = 16384
     view_tokens: int | Literal["auto"] | None = None
-    auto_view: tuple[float, float] = (17.0, 0.5)
+    auto_view: tuple[float, float] = (23.0, 0.5)
     join_images: bool = False
     prefill_chunk: int = 2048
     offload_kv: bool = False

@@ -12,7 +12,7 @@ from PIL import Image
 from region_branches import save, with_branches
 
 from benchmarks import frontier, frontier_tuning
-from benchmarks.frontier import ALWAYS, AUTO, GATED, NEVER, Size
+from benchmarks.frontier import ALWAYS, AUTO, GATED, NEVER, SMALLER, Size
 from benchmarks.frontier_tuning import Outcome
 from hide import HiDe
 from hide.evaluation.scoring import difference
@@ -81,7 +81,7 @@ def test_all_ways_on_one_view_share_a_session_per_image_that_each_pays_for(hide,
     runs = frontier.runs_of(hide, [60, 5000], gate=0.0)
     records = frontier.ask_image(runs, samples)
     # 5,000 tokens show what the whole image shows.
-    assert opened == [None, 60, "auto"]
+    assert opened == [None, 60, "auto", "auto"]
     for own in records:
         assert own["error"] is None
         assert list(own["replies"]) == [
@@ -91,12 +91,13 @@ def test_all_ways_on_one_view_share_a_session_per_image_that_each_pays_for(hide,
             "hide 60",
             "plain auto",
             AUTO,
-            GATED,
             ALWAYS,
             NEVER,
+            SMALLER,
+            GATED,
         ]
         assert own["opened"]["hide"]["tokens"] > 2 * own["opened"]["hide 60"]["tokens"]
-        for way, session in (("plain", "hide"), ("hide 60", "hide 60"), (GATED, AUTO)):
+        for way, session in (("plain", "hide"), ("hide 60", "hide 60"), (NEVER, AUTO), (GATED, SMALLER)):
             assert own["tokens"][way] > own["opened"][session]["tokens"]
             assert own["seconds"][way] > own["opened"][session]["seconds"] > 0
         # A gate that every plain answer passes.
@@ -120,7 +121,7 @@ def test_the_command_draws_tables_and_goes_on_where_it_was(hide, small, monkeypa
 
     def answered(runs, samples):
         asked.extend(samples)
-        chosen = dict.fromkeys(("plain auto", AUTO, GATED, ALWAYS, NEVER), ("red", 30, SURE))
+        chosen = dict.fromkeys(("plain auto", AUTO, ALWAYS, NEVER, SMALLER, GATED), ("red", 30, SURE))
         fixed = {
             "plain": ("blue", 0),
             "hide": ("red", 90),
