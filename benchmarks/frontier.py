@@ -394,8 +394,12 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
         "Q-Zoom": lambda way: _kind(way) == "q-zoom",
         f"Q-Zoom{UNTRAINED}": lambda way: way.endswith(UNTRAINED),
     }
-    for column, (size, records) in enumerate(by_size.items()):
-        found = points(records)
+    every = {size: points(records) for size, records in by_size.items()}
+    shown = [
+        p.share.low for found in every.values() for way, p in found.items() if any(f(way) for f in series.values())
+    ]
+    lowest = int(10 * min(shown, default=0.0)) / 10
+    for column, (size, found) in enumerate(every.items()):
         for row, cost in enumerate(("tokens", "seconds")):
             axes = panels[row, column]
             for number, (name, belongs) in enumerate(series.items()):
@@ -412,7 +416,7 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
                     [getattr(point, cost) for point in own], values, yerr=ends, label=name, marker="osD^vx"[number],
                     color=f"C{number}", capsize=2, linewidth=1,
                 )  # fmt: skip
-            axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(None, 1.02))
+            axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(lowest, 1.02))
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
