@@ -35,7 +35,7 @@ from hide.training import loop, q_zoom
 from hide.training.heads import GROUNDING, PUBLISHED, Heads, HeadScore, choose, head_scores, published
 from hide.training.labels import IGNORED, from_text, head_maps, label, mean_map, prompt_rows, to_text, tri_state
 from hide.training.loop import Processes, fit, read_log, scale, shuffled
-from hide.training.objectives import NOTHING, Loss, answer_loss, encoded, gate_loss, region_loss, see
+from hide.training.objectives import NOTHING, Loss, answer_loss, encoded, gate_loss, region_loss, see, together
 from hide.training.q_zoom import Pool, Training, copied_branches
 from hide.training.released import convert, read_pickle
 from hide.training.routing import Route, route, routes, shown
@@ -260,11 +260,11 @@ def labels_of(grid):
 
 @pytest.mark.parametrize("resized", [False, True])
 def test_the_region_branchs_loss_and_gradients_are_those_of_all_heads_written_out(model, branches, resized):
-    seen = see(model, *encoded(model, IMAGE, RUN), QUESTION.text, branches.layer)
+    (seen,) = see(model, *encoded(model, IMAGE, RUN), [QUESTION.text], branches.layer)
     (image,) = seen.turn.images
     grid = (image.grid[0] * 2, image.grid[1] + 1) if resized else image.grid
     labels = labels_of(grid)
-    value, terms = region_loss(model, branches, seen, labels)
+    value, terms = region_loss(model, branches, [seen], [labels])
 
     states = through(model, branches.regions[:-1], seen.states, seen.positions)
     last = branches.regions[-1]
@@ -288,10 +288,38 @@ def test_the_region_branchs_loss_and_gradients_are_those_of_all_heads_written_ou
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_questions_about_one_image_are_learned_from_together_as_from_each(model, branches):
+    prompts = [QUESTION.text, "Is the star on the left or right side of the ring?", "What?"]
+    inputs, features = encoded(model, IMAGE, RUN)
+    ran = []
+    hook = model.language_model.layers[0].register_forward_hook(lambda _, args, out: ran.append(out[0].shape[-2]))
+    seen = see(model, inputs, features, prompts, branches.layer)
+    hook.remove()
+    end = seen[0].turn.images[0].stop
+    assert ran == [end, *(one.turn.input_ids.shape[1] - end for one in seen)], "the image goes through once"
+    labels = [labels_of(one.turn.images[0].grid) for one in seen]
+    labels[1] = labels[1].flip(0)
+    labels[2][:] = IGNORED
+    value, terms = region_loss(model, branches, seen, labels)
+    alone = [
+        region_loss(model, branches, see(model, inputs, features, [prompt], branches.layer), [own])
+        for prompt, own in zip(prompts, labels, strict=True)
+    ]
+    assert alone[2] == NOTHING and terms == alone[0].terms + alone[1].terms
+    want = alone[0].value + alone[1].value
+    torch.testing.assert_close(value, want, atol=1e-4, rtol=1e-5)
+    parameters = list(branches.regions.parameters())
+    mine, theirs = (torch.autograd.grad(one, parameters, allow_unused=True) for one in (value, want))
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_labels_without_a_cell_cost_no_forward(model, branches, monkeypatch):
-    seen = see(model, *encoded(model, IMAGE, RUN), QUESTION.text, branches.layer)
+    (seen,) = see(model, *encoded(model, IMAGE, RUN), [QUESTION.text], branches.layer)
     monkeypatch.setattr("hide.methods.q_zoom.branches.through", None)
-    assert region_loss(model, branches, seen, torch.full(seen.turn.images[0].grid, IGNORED)) == NOTHING
+    assert region_loss(model, branches, [seen], [torch.full(seen.turn.images[0].grid, IGNORED)]) == NOTHING
 
 
 def test_training_sees_what_inference_sees_and_runs_no_layer_above(model, branches):
@@ -300,11 +328,11 @@ def test_training_sees_what_inference_sees_and_runs_no_layer_above(model, branch
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
         for number, layer in enumerate(model.language_model.layers)
     ]
-    seen = see(model, *encoded(model, IMAGE, RUN), method.prompt(QUESTION), branches.layer)
+    (seen,) = see(model, *encoded(model, IMAGE, RUN), [method.prompt(QUESTION)], branches.layer)
     for hook in hooks:
         hook.remove()
-    assert ran == list(range(branches.layer)) and not seen.states.requires_grad
-    looked = branches.looked(model, seen.states, seen.positions, seen.turn.images[0])
+    assert {*ran} == {*range(branches.layer)} and not seen.states.requires_grad
+    (looked,) = branches.looked(model, [(seen.states, seen.positions)], seen.turn.images[0])
     gate = branches.gate_logit(model, seen.states, seen.positions)
     with method.open(IMAGE) as session:
         turn = session.turn(method.prompt(QUESTION))
@@ -425,15 +453,18 @@ def learned(folder, steps=None, processes=None, seed=0, items=11, batch=4):
     unused = nn.Parameter(torch.ones(2))
     examples = torch.randn(items, 3, generator=torch.Generator().manual_seed(5))
 
-    def loss(number, epoch):
+    def one(number, epoch):
         if number == 3:
             return NOTHING
         off = examples[number] @ weight - epoch
         return Loss((off**2).sum() * (number % 3 + 1), number % 3 + 1)
 
+    def loss(numbers, epoch):
+        return together(one(number, epoch) for number in numbers)
+
     more = {} if processes is None else {"processes": processes}
     fit(folder, {"weight": weight, "unused": unused}, range(items), loss, Recipe(0.1, batch, epochs=3), seed=seed,
-        steps=steps, **more)  # fmt: skip
+        group=lambda number: number // 2, steps=steps, **more)  # fmt: skip
     return weight.detach().clone(), unused
 
 

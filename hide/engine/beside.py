@@ -33,7 +33,8 @@ def new_layers(model: Adapter, count: int, first: int = 0) -> nn.ModuleList:
     return nn.ModuleList(made).eval()
 
 
-def _number(layer: Any) -> int:
+def number_of(layer: Any) -> int:
+    """A layer's place in its cache."""
     number: int = layer.self_attn.layer_idx
     return number
 
@@ -57,7 +58,7 @@ def through(
     held: dict[str, Any] = {} if cache is None else {cache_keyword(type(decoder).forward): cache}
     with (
         only_layers(decoder, layers),
-        nullcontext() if cache is None else cache.from_layer(_number(layers[0])),
+        nullcontext() if cache is None else cache.from_layer(number_of(layers[0])),
         continuing(decoder),
     ):
         found: Tensor = decoder(
@@ -95,7 +96,7 @@ class Beside:
         """
         self._model, self._layers = model, layers
         self._length = hidden.shape[1]
-        self._cache = PreallocatedCache(_number(layers[-1]) + 1, self._length + 256)
+        self._cache = PreallocatedCache(number_of(layers[-1]) + 1, self._length + 256)
         found = []
         self._said = f"{len(layers)} layers beside the decoder, of {self._length} tokens,"
         with model.alone(), advised(self._said):
@@ -109,7 +110,7 @@ class Beside:
                 last: Any = layers[-1]
                 normed = last.input_layernorm(own)
                 keys = key_heads(last, normed, rotation(model, own, places))
-                self._cache.update(keys, value_heads(last, normed), _number(last))
+                self._cache.update(keys, value_heads(last, normed), number_of(last))
         self.states = torch.cat(found, 1) if found else None
 
     @property

@@ -180,6 +180,30 @@ class PreallocatedCache(DynamicCache):
                 layer.clear_room()
 
 
+# -- with gradients ---------------------------------------------------------------------------------------------------
+
+
+class DifferentiableLayer(PreallocatedLayer):
+    """The keys and values of the first call, which gradients go through; later calls see them and leave nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, those that came first before the new ones."""
+        if self.keys is not None and self.values is not None:
+            return torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return key_states, value_states
+
+
+class DifferentiableCache(PreallocatedCache):
+    """Cache of `layers` layers for a prefix and, one after the other, what stands behind it; with gradients."""
+
+    _layer = DifferentiableLayer
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers, 0)
+
+
 # -- on the host ------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,7 @@ def fit(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     items: Sequence[T],
-    loss: Callable[[T, int], Loss],
+    loss: Callable[[Sequence[T], int], Loss],
     recipe: Recipe,
     *,
     group: Callable[[T], Any] = lambda item: item,
@@ -95,8 +96,9 @@ def fit(
     Args:
         folder: gets `log.jsonl`, a line for each step, and at the end `trained.safetensors`, the parameters by their
             names.
-        parameters: float32, by names. items: what there is to learn from. loss: of an item, in an epoch.
-        group: of an item; those of one group come one after another, so that what they share may be made once.
+        parameters: float32, by names. items: what there is to learn from.
+        group: of an item; those of one group come one after another.
+        loss: of items of one group, in an epoch: what they share may be made once.
         facts: what the run is made with, beside recipe, seed and number of items; a folder of others is refused.
         progress: called with the steps that are done and how many there are.
         steps: stop after so many without saving, as a run that is killed.
@@ -117,8 +119,9 @@ def fit(
         epoch, at = divmod(step, per_epoch)
         chosen = shuffled(items, group, f"{seed} {epoch}")[at * recipe.batch : (at + 1) * recipe.batch]
         found, count = 0.0, 0
-        for place in processes.part(chosen):
-            value, terms = loss(items[place], epoch)
+        mine = [items[place] for place in processes.part(chosen)]
+        for _, alike in groupby(mine, key=group):
+            value, terms = loss(list(alike), epoch)
             if value is not None:
                 value.backward()
                 found, count = found + float(value.detach()), count + terms

@@ -1,11 +1,11 @@
-"""The losses of the stages, of one question each: sums over what counts, and how much that is, so that a step's mean
+"""The losses of the stages: sums over what counts, and how much that is, so that a step's mean
 is the same however its questions are spread over processes. What is frozen runs without gradients, and no further than
 its output is wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from hide.engine.decoder import forward
+from hide.engine.decoder import extend, forward
+from hide.engine.kv_cache import PreallocatedCache
 from hide.engine.prefix import encode
 from hide.images import to_tensor, within_aspect
 from hide.methods.q_zoom.branches import Branches
@@ -38,6 +39,13 @@ class Loss(NamedTuple):
 NOTHING = Loss(None, 0)
 
 
+def together(losses: Iterable[Loss]) -> Loss:
+    """The sum of losses."""
+    own = [one for one in losses if one.value is not None]
+    values = [one.value for one in own if one.value is not None]
+    return Loss(torch.stack(values).sum(), sum(one.terms for one in own)) if own else NOTHING
+
+
 class Seen(NamedTuple):
     """An image with a question as a model takes it, and what enters layer K of its tokens, without gradients."""
 
@@ -53,13 +61,21 @@ def encoded(model: Adapter, image: Image.Image | Tensor, run: RunSettings) -> tu
     return encode(model, preprocess(model, [image], run))
 
 
-def see(model: Adapter, inputs: ImageInputs, features: Features, prompt: str, layer: int) -> Seen:
-    """Send an image and a question through layers 0 to K - 1, and no further."""
-    turn = model.turn(prompt, inputs)
-    positions, _ = model.positions(turn.input_ids, inputs)
-    with model.alone():
-        states = forward(model, turn.input_ids, positions, features, layers=range(layer))
-    return Seen(turn, inputs, features, positions, states)
+def see(model: Adapter, inputs: ImageInputs, features: Features, prompts: Sequence[str], layer: int) -> list[Seen]:
+    """Send an image and questions about it through layers 0 to K - 1, and no further; the image once."""
+    turns = [model.turn(prompt, inputs) for prompt in prompts]
+    end, layers = turns[0].images[0].stop, range(layer)
+    cache = PreallocatedCache(model.num_layers, max(turn.input_ids.shape[1] for turn in turns))
+    found: list[Seen] = []
+    for turn in turns:
+        ids = turn.input_ids
+        positions, _ = model.positions(ids, inputs)
+        if not found:
+            before, _ = extend(model, cache, ids[:, :end], positions[..., :end], features, layers=layers)
+        behind, _ = extend(model, cache, ids[:, end:], positions[..., end:], layers=layers)
+        cache.rewind(end, layers)
+        found.append(Seen(turn, inputs, features, positions, torch.cat([before, behind], 1)))
+    return found
 
 
 @contextmanager
@@ -69,21 +85,27 @@ def mixed(model: Adapter) -> Iterator[None]:
         yield
 
 
-def region_loss(model: Adapter, branches: Branches, seen: Seen, labels: Tensor) -> Loss:
-    """Binary cross entropy of the region branch's map and (h, w) labels, over the cells that have one.
+def region_loss(model: Adapter, branches: Branches, seen: Sequence[Seen], labels: Sequence[Tensor]) -> Loss:
+    """Binary cross entropy of the region branch's maps of questions about one image and (h, w) labels, over the cells
+    that have one.
 
     A map of another grid is resized to that of the labels, bilinearly.
     """
-    known = labels != IGNORED
-    if not known.any():
+    known = [(one, own) for one, own in zip(seen, labels, strict=True) if (own != IGNORED).any()]
+    if not known:
         return NOTHING
     with mixed(model):
-        scores = branches.looked(model, seen.states, seen.positions, seen.turn.images[0]).scores
-    if scores.shape != labels.shape:
-        scores = F.interpolate(scores[None, None], size=labels.shape, mode="bilinear", align_corners=False)[0, 0]
-    known = known.to(scores.device)
-    wanted = labels.to(scores)[known]
-    return Loss(F.binary_cross_entropy_with_logits(scores[known], wanted, reduction="sum"), len(wanted))
+        found = branches.looked(model, [(one.states, one.positions) for one, _ in known], seen[0].turn.images[0])
+    sums, terms = [], 0
+    for looked, (_, own) in zip(found, known, strict=True):
+        scores = looked.scores
+        if scores.shape != own.shape:
+            scores = F.interpolate(scores[None, None], size=own.shape, mode="bilinear", align_corners=False)[0, 0]
+        told = (own != IGNORED).to(scores.device)
+        wanted = own.to(scores)[told]
+        sums.append(F.binary_cross_entropy_with_logits(scores[told], wanted, reduction="sum"))
+        terms += len(wanted)
+    return Loss(torch.stack(sums).sum(), terms)
 
 
 def gate_loss(model: Adapter, branches: Branches, seen: Seen, wanted: int) -> Loss:
@@ -98,10 +120,10 @@ def answer_loss(method: QZoom, image: Image.Image, question: Question, answer: s
     question, with gradients in all layers; nothing where there is no region. Logits are made of those tokens alone.
     """
     model, branches, prompt = method.model, method.branches, method.prompt(question)
-    seen = see(model, *encoded(model, image, run), prompt, branches.layer)
+    (seen,) = see(model, *encoded(model, image, run), [prompt], branches.layer)
     with torch.no_grad():
         with mixed(model):
-            looked = branches.looked(model, seen.states, seen.positions, seen.turn.images[0])
+            (looked,) = branches.looked(model, [(seen.states, seen.positions)], seen.turn.images[0])
         region = method.region(method.map(looked.scores, lambda: looked.first_token))
     if region is None:
         return NOTHING

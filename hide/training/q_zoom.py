@@ -37,7 +37,17 @@ from hide.training.checkpoint import save_checkpoint
 from hide.training.heads import published
 from hide.training.labels import from_text, label
 from hide.training.loop import ALONE, Processes, fit, trained
-from hide.training.objectives import NOTHING, Loss, Seen, answer_loss, encoded, gate_loss, region_loss, see
+from hide.training.objectives import (
+    NOTHING,
+    Loss,
+    Seen,
+    answer_loss,
+    encoded,
+    gate_loss,
+    region_loss,
+    see,
+    together,
+)
 from hide.training.routing import Route, routes, shown
 from hide.training.settings import Settings
 
@@ -160,10 +170,10 @@ class Training:
         """The region branch."""
         usable = [one for one in self._records("labels") if not one["error"] and set(one["labels"]) != {"."}]
 
-        def loss(record: dict[str, Any], epoch: int) -> Loss:
-            sample = self.pool[record["id"]]
-            seen = self._see(sample, self._budget(sample, epoch))
-            return region_loss(self.model, self.branches, seen, from_text(record["labels"], record["grid"]))
+        def loss(records: Sequence[dict[str, Any]], epoch: int) -> Loss:
+            samples = [self.pool[one["id"]] for one in records]
+            labels = [from_text(one["labels"], one["grid"]) for one in records]
+            return region_loss(self.model, self.branches, self._see(samples, self._budget(samples[0], epoch)), labels)
 
         self._fit("region", self._region_parameters(), usable, loss, budgets=self.settings.budgets)
 
@@ -193,10 +203,12 @@ class Training:
             and verdict(one, self.method.name, strict) is not True
         ]
 
-        def loss(record: dict[str, Any], epoch: int) -> Loss:
-            sample = self.pool[record["id"]]
-            run = self.settings.run(self._budget(sample))
-            return answer_loss(self.method, _picture(sample), sample.question, sample.answer, run)
+        def loss(records: Sequence[dict[str, Any]], epoch: int) -> Loss:
+            samples = [self.pool[one["id"]] for one in records]
+            return together(
+                answer_loss(self.method, _picture(one), one.question, one.answer, self.settings.run(self._budget(one)))
+                for one in samples
+            )
 
         decoder, head, dtype = self.model.language_model, self.model.model.get_output_embeddings(), self.model.dtype
         decoder.layers.float()
@@ -225,13 +237,17 @@ class Training:
         answered = [one for one in self._records("routes") if not one["error"]]
         chosen = routes(answered, self.settings.routes, self.settings.most_routes, self.settings.seed)
 
-        def loss(item: Route, epoch: int) -> Loss:
+        def one_loss(item: Route, epoch: int) -> Loss:
             rng = random.Random(f"{self.settings.seed} {epoch} {item.id}")
             choice = shown(item, self.settings.routes, rng)
             if choice is None:
                 return NOTHING
             budget, wanted = choice
-            return gate_loss(self.model, self.branches, self._see(self.pool[item.id], budget), wanted)
+            (seen,) = self._see([self.pool[item.id]], budget)
+            return gate_loss(self.model, self.branches, seen, wanted)
+
+        def loss(items: Sequence[Route], epoch: int) -> Loss:
+            return together(one_loss(item, epoch) for item in items)
 
         self._fit("gate", self._gate_parameters(), chosen, loss, budgets=self.settings.routes, tuned=tuned)
 
@@ -290,7 +306,7 @@ class Training:
         stage: str,
         parameters: dict[str, nn.Parameter],
         items: Sequence[Any],
-        loss: Callable[[Any, int], Loss],
+        loss: Callable[[Sequence[Any], int], Loss],
         **facts: Any,
     ) -> None:
         own = {"model": str(self.model.source), "data": self.pool.data, "layer": self.branches.layer}
@@ -314,13 +330,13 @@ class Training:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
 
-    def _see(self, sample: Sample, budget: int) -> Seen:
-        """A question about an image in so many tokens; an image that was encoded just before is not encoded again."""
-        key = sample.picture or sample.id, budget
+    def _see(self, samples: Sequence[Sample], budget: int) -> list[Seen]:
+        """Questions about one image in so many tokens; an image that was encoded just before is not encoded again."""
+        key = samples[0].picture or samples[0].id, budget
         if self._encoded is None or self._encoded[0] != key:
-            self._encoded = key, encoded(self.model, _picture(sample), self.settings.run(budget))
-        prompt = self.method.prompt(sample.question)
-        return see(self.model, *self._encoded[1], prompt, self.branches.layer)
+            self._encoded = key, encoded(self.model, _picture(samples[0]), self.settings.run(budget))
+        prompts = [self.method.prompt(sample.question) for sample in samples]
+        return see(self.model, *self._encoded[1], prompts, self.branches.layer)
 
     def _budget(self, sample: Sample, epoch: int = 0) -> int:
         budgets = self.settings.budgets

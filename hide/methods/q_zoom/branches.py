@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hide.engine.beside import Beside, Rotation, key_heads, new_layers, query_heads, rotation, through
+from hide.engine.beside import Beside, Rotation, key_heads, new_layers, number_of, query_heads, rotation, through
+from hide.engine.kv_cache import DifferentiableCache
 from hide.models.base import Adapter
 from hide.models.checkpoint import CONFIG, INDEX, TRAINED, WEIGHTS, find_file, listed, reading
 from hide.models.devices import device_of
@@ -90,16 +91,24 @@ class Branches:
             return last.input_layernorm(states), rotation(model, states, positions)
         return last.input_layernorm(self.norm(states)), None
 
-    def looked(self, model: Adapter, hidden: Tensor, positions: Tensor, image: ImageTokens) -> Looked:
-        """What the region branch makes of a whole prompt, as `Glance` does of one behind a session; with gradients.
+    def looked(self, model: Adapter, prompts: Sequence[tuple[Tensor, Tensor]], image: ImageTokens) -> list[Looked]:
+        """What the region branch makes of whole prompts about one image, as `Glance` does of one behind a session; with
+        gradients. What they share, up to the image's end, goes through the branch once.
 
-        hidden, positions: (1, n, hidden) what enters layer K of its tokens, and where those stand.
+        prompts: of each (1, n, hidden), what enters layer K of its tokens, and the positions where those stand.
         """
-        states = through(model, self.regions[:-1], hidden, positions)
-        keys, first = self.of_image(model, states, positions, image)
-        query = self.folded_query(model, states[:, -1:], positions[..., -1:])
-        scores, of_first = region_scores(query, keys), region_scores(first, keys[:, :1])
-        return Looked(scores[0, 0].view(image.grid), of_first[0, 0].view(image.grid))
+        layers, end = self.regions[:-1], image.stop
+        hidden, positions = prompts[0]
+        cache = DifferentiableCache(number_of(layers[-1]) + 1)
+        before = through(model, layers, hidden[:, :end], positions[..., :end], cache)
+        keys, first = self.of_image(model, before, positions, image)
+        of_first = region_scores(first, keys[:, :1])[0, 0].view(image.grid)
+        found = []
+        for own, places in prompts:
+            states = through(model, layers, own[:, end:], places[..., end:], cache)
+            query = self.folded_query(model, states[:, -1:], places[..., -1:])
+            found.append(Looked(region_scores(query, keys)[0, 0].view(image.grid), of_first))
+        return found
 
     def of_image(self, model: Adapter, states: Tensor, positions: Tensor, image: ImageTokens) -> tuple[Tensor, Tensor]:
         """Keys of the image's cells, and the query of the sequence's first token in head 0; states: as the layers
