@@ -158,8 +158,11 @@ def of_kind(name: str, value: Any, hint: Any, now: Any) -> Any:
     """`value`, if it is of a field's type; now: the value that it replaces, as an example."""
     if isinstance(value, (list, range)) and not _fits(value, hint):
         value = tuple(value)
-    if type(value) is int and not _fits(value, hint) and _fits(float(value), hint):
-        value = float(value)
+    parts = value if isinstance(value, tuple) else (value,)
+    if not _fits(value, hint) and all(type(part) in (int, float) for part in parts):
+        # A whole number stands for itself as a float.
+        floats = tuple(map(float, parts)) if isinstance(value, tuple) else float(value)
+        value = floats if _fits(floats, hint) else value
     if not _fits(value, hint):
         kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         raise TypeError(f"{name}: got {value!r}, want {kind}, such as {now!r}")

@@ -85,6 +85,14 @@ def test_settings_that_say_nothing_are_refused(hide, changes, error):
         hide.changed(**changes)
 
 
+@pytest.mark.parametrize("given", [(17, 0.5), [17, 0.5], (17.0, 0.5)])
+def test_a_factor_may_be_a_whole_number(hide, given):
+    changed = hide.changed(auto_view=given)
+    assert changed.preset.run.auto_view == (17.0, 0.5) and type(changed.preset.run.auto_view[0]) is float
+    with pytest.raises(TypeError, match="look_again: got"):
+        hide.changed(look_again=given)
+
+
 # -- decisions --------------------------------------------------------------------------------------------------------
 
 
