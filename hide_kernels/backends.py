@@ -183,6 +183,9 @@ OPERATORS: dict[str, tuple[Backend, ...]] = {
         Backend("triton", "fused kernels for CUDA devices from sm_80 on", _triton_rows),
         Backend("torch", "plain PyTorch on any device, in a buffer of fixed size", _unquantised_rows),
     ),
+    "attention_received": (
+        Backend("torch", "plain PyTorch on any device, in a buffer of a few rows", _unquantised_rows),
+    ),
     # Reasoned from launches and passes over memory, not measured.
     "token_maps": (
         Backend("triton", "four fused kernels in float64, no synchronisation", _triton_maps),
