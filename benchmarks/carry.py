@@ -67,7 +67,7 @@ def noted(launches: list[Launch]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "_no_triton", lambda tensor, argument: None))
         card = triton_launch.Card.of(CAPABILITY, triton_launch.INTERPRETED.processors)
-        stack.enter_context(mock.patch.object(triton_launch, "_card", lambda device: card))
+        stack.enter_context(mock.patch.object(triton_launch, "card_of", lambda device: card))
         # The attention of a card may keep no log-sum-exp; with one there is a kernel less, and none that is another.
         stack.enter_context(mock.patch.object(_OwnLse, "of", lambda own, query: None))
         stack.enter_context(mock.patch.object(Launch, "run", lambda launch: launches.append(launch)))

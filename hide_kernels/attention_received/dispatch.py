@@ -13,4 +13,8 @@ def run(
     name: str, query: Tensor, key: Tensor, request: RowRequest, reduction: Reduction, output: RowOutput
 ) -> AttentionReceived:
     """The results of a validated request, by the backend of this name."""
+    if name == "triton":
+        from .triton_launch import attention_received_triton
+
+        return attention_received_triton(query, key, request, reduction, output)
     return attention_received_torch(query, key, request, reduction, output)
