@@ -32,10 +32,11 @@ class ReceiveConfig:
 RECEIVE: dict[tuple[Family, int], ReceiveConfig] = {
     ("mma", 64): ReceiveConfig(64, 64, 4),
     ("mma", 128): ReceiveConfig(128, 64, 8),
-    ("wgmma", 64): ReceiveConfig(64, 128, 4),
-    ("wgmma", 128): ReceiveConfig(128, 128, 8),
-    ("tcgen05", 64): ReceiveConfig(64, 64, 4),
-    ("tcgen05", 128): ReceiveConfig(128, 64, 8),
+    ("wgmma", 64): ReceiveConfig(64, 64, 4),
+    ("wgmma", 128): ReceiveConfig(128, 64, 8),
+    # A thread owns a key's whole row of queries, whose masks and lse it holds as well.
+    ("tcgen05", 64): ReceiveConfig(64, 32, 4),
+    ("tcgen05", 128): ReceiveConfig(128, 32, 8),
 }
 # D in slices: for float32, and for rows that are not 16-byte aligned.
 RECEIVE_SLICED = ReceiveConfig(32, 64, 4, stages=1, slice=16, registers=224)
