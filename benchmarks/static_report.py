@@ -179,10 +179,10 @@ def report(usages: Sequence[Compiled]) -> str:
         "# What the Triton kernels compile to",
         "",
         "Written by `make static-report` (compiled offline, nothing was run); those of attention_rows as causal with "
-        "padding, 28 heads in 4 groups; `receive` and `join_heads` are attention_received's; those of token_maps, from `scan_rows` on, are the same for every size, sigma "
-        "and number of images. mma, wgmma, tcgen05: tensor-core instructions in the machine code. uncoalesced: "
-        "accesses whose neighbouring threads do not lie along the columns. The last column is a hash of what was "
-        "compiled.",
+        "padding, 28 heads in 4 groups; `receive` and `join_heads` are attention_received's; those of token_maps, from "
+        "`scan_rows` on, are the same for every size, sigma and number of images. mma, wgmma, tcgen05: tensor-core "
+        "instructions in the machine code. uncoalesced: accesses whose neighbouring threads do not lie along the "
+        "columns. The last column is a hash of what was compiled.",
         "",
         "## Least time, in microseconds, from data sheets",
         "",

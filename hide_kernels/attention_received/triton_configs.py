@@ -31,7 +31,7 @@ class ReceiveConfig:
 # By the keys of a sample that are asked for: at most 64 (a window of a vision encoder), more.
 RECEIVE: dict[tuple[Family, int], ReceiveConfig] = {
     ("mma", 64): ReceiveConfig(64, 64, 4),
-    ("mma", 128): ReceiveConfig(128, 64, 8),
+    ("mma", 128): ReceiveConfig(128, 64, 8, registers=192),
     ("wgmma", 64): ReceiveConfig(64, 64, 4),
     ("wgmma", 128): ReceiveConfig(128, 64, 8),
     # A thread owns a key's whole row of queries, whose masks and lse it holds as well.
