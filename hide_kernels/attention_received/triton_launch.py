@@ -34,6 +34,10 @@ def attention_received_triton(
         out = query.new_empty(request.shape, dtype=torch.float32)
     if lse is None and output.return_lse:
         lse = query.new_empty(request.lse_shape, dtype=torch.float32)
+    if request.rows == 0:
+        if lse is not None and lse is not output.lse:
+            lse.fill_(-math.inf)
+        return AttentionReceived(out if output.accumulate else out.zero_(), lse if output.return_lse else None)
     with on_device(query):
         launches, log2_lse = plan(
             query, key, request, reduction, output.lse, out, output.accumulate, rows_launch.card_of(query.device),
@@ -81,13 +85,12 @@ def plan(
     sliced = rows_launch.sliced(Layout.of(query), shared)
     tiles = tiles or receive_config(card.capability, columns, sliced)
     blocks = -(-columns // tiles.keys)
-    rows, resident = request.rows, tiles.resident
-    per_chunk = chunk_length(rows, tiles.queries, blocks * heads, resident, card.processors) if rows else 1
-    chunks = -(-rows // per_chunk)
+    per_chunk = chunk_length(request.rows, tiles.queries, blocks * heads, tiles.resident, card.processors)
+    chunks = -(-request.rows // per_chunk)
     # A sample may have fewer columns than others.
     whole = all(sum(stop - start for start, stop in spans) == columns for spans in request.spans)
-    make = query.new_empty if whole and chunks else query.new_zeros
-    partial = make((max(1, chunks), batch * heads, columns), dtype=torch.float32)
+    make = query.new_empty if whole else query.new_zeros
+    partial = make((chunks, batch * heads, columns), dtype=torch.float32)
     counts = make(partial.shape, dtype=torch.float32) if reduction == "mean" else None
     lse_strides = (0, *lse.stride())[-3:]
     arguments: dict[str, Any] = {
@@ -117,7 +120,7 @@ def plan(
         **rows_launch.kernel_options(tiles),
         **rows_launch.dependent_options(card),
     }
-    for first, samples, column, together in rows_launch.span_launches(request.spans) if chunks else ():
+    for first, samples, column, together in rows_launch.span_launches(request.spans):
         blocks, bounds = rows_launch.span_arguments(together, tiles.keys)
         own = {**bounds, "first_sample": first, "first_column": column}
         launches.append(Launch(kernels.receive, (blocks, chunks, samples * heads), {**arguments, **own}))

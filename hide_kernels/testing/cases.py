@@ -221,7 +221,7 @@ SERVING_CASES = [
 
 
 _MEAN, _MAX = {"reduction": "mean"}, {"reduction": "max"}
-_SQUARE: dict[str, Any] = {"rows": 139, "batch": 1}
+_SQUARE: dict[str, Any] = {"rows": 139, "batch": 1, "heads": 4}
 _DIAGONAL = {"q_positions": torch.arange(139), "causal": True}
 RECEIVED_CASES = [
     Case("plain", **_SQUARE),
@@ -239,20 +239,20 @@ RECEIVED_CASES = [
     Case("causal, several blocks, mean", rows=301, length=301, batch=1, heads=2, kv_heads=1, arguments={
         "q_positions": torch.arange(301), "causal": True, **_MEAN,
     }),
-    Case("causal, queries in no order, mean", rows=70, arguments={
+    Case("causal, queries in no order, mean", rows=70, heads=2, arguments={
         "q_positions": _positions(70, 139), "causal": True, **_MEAN,
     }),
     Case("causal, behind keys of a cache", rows=40, batch=1, arguments={
         "q_positions": torch.arange(99, 139).int(), "causal": True,
     }),
-    Case("window", rows=70, arguments={"q_positions": _positions(70, 139), "window": 40}),
+    Case("window", rows=70, heads=2, arguments={"q_positions": _positions(70, 139), "window": 40}),
     Case("causal window, mean", **_SQUARE, arguments={**_DIAGONAL, "window": 50, **_MEAN}),
-    Case("left padding, causal, mean", rows=139, arguments={
+    Case("left padding, causal, mean", rows=139, heads=2, arguments={
         **_DIAGONAL, "kv_starts": torch.tensor([7, 130]), **_MEAN,
     }),
     Case("right padding, max", rows=20, arguments={"kv_lens": torch.tensor([100, 139], dtype=torch.int32), **_MAX}),
     Case("no key for one sample, mean", rows=20, arguments={"kv_lens": torch.tensor([0, 130]), **_MEAN}),
-    Case("every mask", rows=70, arguments={
+    Case("every mask", rows=70, heads=2, arguments={
         "q_positions": _positions(70, 139, 2), "causal": True, "window": 90, "kv_starts": torch.tensor([-4, 9]),
         "kv_lens": torch.tensor([500, 120]), "key_spans": [(2, 139)], **_MEAN,
     }),
@@ -261,10 +261,10 @@ RECEIVED_CASES = [
     }),
     Case("spans per sample, max", rows=20, arguments={"key_spans": [[(3, 70), (60, 135)], [(0, 12)]], **_MAX}),
     Case("one sample without spans", rows=20, arguments={"key_spans": [[], [(10, 100)]]}),
-    Case("heads apart, mean", rows=70, arguments={"head_reduction": "none", **_MEAN}),
-    Case("kv groups, max", rows=70, arguments={"head_reduction": "kv_group", **_MAX}),
-    Case("weights", rows=70, arguments={"head_reduction": [0.5, 0.0, -1.0, 2.0, 0.0, 0.25]}),
-    Case("negative scale", rows=70, arguments={"scale": -0.25}),
+    Case("heads apart, mean", rows=70, batch=1, arguments={"head_reduction": "none", **_MEAN}),
+    Case("kv groups, max", rows=70, batch=1, arguments={"head_reduction": "kv_group", **_MAX}),
+    Case("weights", rows=70, batch=1, arguments={"head_reduction": [0.5, 0.0, -1.0, 2.0, 0.0, 0.25]}),
+    Case("negative scale", rows=70, batch=1, heads=2, arguments={"scale": -0.25}),
     Case("no scale", rows=20, arguments={"scale": 0.0}),
     Case("softcap, causal", **_SQUARE, arguments={"softcap": 2.5, "scale": 0.5, **_DIAGONAL}),
     Case("negative scale, softcap, max", rows=20, arguments={"softcap": 2.5, "scale": -0.5, **_MAX}),
@@ -277,8 +277,8 @@ RECEIVED_SERVING_CASES = [
         **_CAUSAL, "window": 50, "head_reduction": "kv_group", **_MAX,
         "key_spans": [[(3, 70), (100, 140)], [(0, 12)], [], [(0, 1), (60, 79)]],
     }),
-    ServingCase("packed windows of an encoder, mean", rows_of=(64, 64, 48, 36), keys_of=(64, 64, 48, 36), kv_heads=6,
-                depth=72, arguments=_MEAN),
+    ServingCase("packed windows of an encoder, mean", rows_of=(64, 64, 48, 36), keys_of=(64, 64, 48, 36), heads=3,
+                kv_heads=3, depth=72, arguments=_MEAN),
     ServingCase("packed, heads apart", arguments={"head_reduction": "none", "kv_lens": torch.tensor([100, 99, 1, 0])}),
     ServingCase("packed keys, max", rows_of=(), arguments=_MAX),
     ServingCase("paged, mean", block_size=16, arguments=_MEAN),
