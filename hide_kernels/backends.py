@@ -60,7 +60,7 @@ def _triton_rows(arguments: Mapping[str, Any]) -> str | None:
 
 
 def _triton_received(arguments: Mapping[str, Any]) -> str | None:
-    query = arguments.get("query")
+    query: Any = arguments.get("query")
     dense = query is not None and len(query.shape) == 4
     # No chunks of rows: those of a dense sample are the most of any, as a packed batch says.
     rows = query.shape[2] if dense else arguments.get("max_seqlen_q")

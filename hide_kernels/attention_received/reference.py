@@ -10,8 +10,6 @@ from torch import Tensor
 from ..attention_rows.reference import attention_rows_reference, columns_of_spans, visible_keys
 from ..attention_rows.request import KeySpans, reduced_heads
 
-MASKS = ("q_positions", "causal", "window", "kv_starts", "kv_lens")
-
 
 def attention_received_reference(
     query: Tensor,
@@ -31,7 +29,8 @@ def attention_received_reference(
     # Of no queries there is no maximum.
     received = weights.amax(2) if reduction == "max" and weights.shape[2] else weights.sum(2)
     if reduction == "mean":
-        masks = {"causal": False} | {name: arguments[name] for name in MASKS if name in arguments}
-        visible = visible_keys(query, key, **{name: masks.get(name) for name in MASKS})
+        positions, causal, window = (arguments.get(name) for name in ("q_positions", "causal", "window"))
+        limits = arguments.get("kv_starts"), arguments.get("kv_lens")
+        visible = visible_keys(query, key, positions, bool(causal), window, *limits)
         received = received / visible.sum(1).clamp(min=1)[:, None]
     return columns_of_spans(reduced_heads(received, head_reduction, key.shape[1]), key_spans), lse

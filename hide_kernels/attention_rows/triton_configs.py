@@ -10,10 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 # What multiplies the tiles: mma.sync (sm_80, 86, 89, 120), wgmma (sm_90), tcgen05 (sm_100, 103, 110).
 Family = Literal["mma", "wgmma", "tcgen05"]
+
+
+class Tiles(Protocol):
+    """What the options of a launch are taken from."""
+
+    @property
+    def warps(self) -> int: ...
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def registers(self) -> int | None: ...
 
 
 @dataclass(frozen=True)

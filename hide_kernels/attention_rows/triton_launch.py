@@ -21,7 +21,7 @@ from torch import Tensor
 from ..launch import Launch, on_device
 from . import triton_kernels as kernels
 from .request import AttentionRows, RowOutput, RowRequest
-from .triton_configs import LseConfig, RowsConfig, chunk_length, lse_config, rows_config
+from .triton_configs import LseConfig, RowsConfig, Tiles, chunk_length, lse_config, rows_config
 
 LOG2_E = 1 / math.log(2)
 ROWS_AT_ONCE = 512  # bounds the partial results of the first pass
@@ -352,7 +352,7 @@ def contiguous(request: RowRequest) -> RowRequest:
 
 def layouts_of(request: RowRequest) -> RowRequest:
     """The request with layouts for its tensors, as planning takes it."""
-    found = {
+    found: dict[str, Any] = {
         name: Layout.of(x)
         for name, x in zip(_TENSOR_FIELDS, _tensors_of(request), strict=True)
         if isinstance(x, Tensor)
@@ -447,7 +447,7 @@ def _out_strides(out: Layout, request: RowRequest) -> tuple[int, int, int, int]:
     return strides[0], strides[1], strides[2], strides[3]
 
 
-def kernel_options(tiles: LseConfig | RowsConfig) -> dict[str, Any]:
+def kernel_options(tiles: Tiles) -> dict[str, Any]:
     # A fused `s * scale - lse` would not round its product, from which the lse was made: at scores of ten thousand the
     # probability of a row's only key would be off by 3e-4.
     return {
