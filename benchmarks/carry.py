@@ -28,17 +28,20 @@ from unittest import mock
 
 import torch
 
+from benchmarks import attention_received as received_benchmark
 from benchmarks import attention_rows as rows_benchmark
 from benchmarks import end_to_end, rows_to_pixel_values, shared_prefix, token_maps, window_scores
 from benchmarks.measure import commit
 from benchmarks.regions_to_collage import SIZES, synthetic_maps
-from hide_kernels import attention_rows, backends
+from hide_kernels import attention_received, attention_rows, backends
 from hide_kernels import token_maps as maps_of
+from hide_kernels.attention_received import triton_launch as received_launch
+from hide_kernels.attention_received.torch_blocked import attention_received_torch
 from hide_kernels.attention_rows import triton_launch
 from hide_kernels.attention_rows.torch_blocked import attention_rows_torch
 from hide_kernels.integrations.transformers import _OwnLse
 from hide_kernels.launch import Launch
-from hide_kernels.testing.cases import CASES, SERVING_CASES
+from hide_kernels.testing.cases import CASES, RECEIVED_CASES, RECEIVED_SERVING_CASES, SERVING_CASES
 from hide_kernels.testing.map_cases import MAP_CASES
 from hide_kernels.testing.offline import planned, planned_maps, target, variants
 from hide_kernels.token_maps import triton_launch as map_launch
@@ -67,12 +70,13 @@ def noted(launches: list[Launch]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "_no_triton", lambda tensor, argument: None))
         card = triton_launch.Card.of(CAPABILITY, triton_launch.INTERPRETED.processors)
-        stack.enter_context(mock.patch.object(triton_launch, "_card", lambda device: card))
+        stack.enter_context(mock.patch.object(triton_launch, "card_of", lambda device: card))
         # The attention of a card may keep no log-sum-exp; with one there is a kernel less, and none that is another.
         stack.enter_context(mock.patch.object(_OwnLse, "of", lambda own, query: None))
         stack.enter_context(mock.patch.object(Launch, "run", lambda launch: launches.append(launch)))
         for module, name, compute in (
             (triton_launch, "attention_rows_triton", attention_rows_torch),
+            (received_launch, "attention_received_triton", attention_received_torch),
             (map_launch, "token_maps_triton", token_maps_reference),
         ):
             stack.enter_context(mock.patch.object(module, name, both(getattr(module, name), compute)))
@@ -90,6 +94,10 @@ def benchmark_calls() -> None:
     for name, call in calls.items():
         if name.startswith("attention_rows"):
             call()
+    length = 300  # of whatever length, the kernels are the same
+    few = [x[:, :, :length] for x in received_benchmark.inputs("cpu", *received_benchmark.SHAPES["cuda"])]
+    for causal in (False, True):
+        received_benchmark.variants(*few, causal)["attention_received"]()
     window_scores.variants(*window_scores.inputs("cpu"))["window_scores"]()
     grids = [(rows, grid, token_maps.DTYPES["cuda"]) for rows, grid in token_maps.SHAPES]
     for rows, grid, dtype in grids:
@@ -107,11 +115,14 @@ def benchmark_calls() -> None:
 
 
 def case_calls(row_dtypes: tuple[torch.dtype, ...], map_dtypes: tuple[torch.dtype, ...]) -> None:
-    """Every case of both operators in these types."""
+    """Every case of the operators in these types."""
     for dtype in row_dtypes:
         for case in [*CASES, *SERVING_CASES]:
             query, key, arguments = case.inputs(dtype)
             attention_rows(query, key, return_lse=arguments.get("softmax", True), **arguments)
+        for case in [*RECEIVED_CASES, *RECEIVED_SERVING_CASES]:
+            query, key, arguments = case.inputs(dtype)
+            attention_received(query, key, return_lse=True, **arguments)
     for dtype in map_dtypes:
         for map_case in MAP_CASES:
             maps_of(map_case.inputs(dtype), prior_rows=map_case.prior_rows, sigma=map_case.sigma)

@@ -2,12 +2,13 @@
 
 `attention_rows` beside the best grouped expression, repeated keys and the published loop, at the shape of Qwen2.5-VL-7B
 with 16,384 keys, in bfloat16 and float32, measured in turn. Then SnapKV's scores (`window_scores`) beside its own
-expression, maps to boxes to a collage (`regions_to_collage`) and rows to the pixel values of a collage
-(`rows_to_pixel_values`) beside the published steps, and HiDe beside a plain answer and the published flow: on a shared
-prefix (`shared_prefix`), from a decoded picture to the answer (`end_to_end`), and with the options for smaller cards
-(`smaller_cards`). Exit code 1 if a check of correctness fails (then there are no figures of what it checks), if
-`attention_rows` is slower than the grouped expression, less than three times as fast as the published loop, or takes
-more than a tenth of the new memory of repeated keys, or if another misses its limit.
+expression, what keys receive (`attention_received`) beside SDPA and the whole matrix, maps to boxes to a collage
+(`regions_to_collage`) and rows to the pixel values of a collage (`rows_to_pixel_values`) beside the published steps,
+and HiDe beside a plain answer and the published flow: on a shared prefix (`shared_prefix`), from a decoded picture to
+the answer (`end_to_end`), and with the options for smaller cards (`smaller_cards`). Exit code 1 if a check of
+correctness fails (then there are no figures of what it checks), if `attention_rows` is slower than the grouped
+expression, less than three times as fast as the published loop, or takes more than a tenth of the new memory of
+repeated keys, or if another misses its limit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    attention_received,
     attention_rows,
     end_to_end,
     regions_to_collage,
@@ -68,6 +70,7 @@ def main() -> int:
     operators: dict[str, Any] = {"attention_rows": {"table": table, "ratios": summary}}
     modules = {
         "window_scores": window_scores,
+        "attention_received": attention_received,
         "regions_to_collage": regions_to_collage,
         "rows_to_pixel_values": rows_to_pixel_values,
         "shared_prefix": shared_prefix,

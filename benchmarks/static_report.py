@@ -24,7 +24,15 @@ from tqdm import tqdm
 
 from benchmarks.attention_rows import ANCHOR, Shape
 from hide_kernels.launch import Launch
-from hide_kernels.testing.offline import SHARED_LIMIT, Usage, compile_launch, fingerprint, planned, planned_maps
+from hide_kernels.testing.offline import (
+    SHARED_LIMIT,
+    Usage,
+    compile_launch,
+    fingerprint,
+    planned,
+    planned_maps,
+    planned_received,
+)
 
 REPORT = Path(__file__).with_suffix(".md")
 
@@ -83,7 +91,19 @@ CONFIGURATIONS: list[tuple[str, int, int, dict[str, Any]]] = [
 ]
 
 
+CAUSAL_MEAN = {"masked": True, "reduction": "mean"}
+WINDOWS = {"heads": 16, "kv_heads": 16, "packed": True, "length": 64, "batch": 8, "reduction": "mean"}
+# (name, arguments of `planned_received`).
+RECEIVED: list[tuple[str, dict[str, Any]]] = [
+    *((f"bf16 D {depth}, causal, mean", {"depth": depth, **CAUSAL_MEAN}) for depth in (64, 80, 128, 256)),
+    ("bf16 D 128, max, no mask", {"reduction": "max"}),
+    ("bf16 D 72, packed windows of 64, mean", {"depth": 72, **WINDOWS}),
+    ("bf16 D 128, causal, mean, packed, paged", {**PAGED, **CAUSAL_MEAN}),
+    ("fp32 D 128, causal, mean", {"dtype": torch.float32, **CAUSAL_MEAN}),
+]
+
 # Types of the rows that token_maps reads; the other three kernels of it are the same for all.
+MAP_KERNELS = ("scan_rows", "smooth_rows", "subtract_prior", "normalise_maps")
 MAP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -95,6 +115,10 @@ def launches(capability: tuple[int, int]) -> list[tuple[str, Launch]]:
         own = planned(capability, depth=depth, rows=rows, **{"masked": True, **arguments})
         found += [(name, launch) for launch in own if launch.kernel.fn.__name__ != "combine_lse"]
     found.append(("any", planned(capability)[1]))
+    for name, settings in RECEIVED:
+        own = planned_received(capability, **settings)
+        found += [(name, launch) for launch in own if launch.kernel.fn.__name__ == "receive"]
+    found.append(("any mean", planned_received(capability, reduction="mean")[-1]))
     card = {"capability": capability}
     found += [(f"{name} rows", planned_maps((95, 170), dtype=dtype, **card)[0]) for name, dtype in MAP_DTYPES.items()]
     return found + [("any", launch) for launch in planned_maps((95, 170), **card)[1:]]
@@ -119,7 +143,7 @@ def acceptable(usage: Usage, capability: tuple[int, int], name: str) -> bool:
     """
     if usage.uncoalesced:
         return False
-    if usage.kernel not in ("partial_lse", "combine_lse", "reduce_rows"):
+    if usage.kernel in MAP_KERNELS:
         return not usage.stack and usage.registers <= 128 and usage.shared <= SHARED_LIMIT[capability] // 4
     stack = 32 if name.startswith("fp32") or "D 256" in name else 0
     return usage.stack <= stack and usage.shared <= SHARED_LIMIT[capability]
@@ -155,10 +179,10 @@ def report(usages: Sequence[Compiled]) -> str:
         "# What the Triton kernels compile to",
         "",
         "Written by `make static-report` (compiled offline, nothing was run); those of attention_rows as causal with "
-        "padding, 28 heads in 4 groups; those of token_maps, from `scan_rows` on, are the same for every size, sigma "
-        "and number of images. mma, wgmma, tcgen05: tensor-core instructions in the machine code. uncoalesced: "
-        "accesses whose neighbouring threads do not lie along the columns. The last column is a hash of what was "
-        "compiled.",
+        "padding, 28 heads in 4 groups; `receive` and `join_heads` are attention_received's; those of token_maps, from "
+        "`scan_rows` on, are the same for every size, sigma and number of images. mma, wgmma, tcgen05: tensor-core "
+        "instructions in the machine code. uncoalesced: accesses whose neighbouring threads do not lie along the "
+        "columns. The last column is a hash of what was compiled.",
         "",
         "## Least time, in microseconds, from data sheets",
         "",

@@ -7,6 +7,7 @@ raise. An explicit `backend=` is honoured or refused; without one the first back
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,17 @@ def _triton_rows(arguments: Mapping[str, Any]) -> str | None:
     query = arguments.get("query")
     refused = _unquantised_rows(arguments) or _no_triton(query, "query")
     return refused or (None if query is None else _not_tiled(arguments))
+
+
+def _triton_received(arguments: Mapping[str, Any]) -> str | None:
+    query: Any = arguments.get("query")
+    dense = query is not None and len(query.shape) == 4
+    # No chunks of rows: those of a dense sample are the most of any, as a packed batch says.
+    rows = query.shape[2] if dense else arguments.get("max_seqlen_q")
+    refused = _triton_rows({**arguments, "max_seqlen_q": rows})
+    if refused is None and dense and math.prod(query.shape[:3]) >= 1 << 31:
+        return "2 ** 31 rows of all heads and more are not served"
+    return refused
 
 
 def _no_triton(tensor: Any, argument: str) -> str | None:
@@ -182,6 +194,10 @@ OPERATORS: dict[str, tuple[Backend, ...]] = {
     "attention_rows": (
         Backend("triton", "fused kernels for CUDA devices from sm_80 on", _triton_rows),
         Backend("torch", "plain PyTorch on any device, in a buffer of fixed size", _unquantised_rows),
+    ),
+    "attention_received": (
+        Backend("triton", "fused kernels for CUDA devices from sm_80 on", _triton_received),
+        Backend("torch", "plain PyTorch on any device, in a buffer of a few rows", _unquantised_rows),
     ),
     # Reasoned from launches and passes over memory, not measured.
     "token_maps": (

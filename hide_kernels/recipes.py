@@ -1,4 +1,4 @@
-"""What published methods read off attention rows, each as one call of `attention_rows`.
+"""What published methods read off attention, each as one call of `attention_rows` or `attention_received`.
 
 Every function takes the query and key of one layer, after RoPE and q-norm, as `attention_rows` does, and further
 arguments of it by name (`kv_lens`, `scale`, `backend`, ...). Nothing here picks layers, tokens or thresholds.
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hide_kernels.attention_received import attention_received
 from hide_kernels.attention_rows import attention_rows
 from hide_kernels.attention_rows.request import KeySpans
 from hide_kernels.image_tokens import ImageTokens, rows_to_maps
@@ -131,8 +132,9 @@ def window_scores(
 def observed_scores(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
     """How much attention each token has got from all queries so far: H2O's accumulated score (arXiv 2306.14048).
 
-    The causal attention that key n receives, summed over all queries, and its mean over the heads of a key/value head.
-    Rows are summed as they are made: no N x N matrix. In a decode `out=` with `accumulate=True` adds a new query's row.
+    The causal attention that key n receives, summed over all queries, and its mean over the heads of a key/value head:
+    no N x N matrix. In a decode `out=` with `accumulate=True` adds a new query's row. `reduction="mean"` divides by the
+    number of queries that see the key, so that the first ones have no advantage.
 
     Args:
         query: (B, Hq, R, D), the queries of the last R tokens. key: (B, Hkv, N, D), N >= R.
@@ -141,11 +143,11 @@ def observed_scores(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
         (B, Hkv, N), float32.
 
     Raises:
-        TypeError, ValueError: as `attention_rows`, and for fewer keys than queries.
+        TypeError, ValueError: as `attention_received`, and for fewer keys than queries.
     """
     if key.shape[2] < query.shape[2]:
         raise ValueError(f"key: got {key.shape[2]} keys, want at least the {query.shape[2]} of query's tokens")
     positions = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)
-    return attention_rows(
-        query, key, q_positions=positions, causal=True, head_reduction="kv_group", row_reduction="sum", **arguments
-    ).rows
+    return attention_received(
+        query, key, q_positions=positions, causal=True, head_reduction="kv_group", **arguments
+    ).received

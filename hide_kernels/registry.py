@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
+from .attention_received import dispatch as received_dispatch
 from .attention_rows.backward import attention_rows_backward
 from .attention_rows.dispatch import resolve, run
 from .attention_rows.request import RowOutput, RowRequest
@@ -49,6 +50,12 @@ class _Call(NamedTuple):
         """Whether there is a second result."""
         return self.request.softmax and self.lse is None
 
+    def fake(self) -> tuple[Tensor, Tensor]:
+        """Results of the right shapes and dtypes."""
+        dtype = self.request.out_dtype(self.query)
+        lse_shape = self.request.lse_shape if self.computes_lse else (0,)
+        return self.query.new_empty(self.request.shape, dtype=dtype), self.query.new_empty(lse_shape, dtype=dtype)
+
 
 @torch.library.custom_op(add_op_namespace_prefix("attention_rows"), mutates_args=(), schema=SCHEMA)
 def attention_rows(*arguments):  # type: ignore[no-untyped-def]
@@ -61,10 +68,24 @@ def attention_rows(*arguments):  # type: ignore[no-untyped-def]
 
 @attention_rows.register_fake
 def _(*arguments):  # type: ignore[no-untyped-def]
+    return _Call.of(*arguments).fake()
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("attention_received"), mutates_args=(), schema=f"(str reduction, {SCHEMA[1:]}"
+)
+def attention_received(reduction, *arguments):  # type: ignore[no-untyped-def]
+    """As `attention_rows` with rows summed, but reduced over queries as the word before says; has no gradient."""
     call = _Call.of(*arguments)
-    dtype = call.request.out_dtype(call.query)
-    lse_shape = call.request.lse_shape if call.computes_lse else (0,)
-    return call.query.new_empty(call.request.shape, dtype=dtype), call.query.new_empty(lse_shape, dtype=dtype)
+    name = resolve(call.backend, call.query, call.key, call.request, "attention_received")
+    output = RowOutput(call.lse, return_lse=call.computes_lse)
+    received, lse = received_dispatch.run(name, call.query, call.key, call.request, reduction, output)
+    return received, lse if call.computes_lse else received.new_empty(0)
+
+
+@attention_received.register_fake
+def _(reduction, *arguments):  # type: ignore[no-untyped-def]
+    return _Call.of(*arguments).fake()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

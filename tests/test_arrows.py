@@ -21,7 +21,7 @@ FLOORS = [
     ["hide.evaluation", "hide.profiling", "hide.training"],
     ["hide.cli", "hide.doctor", "hide.__main__"],
 ]
-OPERATORS = ["attention_rows", "token_maps", "regions", "collage", "pixel_values"]
+OPERATORS = ["attention_rows", "attention_received", "token_maps", "regions", "collage", "pixel_values"]
 # What an operator's implementations may share: what is asked, how kernels are chosen, and per-element arithmetic.
 IMPLEMENTATIONS = ("reference", "torch_blocked", "triton_launch", "cupy", "compiled", "scipy", "ndimage")
 

@@ -65,8 +65,8 @@ def test_every_kind_of_call_is_within_budget_of_float64(case, dtype, launched):
 def test_the_interpreter_contracts_as_a_gpu_does_where_a_launch_allows_it(monkeypatch):
     """Scores of ten thousand: a product that is not rounded here, and was where the lse was made."""
     (case,) = [case for case in CASES if case.name == "scores of ten thousand"]
-    options = triton_launch._options
-    monkeypatch.setattr(triton_launch, "_options", lambda tiles: {**options(tiles), "enable_fp_fusion": True})
+    options = triton_launch.kernel_options
+    monkeypatch.setattr(triton_launch, "kernel_options", lambda tiles: {**options(tiles), "enable_fp_fusion": True})
     triton_launch._planned.cache_clear()
     assert error_of(case, torch.float32, "cpu", backend="triton")[0] > 100
     triton_launch._planned.cache_clear()
@@ -321,7 +321,7 @@ def test_a_tile_spends_no_program_on_samples_or_heads_that_are_not_there(launche
 def test_the_split_of_the_first_pass_fills_the_card_and_does_not_look_at_the_batch():
     config = triton_configs.LSE["wgmma", 128]
     for length, tiles in itertools.product((100, 4_096, 16_384, 65_536, 262_144), (1, 8, 56)):
-        keys = triton_configs.chunk_keys(length, tiles, config, 132)
+        keys = triton_configs.chunk_length(length, config.block_n, tiles, config.resident, 132)
         programs = -(-length // keys) * tiles
         slots = 132 * config.resident
         assert keys % config.block_n == 0
@@ -332,7 +332,7 @@ def test_the_split_of_the_first_pass_fills_the_card_and_does_not_look_at_the_bat
         else:
             assert waves == 1
     with pytest.raises(TypeError):
-        triton_configs.chunk_keys(16_384, 8, config, 132, batch=2)
+        triton_configs.chunk_length(16_384, 128, 8, 2, 132, batch=2)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import attention_rows as operator
 from benchmarks import (
+    attention_received,
     cpu,
     end_to_end,
     gpu,
@@ -31,6 +31,7 @@ from benchmarks import (
     token_maps,
     window_scores,
 )
+from benchmarks import attention_rows as operator
 from hide.engine import kv_cache
 from hide.engine.prefix import Branch
 from hide.methods.hide import method
@@ -38,6 +39,7 @@ from hide.profiling.runs import Settings
 from hide.session import ImageSession
 from hide_kernels import explain
 from hide_kernels.attention_rows import torch_blocked
+from hide_kernels.testing.cases import RECEIVED_CASES, received_error_of
 
 SMALL = operator.Shape("small", 14, 2, 64, 5, 700)
 ENVIRONMENT = {"gpu": {"name": "Test Card"}, "cpu": "", "threads": 1, "dirty": False, "torch": "2", "triton": "3",
@@ -142,6 +144,8 @@ def test_what_fails_is_named_and_gets_no_figures_and_takes_no_other_with_it(monk
     monkeypatch.setattr(window_scores, "failures", lambda device: [])
     scores = {"variant": "window_scores", "milliseconds": measure.quantiles([0.25]), "new_bytes": 2_000_000}
     monkeypatch.setattr(window_scores, "gpu_table", lambda *given: [scores])
+    monkeypatch.setattr(attention_received, "failures", lambda device: [])
+    monkeypatch.setattr(attention_received, "gpu_table", lambda *given: [])
     monkeypatch.setattr(end_to_end, "failures", lambda device: [])
     before = {"what": "8K", "skipped": "no room"}
     monkeypatch.setattr(end_to_end, "gpu_table", lambda *given: (before if i else 1 / 0 for i in (1, 0)))
@@ -500,6 +504,50 @@ def test_window_scores_are_judged_by_time_and_memory():
     assert not window_scores.within_limit(table(2.0, 101))
 
 
+def test_the_gate_of_attention_received_notices_a_wrong_column(monkeypatch):
+    case = RECEIVED_CASES[0]
+    monkeypatch.setattr(attention_received, "RECEIVED_CASES", [case])
+    monkeypatch.setattr(attention_received, "RECEIVED_SERVING_CASES", [])
+    assert list(attention_received.failures("cpu")) == []
+    monkeypatch.setattr(
+        attention_received, "received_error_of", functools.partial(received_error_of, call=lambda *a, **k: 1 / 0)
+    )
+    broken = list(attention_received.failures("cpu"))
+    assert [failure.error for failure in broken] == ["ZeroDivisionError: division by zero"] * 2
+    monkeypatch.setattr(attention_received, "SHAPES", {"cuda": ((4, 2, 32), torch.float32, 70)})
+    monkeypatch.setattr(attention_received, "cuda_times", times_on_the_host)
+    ours, *others = attention_received.gpu_table(60, "cpu", broken[0].figures)
+    assert ours["skipped"] == measure.WITHHELD and "new_bytes" in others[0]
+    assert attention_received.line(ours).endswith(measure.WITHHELD)
+
+
+def test_what_keys_receive_is_judged_by_the_time_of_sdpa_and_the_memory_of_the_matrix():
+    def table(milliseconds, new_bytes):
+        figures = {
+            "attention_received": (milliseconds, new_bytes),
+            "SDPA's forward": (2.0, 9),
+            "whole matrix": (9, 900),
+        }
+        return [
+            {"variant": name, "causal": causal, "milliseconds": {"median": of}, "new_bytes": size}
+            for causal in (False, True)
+            for name, (of, size) in figures.items()
+        ]
+
+    assert attention_received.within_limit(table(3.0, 18))
+    assert not attention_received.within_limit(table(3.1, 18))
+    assert not attention_received.within_limit(table(3.0, 19))
+
+
+def test_the_columns_of_the_whole_matrix_are_those_that_keys_receive():
+    for causal in (False, True):
+        calls = attention_received.variants(*attention_received.inputs("cpu", (2, 2, 16), torch.float32, 50), causal)
+        want = calls.pop("whole matrix")()
+        del calls["SDPA's forward"]
+        for call in calls.values():
+            torch.testing.assert_close(call(), want, rtol=1e-5, atol=1e-6)
+
+
 def times_on_the_host(call, runs=50, capture=True):
     call()
     return measure.quantiles([1.0])
@@ -532,6 +580,8 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     monkeypatch.setattr(operator, "cuda_times", times_on_the_host)
     monkeypatch.setattr(window_scores, "inputs", functools.partial(window_scores.inputs, keys=700))
     monkeypatch.setattr(window_scores, "cuda_times", times_on_the_host)
+    monkeypatch.setattr(attention_received, "SHAPES", {"cuda": ((4, 2, 32), torch.float32, 70)})
+    monkeypatch.setattr(attention_received, "cuda_times", times_on_the_host)
     monkeypatch.setattr(token_maps, "SHAPES", [(3, (9, 11))])
     monkeypatch.setattr(token_maps, "GRID", (9, 11))
     for name, size in (("8K", (1152, 1024)), ("4K", (800, 1024)), ("2K", (400, 700))):

@@ -53,6 +53,7 @@ def test_a_whole_installation_is_healthy_and_names_every_operators_choice():
     chosen = {finding.name: finding.state.split(":")[0] for finding in operators if ": runs" in finding.state}
     assert chosen == {
         "attention_rows": "triton" if torch.cuda.is_available() else "torch",
+        "attention_received": "triton" if torch.cuda.is_available() else "torch",
         "token_maps": "triton" if torch.cuda.is_available() else "scipy",
         "regions": "scipy" if native.missing("cpu") else "cpp",
         "collage": "numpy" if native.missing("cpu") else "cpp",

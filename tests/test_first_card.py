@@ -22,7 +22,7 @@ from benchmarks import carry, gpu
 from hide_kernels import attention_rows
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.launch import Launch, _hash_in_order
-from hide_kernels.testing.cases import CASES
+from hide_kernels.testing.cases import CASES, RECEIVED_CASES
 from hide_kernels.testing.offline import planned, planned_maps
 
 ROOT = Path(__file__).parents[1]
@@ -229,8 +229,12 @@ def test_what_is_carried_are_the_variants_of_the_checks_and_each_once(monkeypatc
     monkeypatch.setattr(carry, "benchmark_calls", lambda: carry.case_calls((torch.bfloat16,), (torch.bfloat16,)))
     monkeypatch.setattr(carry, "CASES", CASES[:6])
     monkeypatch.setattr(carry, "SERVING_CASES", [])
+    monkeypatch.setattr(carry, "RECEIVED_CASES", RECEIVED_CASES[:3])
+    monkeypatch.setattr(carry, "RECEIVED_SERVING_CASES", [])
     found = carry.variants(few := carry.wanted.__wrapped__(False), carry.CAPABILITY)
-    assert len(set(found)) == len(few) and {name for name, _ in found} >= {"partial_lse", "reduce_rows", "scan_rows"}
+    assert len(set(found)) == len(few) and {name for name, _ in found} >= {
+        "partial_lse", "reduce_rows", "scan_rows", "receive", "join_heads",
+    }  # fmt: skip
     more = carry.variants(carry.wanted.__wrapped__(True), carry.CAPABILITY)
     assert set(found) < set(more)
     noted = []

@@ -18,6 +18,8 @@ from hide.extra import INSTALL, MODULES
 OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
 HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
 NEED_TRITON = {
+    "hide_kernels.attention_received.triton_kernels",
+    "hide_kernels.attention_received.triton_launch",
     "hide_kernels.attention_rows.triton_kernels",
     "hide_kernels.attention_rows.triton_launch",
     "hide_kernels.testing.interpreter",

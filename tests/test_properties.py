@@ -22,7 +22,8 @@ from hide.methods.hide.entities import MAX_ENTITIES, MAX_LENGTH, entities_by_rul
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.questions import LETTER_REQUEST, LETTERS, Question
 from hide.tiny.model import build
-from hide_kernels import attention_rows, pixel_values, resize, token_maps
+from hide_kernels import attention_received, attention_rows, pixel_values, resize, token_maps
+from hide_kernels.attention_received import torch_blocked as received_blocked
 from hide_kernels.attention_rows import torch_blocked
 from hide_kernels.collage import boxes as boxes_module
 from hide_kernels.collage import collage, merge_boxes, plan_layout
@@ -484,6 +485,29 @@ def test_attention_rows_of_any_call_equal_the_textbook_expression(call, block):
     if arguments["row_reduction"]:
         want = getattr(want, arguments["row_reduction"])(-2)
     torch.testing.assert_close(rows, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
+
+
+@given(calls(), st.sampled_from(["sum", "mean", "max"]), st.sampled_from([1, 50, 1 << 19]), st.booleans())
+def test_attention_received_of_any_call_is_the_columns_of_the_textbook_matrix(call, reduction, block, given_lse):
+    query, key, arguments, visible = call
+    del arguments["row_reduction"]
+    oracle = {name: arguments[name] for name in ("scale", "softcap") if name in arguments}
+    matrix, want_lse = eager_attention_rows(query, key, visible[:, None], **oracle)
+    key = key.masked_fill(~visible.any(1)[:, None, :, None] if query.shape[2] else torch.tensor(False), torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(received_blocked, "BLOCK_ELEMENTS", block)
+        patch.setattr(received_blocked, "QUERIES_AT_LEAST", 1)
+        lse = want_lse if given_lse else None
+        received, lse = attention_received(query, key, reduction=reduction, lse=lse, return_lse=True, **arguments)
+    want = matrix.amax(2) if reduction == "max" and query.shape[2] else matrix.sum(2)
+    if reduction == "mean":
+        want = want / visible.sum(1).clamp(min=1)[:, None]
+    groups = query.shape[1] // key.shape[1]
+    want = {"none": want, "mean": want.mean(1), "kv_group": want.unflatten(1, (-1, groups)).mean(2)}[
+        arguments["head_reduction"]
+    ]
+    torch.testing.assert_close(received, columns_of(want, arguments["key_spans"]), rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from hide_kernels import recipes
-from hide_kernels.attention_rows import torch_blocked
+from hide_kernels.attention_received import torch_blocked
 from hide_kernels.image_tokens import ImageTokens
 
 # A picture of 4 x 5 tokens behind 3 tokens of text, and one of 2 x 3 with a token that shows no cell.
@@ -83,6 +83,8 @@ def test_observed_scores_are_h2o_s_column_sums_without_the_matrix(monkeypatch):
     query, key = tensors(61)
     want = attention(query, key, causal=True).sum(2).view(2, 2, 3, 61).mean(2)
     assert_same(recipes.observed_scores(query, key), want)
+    # As kvpress normalises them: key n is seen by the queries from n on.
+    assert_same(recipes.observed_scores(query, key, reduction="mean"), want / torch.arange(61, 0, -1))
 
 
 def test_observed_scores_of_a_decode_add_up_to_those_of_the_whole():

@@ -9,9 +9,11 @@ from .request import AttentionRows, RowOutput, RowRequest
 from .torch_blocked import attention_rows_torch
 
 
-def resolve(backend: str | None, query: Tensor, key: Tensor, request: RowRequest) -> str:
+def resolve(
+    backend: str | None, query: Tensor, key: Tensor, request: RowRequest, operator: str = "attention_rows"
+) -> str:
     """Name of the backend that serves the request; `ValueError` with every reason when none does."""
-    return backends.resolve("attention_rows", backend, query=query, key=key, **request.layout)
+    return backends.resolve(operator, backend, query=query, key=key, **request.layout)
 
 
 def run(name: str, query: Tensor, key: Tensor, request: RowRequest, output: RowOutput) -> AttentionRows:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .request import KeySpans
+from .request import KeySpans, reduced_heads
 
 
 def attention_rows_reference(
@@ -41,13 +41,7 @@ def attention_rows_reference(
         rows, lse = softmax_rows(scores, visible[:, None])
     else:
         rows, lse = scores.masked_fill(~visible[:, None], 0.0), scores.new_empty(0)
-    if head_reduction == "mean":
-        rows = rows.mean(1)
-    elif head_reduction == "kv_group":
-        rows = rows.unflatten(1, (key.shape[1], -1)).mean(2)
-    elif not isinstance(head_reduction, str):
-        rows = (rows * torch.as_tensor(head_reduction).to(rows)[:, None, None]).sum(1)
-    rows = columns_of_spans(rows, key_spans)
+    rows = columns_of_spans(reduced_heads(rows, head_reduction, key.shape[1]), key_spans)
     if row_reduction is not None:
         rows = rows.mean(-2) if row_reduction == "mean" else rows.sum(-2)
     return rows, lse

@@ -162,3 +162,13 @@ class RowRequest:
             return self.head_reduction
         terms = {"mean": heads, "kv_group": heads // self.kv_heads, "none": 1}[self.head_reduction]
         return torch.full((heads,), 1 / terms, dtype=dtype, device=device)
+
+
+def reduced_heads(per_head: Tensor, reduction: HeadReduction | Sequence[float], kv_heads: int) -> Tensor:
+    """What every head has, (B, Hq, ...), as `head_reduction` says: (B, ...), (B, Hq, ...) or (B, Hkv, ...)."""
+    if not isinstance(reduction, str):
+        weights = torch.as_tensor(reduction).to(per_head)
+        return (per_head * weights.view(-1, *[1] * (per_head.dim() - 2))).sum(1)
+    if reduction == "mean":
+        return per_head.mean(1)
+    return per_head if reduction == "none" else per_head.unflatten(1, (kv_heads, -1)).mean(2)

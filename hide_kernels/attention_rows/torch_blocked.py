@@ -22,6 +22,8 @@ from .request import AttentionRows, RowOutput, RowRequest
 BLOCK_ELEMENTS = 1 << 22
 # Keys per matrix product, and per conversion to the arithmetic's type.
 BLOCK_KEYS = 1024
+# Further than any key.
+_FAR = 1 << 60
 
 
 @torch.no_grad()
@@ -110,17 +112,27 @@ def _add_rows(
 def _add_sample_by_sample(
     out: Tensor, query: Tensor, key: Tensor, request: RowRequest, lse: Tensor | None, computed: Tensor | None
 ) -> None:
-    """As `_add_rows`, of packed and paged inputs: each sample as a dense batch of one. The host reads their lengths."""
+    """As `_add_rows`, of packed and paged inputs: each sample as a dense batch of one."""
+    packed = request.cu_seqlens_q is not None
+    for sample, (place, some, keys, alone) in enumerate(dense_samples(query, key, request)):
+        rows = out[sample : sample + 1]
+        if packed and request.row_reduction is None:
+            rows = out[place].movedim(0, -2)[None]
+        width = sum(stop - start for start, stop in alone.spans[0])
+        _add_rows(rows[..., :width], some, keys, alone, *(of_sample(x, place, packed) for x in (lse, computed)))
+
+
+def dense_samples(
+    query: Tensor, key: Tensor, request: RowRequest
+) -> Iterator[tuple[slice, Tensor, Tensor, RowRequest]]:
+    """Each sample of a request as a dense one: its place along the samples, or along the rows of a packed query, its
+    query (1, Hq, R, D) and key (1, Hkv, N, D), and a request for these. The host reads their lengths."""
     q_bounds = None if request.cu_seqlens_q is None else request.cu_seqlens_q.tolist()
     k_bounds = None if request.cu_seqlens_k is None else request.cu_seqlens_k.tolist()
     for sample, spans in enumerate(request.spans):
-        # `one` picks the sample out of what is laid like the query.
         one = slice(sample, sample + 1)
-        rows = out[one]
         if q_bounds is not None:
             one = slice(q_bounds[sample], min(q_bounds[sample + 1], q_bounds[sample] + request.rows))
-            if request.row_reduction is None:
-                rows = out[one].movedim(0, -2)[None]
         some = query[one] if q_bounds is None else query[one].transpose(0, 1)[None]
         positions = request.q_positions
         if positions is not None:
@@ -145,9 +157,12 @@ def _add_sample_by_sample(
             cu_seqlens_k=None,
             block_table=None,
         )
-        of_sample = [None if x is None else (x[one] if q_bounds is None else x[:, one][None]) for x in (lse, computed)]
-        width = sum(stop - start for start, stop in spans)
-        _add_rows(rows[..., :width], some, keys, alone, *of_sample)
+        yield one, some, keys, alone
+
+
+def of_sample(lse: Tensor | None, place: slice, packed: bool) -> Tensor | None:
+    """Of lse, or of what is laid like it, the part (1, Hq, R) of one sample of `dense_samples`: a view."""
+    return None if lse is None else lse[:, place][None] if packed else lse[place]
 
 
 def _keys_of(key: Tensor, request: RowRequest, sample: int, bounds: list[int] | None) -> Tensor:
@@ -208,25 +223,29 @@ def visible_keys(
     request: RowRequest, sample: int, rows: slice, start: int, stop: int, device: torch.device
 ) -> Tensor | None:
     """Which of the keys [start, stop) each of the rows sees: bool (rows or 1, stop - start); `None`: all of them."""
-    keys = torch.arange(start, stop, device=device)
-    conditions = []
-    if request.kv_starts is not None:
-        conditions.append(keys >= request.kv_starts[sample])
-    if request.kv_lens is not None:
-        conditions.append(keys < request.kv_lens[sample])
-    if request.q_positions is not None:
-        positions = request.q_positions[sample, rows, None]
-        if request.causal:
-            conditions.append(keys <= positions)
-        if request.window is not None:
-            # Not `positions - window`, which overflows in 32 bits, and in 64.
-            conditions.append(keys + min(request.window, 1 << 62) > positions)
-    if not conditions:
+    by_position = request.q_positions is not None and (request.causal or request.window is not None)
+    if not by_position and request.kv_starts is None and request.kv_lens is None:
         return None
-    visible = conditions[0]
-    for condition in conditions[1:]:
-        visible = visible & condition
-    return visible if visible.dim() == 2 else visible[None]
+    first, last = visible_interval(request, sample, rows, device)
+    keys = torch.arange(start, stop, device=device)
+    return (keys >= first[:, None]) & (keys < last[:, None])
+
+
+def visible_interval(request: RowRequest, sample: int, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and one past the last key that each of the rows sees: int64, (rows or 1,), none where first >= last."""
+    first, last = torch.zeros(1, dtype=torch.int64, device=device), torch.full((1,), request.length, device=device)
+    if request.kv_starts is not None:
+        first = first.maximum(request.kv_starts[sample])
+    if request.kv_lens is not None:
+        last = last.minimum(request.kv_lens[sample])
+    if request.q_positions is not None:
+        # Sums with what lies further away overflow, in 64 bits too.
+        positions = request.q_positions[sample, rows].long().clamp(-_FAR, _FAR)
+        if request.causal:
+            last = last.minimum(positions + 1)
+        if request.window is not None:
+            first = first.maximum(positions - min(request.window, 2 * _FAR) + 1)
+    return first, last
 
 
 def _add(

@@ -10,10 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 # What multiplies the tiles: mma.sync (sm_80, 86, 89, 120), wgmma (sm_90), tcgen05 (sm_100, 103, 110).
 Family = Literal["mma", "wgmma", "tcgen05"]
+
+
+class Tiles(Protocol):
+    """What the options of a launch are taken from."""
+
+    @property
+    def warps(self) -> int: ...
+
+    @property
+    def stages(self) -> int: ...
+
+    @property
+    def registers(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -133,17 +146,18 @@ START, JOIN = 1.0, 1 / 64
 
 
 @lru_cache(maxsize=1024)
-def chunk_keys(length: int, tiles: int, config: LseConfig, processors: int) -> int:
-    """Keys per program of `partial_lse`, a multiple of its block: the split of least modelled time for one sample.
+def chunk_length(length: int, block: int, tiles: int, resident: int, processors: int) -> int:
+    """Of `length` keys or queries, how many a program takes, a multiple of `block`: the split of least modelled time
+    for one sample.
 
     `tiles` programs share a chunk. Long chunks leave processors idle in the last wave, short ones start too often.
     """
-    slots = processors * config.resident
-    blocks = -(-length // config.block_n)
+    slots = processors * resident
+    blocks = -(-length // block)
 
     def cost(per_chunk: int) -> float:
         chunks = -(-blocks // per_chunk)
         return -(-chunks * tiles // slots) * (per_chunk + START) + JOIN * chunks
 
     candidates = {-(-blocks // max(1, waves * slots // tiles)) for waves in range(1, 9)}
-    return min(sorted(candidates), key=cost) * config.block_n
+    return min(sorted(candidates), key=cost) * block

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..launch import Launch, on_device
 from . import triton_kernels as kernels
 from .request import AttentionRows, RowOutput, RowRequest
-from .triton_configs import LseConfig, RowsConfig, chunk_keys, lse_config, rows_config
+from .triton_configs import LseConfig, RowsConfig, Tiles, chunk_length, lse_config, rows_config
 
 LOG2_E = 1 / math.log(2)
 ROWS_AT_ONCE = 512  # bounds the partial results of the first pass
@@ -67,7 +67,7 @@ def attention_rows_triton(query: Tensor, key: Tensor, request: RowRequest, outpu
                 None if output.lse is None else output.lse[..., chunk],
                 out if request.row_reduction or request.cu_seqlens_q is not None else out[..., chunk, :],
                 output.accumulate or (request.row_reduction is not None and (chunk.start or 0) > 0),
-                _card(query.device),
+                card_of(query.device),
                 need_rows=out.numel() > 0,
                 need_lse=output.return_lse,
                 workspace=output.workspace,
@@ -85,9 +85,9 @@ def workspace_elements(query: Tensor, key: Tensor, request: RowRequest) -> int:
     most = 0
     for some_query, some, _ in _row_chunks(query, request) if request.softmax else ():
         # A copy has other strides than what it is made of; on "meta" it takes no memory.
-        q, k = (Layout.of(_readable(x if x.stride(-1) == 1 else x.to("meta"))) for x in (some_query, key))
-        shared, _ = _shared_arguments(q, k, some)
-        chunks = _split(q, shared, some, _card(query.device), None)[3]
+        q, k = (Layout.of(readable(x if x.stride(-1) == 1 else x.to("meta"))) for x in (some_query, key))
+        shared, _ = shared_arguments(q, k, some)
+        chunks = _split(q, shared, some, card_of(query.device), None)[3]
         most = max(most, math.prod(some.lse_shape) * (1 if chunks == 1 else 1 + chunks))
     return most
 
@@ -150,7 +150,7 @@ def plan(
     Works on any device, also "meta": what is launched depends on shapes, strides and alignment only, and is planned
     once for them. `lse_tiles` and `rows_tiles` replace the table's choice.
     """
-    query, key, request = _readable(query), _readable(key), _contiguous(request)
+    query, key, request = readable(query), readable(key), contiguous(request)
     planned = _planned(
         Layout.of(query),
         Layout.of(key),
@@ -230,8 +230,8 @@ def _planned(
     request = RowRequest(spans=[list(of_sample) for of_sample in spans], **fields)
     heads, depth, kv_heads, rows = query.shape[1], query.shape[-1], request.kv_heads, _most_rows(query, request)
     group = heads // kv_heads
-    shared, masked = _shared_arguments(query, key, request)
-    sliced = _sliced(query, shared)
+    shared, masked = shared_arguments(query, key, request)
+    in_slices = sliced(query, shared)
     launches: list[Template] = []
     elements, chunks, lse_scale = 0, 0, LOG2_E
     lse_strides: tuple[int, ...] = (0, 0, 0) if lse is None else (0, *lse.strides)[-3:]
@@ -243,12 +243,12 @@ def _planned(
         return Planned(tuple(launches), elements, chunks)
     reduce, out_heads = {"none": ("none", heads), "kv_group": ("group", kv_heads)}.get(request.reduces, ("all", 1))
     summed = 1 if reduce == "none" else group
-    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, summed, sliced, request.dense)
+    rows_tiles = rows_tiles or rows_config(card.capability, depth, rows, summed, in_slices, request.dense)
     row_blocks = -(-rows // rows_tiles.block_r)
     out_strides = _out_strides(out, request)
     rows_arguments = {
         **shared,
-        "log2_scale": _score_scale(request) * LOG2_E,
+        "log2_scale": score_scale(request) * LOG2_E,
         "lse_scale": lse_scale,
         "out_scale": _out_scale(request, heads, group),
         **dict(zip(("stride_lb", "stride_lh", "stride_lr"), lse_strides, strict=True)),
@@ -266,13 +266,11 @@ def _planned(
         "WEIGHTED": request.reduces == "weights",
         "MASKED": masked,
         "UNIT": out_strides[3] == 1,
-        **_options(rows_tiles),
-        **_dependent(card),
+        **kernel_options(rows_tiles),
+        **dependent_options(card),
     }
-    for first, samples, column, together in _span_launches(request.spans):
-        blocks = sum(-(-(stop - start) // rows_tiles.block_n) for start, stop in together)
-        bounds = [*(bound for span in together for bound in span), *[0] * (2 * (SPANS_AT_ONCE - len(together)))]
-        named = {f"{name}{i}": bounds[2 * i + end] for i in range(4) for end, name in enumerate(("start", "stop"))}
+    for first, samples, column, together in span_launches(request.spans):
+        blocks, named = span_arguments(together, rows_tiles.block_n)
         # Rows that are summed must meet in one program: one launch per block of them, each adding to the last.
         for block in range(row_blocks if request.row_reduction else 1):
             grid = (blocks, 1 if request.row_reduction else row_blocks, samples * out_heads)
@@ -291,9 +289,10 @@ def _split(
 ) -> tuple[LseConfig, int, int, int]:
     """Of the first pass: tiles, tiles of queries, keys per chunk and chunks."""
     queries = query.shape[1] // request.kv_heads * _most_rows(query, request)
-    tiles = tiles or lse_config(card.capability, queries, _sliced(query, shared), request.dense)
+    tiles = tiles or lse_config(card.capability, queries, sliced(query, shared), request.dense)
     row_tiles, length = -(-queries // tiles.block_m), request.length
-    per_chunk = chunk_keys(length, row_tiles * request.kv_heads, tiles, card.processors) if length else 1
+    shared_by = row_tiles * request.kv_heads
+    per_chunk = chunk_length(length, tiles.block_n, shared_by, tiles.resident, card.processors) if length else 1
     return tiles, row_tiles, per_chunk, max(1, -(-length // per_chunk))
 
 
@@ -312,14 +311,14 @@ def _lse_launches(
         **shared,
         "total": total,
         "chunk_keys": per_chunk,
-        "log2_scale": abs(_score_scale(request)) * LOG2_E,
-        "NEGATE": _score_scale(request) < 0,
+        "log2_scale": abs(score_scale(request)) * LOG2_E,
+        "NEGATE": score_scale(request) < 0,
         "SLICE": tiles.slice,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "MASKED": masked,
         "DEPENDENT": card.dependent_launch,
-        **_options(tiles),
+        **kernel_options(tiles),
     }
     second = {
         "total": total,
@@ -328,7 +327,7 @@ def _lse_launches(
         "CHUNKS": 32,
         "num_warps": 4,
         "enable_fp_fusion": False,
-        **_dependent(card),
+        **dependent_options(card),
     }
     grid = (chunks, row_tiles, len(request.spans) * request.kv_heads)
     launches: list[Template] = [("partial_lse", grid, first, [])]
@@ -337,12 +336,12 @@ def _lse_launches(
     return launches, chunks
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor) -> Tensor:
     """A tensor with a unit last stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _contiguous(request: RowRequest) -> RowRequest:
+def contiguous(request: RowRequest) -> RowRequest:
     """Small integers and weights, which kernels read without strides, made contiguous where they are not."""
     copied: dict[str, Any] = {}
     for name, value in zip(_TENSOR_FIELDS[1:], _tensors_of(request)[1:], strict=True):
@@ -351,16 +350,26 @@ def _contiguous(request: RowRequest) -> RowRequest:
     return dataclasses.replace(request, **copied) if copied else request
 
 
+def layouts_of(request: RowRequest) -> RowRequest:
+    """The request with layouts for its tensors, as planning takes it."""
+    found: dict[str, Any] = {
+        name: Layout.of(x)
+        for name, x in zip(_TENSOR_FIELDS, _tensors_of(request), strict=True)
+        if isinstance(x, Tensor)
+    }
+    return dataclasses.replace(request, **found)
+
+
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _sliced(query: Layout, shared: dict[str, Any]) -> bool:
+def sliced(query: Layout, shared: dict[str, Any]) -> bool:
     """Whether D goes in slices."""
     return query.dtype == torch.float32 or shared["ALIGN"] == 1
 
 
-def _shared_arguments(query: Layout, key: Layout, request: RowRequest) -> tuple[dict[str, Any], bool]:
+def shared_arguments(query: Layout, key: Layout, request: RowRequest) -> tuple[dict[str, Any], bool]:
     """What both passes take beside tensors, and whether some key may be hidden. Tensors of the request are layouts."""
     strides: dict[str, int] = {}
     aligned = query.aligned and key.aligned
@@ -413,7 +422,7 @@ def _shared_arguments(query: Layout, key: Layout, request: RowRequest) -> tuple[
     return arguments, any(mask is not None for mask in masks)
 
 
-def _score_scale(request: RowRequest) -> float:
+def score_scale(request: RowRequest) -> float:
     """What multiplies the dot products, or with a softcap their tanh."""
     return request.scale if request.softcap is None else request.softcap
 
@@ -423,7 +432,7 @@ def _out_scale(request: RowRequest, heads: int, group: int) -> float:
     scale = 1 / {"mean": heads, "kv_group": group}.get(reduction, 1) if isinstance(reduction, str) else 1.0
     if request.row_reduction == "mean" and request.cu_seqlens_q is None:
         scale /= request.rows
-    return scale if request.softmax else scale * _score_scale(request)
+    return scale if request.softmax else scale * score_scale(request)
 
 
 def _out_strides(out: Layout, request: RowRequest) -> tuple[int, int, int, int]:
@@ -438,7 +447,7 @@ def _out_strides(out: Layout, request: RowRequest) -> tuple[int, int, int, int]:
     return strides[0], strides[1], strides[2], strides[3]
 
 
-def _options(tiles: LseConfig | RowsConfig) -> dict[str, Any]:
+def kernel_options(tiles: Tiles) -> dict[str, Any]:
     # A fused `s * scale - lse` would not round its product, from which the lse was made: at scores of ten thousand the
     # probability of a row's only key would be off by 3e-4.
     return {
@@ -450,12 +459,12 @@ def _options(tiles: LseConfig | RowsConfig) -> dict[str, Any]:
     }
 
 
-def _dependent(card: Card) -> dict[str, Any]:
+def dependent_options(card: Card) -> dict[str, Any]:
     """Options of a launch that may start before the one in front has ended (CUDA C++ programming guide)."""
     return {"DEPENDENT": card.dependent_launch, **({"launch_pdl": True} if card.dependent_launch else {})}
 
 
-def _span_launches(spans: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
+def span_launches(spans: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[int, int, int, list[tuple[int, int]]]]:
     """(first sample, number of samples, first column, at most four non-empty spans) of each launch."""
     first = 0
     for of_sample, same in groupby(spans):
@@ -467,6 +476,13 @@ def _span_launches(spans: Sequence[list[tuple[int, int]]]) -> Iterator[tuple[int
             yield first, samples, column, together
             column += sum(stop - start for start, stop in together)
         first += samples
+
+
+def span_arguments(together: list[tuple[int, int]], block: int) -> tuple[int, dict[str, int]]:
+    """Of the spans of a launch: how many blocks of keys they make, and the arguments that say where they lie."""
+    bounds = [*(bound for span in together for bound in span), *[0] * (2 * (SPANS_AT_ONCE - len(together)))]
+    named = {f"{name}{i}": bounds[2 * i + end] for i in range(4) for end, name in enumerate(("start", "stop"))}
+    return sum(-(-(stop - start) // block) for start, stop in together), named
 
 
 def _clear_unwritten(out: Tensor, request: RowRequest) -> None:
@@ -492,7 +508,7 @@ def _most_rows(query: Layout, request: RowRequest) -> int:
     return query.shape[2] if request.cu_seqlens_q is None else request.rows
 
 
-def _card(device: torch.device) -> Card:
+def card_of(device: torch.device) -> Card:
     return INTERPRETED if device.type == "cpu" else _cuda_card(device.index)
 
 

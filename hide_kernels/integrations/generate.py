@@ -46,6 +46,11 @@ class ThreadRecorder(RowRecorder):
         # Without a cache each step of `generate` sends the whole sequence again.
         again = self.generating and self.queries == "generated" and first == 0
         if first < self.tokens and not again:
+            if self.received is not None and first > 0:
+                raise ValueError(
+                    f"layer {self.layer}: a forward goes back to position {first} of {self.tokens}: what keys received "
+                    "from there on cannot be taken back; capture the whole sequence in one forward"
+                )
             self.keep_before(first)
         if self.queries != "generated" or again or queries == 1:
             return
@@ -85,7 +90,7 @@ class ThreadRecorder(RowRecorder):
 
     def in_prompt(self, length: int) -> bool:
         """Whether only positions of a prompt of this length are asked for."""
-        return isinstance(self.queries, list) and self.queries[-1] < length
+        return isinstance(self.queries, list) and self.received is None and self.queries[-1] < length
 
 
 # Settings of `generate` with the values that leave its rows to its sequences, and why others do not.

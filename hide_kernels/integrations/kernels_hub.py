@@ -24,7 +24,7 @@ import hide_kernels
 from hide_kernels.backends import OPERATORS
 
 PACKAGE = Path(__file__).parents[1]
-FUNCTIONS = ("attention_rows", "token_maps")
+FUNCTIONS = ("attention_rows", "attention_received", "token_maps")
 # Their folders, and the modules that those import.
 TRAVELS = (*FUNCTIONS, "_ops.py", "backends.py", "launch.py", "registry.py")
 

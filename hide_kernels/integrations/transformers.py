@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(f"{__name__} needs transformers: pip install 'hide-kernels[hide]'") from None
 
+from hide_kernels.attention_received.request import Reduction
 from hide_kernels.attention_rows.request import KeySpans
 from hide_kernels.integrations.generate import ThreadRecorder, changing, watched_generate
 from hide_kernels.integrations.masks import first_position, visible_keys
@@ -57,6 +58,7 @@ def capture_attention(
     causal: bool = True,
     head_reduction: Literal["mean", "none", "kv_group"] | Tensor | Sequence[float] = "mean",
     return_lse: bool = False,
+    received: Reduction | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Iterator[CapturedLayers]:
     """Record softmax attention rows of chosen layers while the model runs.
@@ -74,6 +76,10 @@ def capture_attention(
             model.generate(**inputs, max_new_tokens=50)
         captured[14].weights  # (B, 50, 874): row i is that of the query from which token i was predicted
 
+        with capture_attention(model, layers=[2], queries=[], key_spans=[(15, 889)], received="mean") as captured:
+            model(**inputs)
+        captured.received[2]  # (B, 874): what image tokens receive on average from the queries that see them
+
     Args:
         model: a Hugging Face model whose decoder layers use transformers' attention interface.
         layers: zero-based decoder layers; negative ones count from the last.
@@ -83,13 +89,17 @@ def capture_attention(
             none; decoding is not compiled meanwhile. Batches must be padded on the left, as `generate` wants. With
             `num_return_sequences` the spans of a prompt are those of all its sequences.
         key_spans, head_reduction, return_lse: as in `hide_kernels.attention_rows`.
+        received: "sum", "mean" or "max": also what each key receives from all queries, of padding apart, reduced as in
+            `hide_kernels.attention_received`, whichever rows are asked for (`queries=[]`: none); without gradients, and
+            without `process_group`. Forwards that continue a sequence, a decode's steps too, go on with it.
         process_group: the ranks of a model under tensor parallelism (`tp_plan="auto"`), each of which runs the same
             block; sums over heads are then over the heads of all of them.
         causal: True gives the model's own attention, equal to `output_attentions=True`; False lets every row see
             every key of its forward (published HiDe, arXiv 2510.00054). Padding is left out in both.
 
     Yields:
-        `{layer: CapturedAttention}`, filled by the forwards that run inside the block. Memory is that of the rows. With
+        `{layer: CapturedAttention}`, filled by the forwards that run inside the block, whose `received` is `{layer:
+        Tensor}`, (B, keys) for a mean over heads. Memory is that of the rows. With
         "generated" and no `key_spans`, earlier rows are padded with zeros for the keys that came later.
 
     Raises:
@@ -105,7 +115,8 @@ def capture_attention(
             queries = [operator.index(query) for query in queries]
         except TypeError:
             raise TypeError(f'queries: got {queries!r}, want None, "generated" or strictly increasing ints') from None
-        if not queries or queries[0] < 0 or any(a >= b for a, b in pairwise(queries)):
+        none = not queries and received is None
+        if none or any(query < 0 for query in queries[:1]) or any(a >= b for a, b in pairwise(queries)):
             raise ValueError(f'queries: got {queries}, want None, "generated" or strictly increasing positions >= 0')
     for layer in layers:
         if not -depth <= layer < depth:
@@ -115,8 +126,12 @@ def capture_attention(
             raise ValueError(f"layers: {_why_not(model, layer % depth)}; layers that can be captured: {able}")
     if queries == "generated" and not hasattr(model, "generate"):
         raise ValueError(f'queries: got "generated", want the model that generates; {type(model).__name__} does not')
+    if received not in (None, "sum", "mean", "max"):
+        raise ValueError(f"received: got {received!r}, want None, 'sum', 'mean' or 'max'")
+    if received is not None and process_group is not None:
+        raise ValueError(f"received: got {received!r} together with process_group, want None")
     captures = [
-        _Capture(layer, queries, key_spans, causal, head_reduction, return_lse, process_group)
+        _Capture(layer, queries, key_spans, causal, head_reduction, return_lse, process_group, received)
         for layer in dict.fromkeys(layer % depth for layer in layers)
     ]
     if not captures:

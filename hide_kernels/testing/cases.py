@@ -1,4 +1,5 @@
-"""Calls that cover the contract of `attention_rows`, for tests on any device and before any benchmark.
+"""Calls that cover the contracts of `attention_rows` and `attention_received`, for tests on any device and before
+any benchmark.
 
 Sizes are no powers of two, tensors are strided, keys that no row may see hold NaN, and memory is poisoned.
 """
@@ -13,8 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hide_kernels.attention_received import AttentionReceived, attention_received
 from hide_kernels.attention_rows import AttentionRows, attention_rows
-from hide_kernels.testing.rows import error_budget, poisoned_empty, textbook_attention_rows
+from hide_kernels.testing.rows import (
+    error_budget,
+    poisoned_empty,
+    textbook_attention_received,
+    textbook_attention_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,77 @@ SERVING_CASES = [
 ]  # fmt: skip
 
 
+_MEAN, _MAX = {"reduction": "mean"}, {"reduction": "max"}
+_SQUARE: dict[str, Any] = {"rows": 139, "batch": 1, "heads": 4}
+_DIAGONAL = {"q_positions": torch.arange(139), "causal": True}
+RECEIVED_CASES = [
+    Case("plain", **_SQUARE),
+    Case("plain, mean", **_SQUARE, arguments=_MEAN),
+    Case("plain, max", **_SQUARE, arguments=_MAX),
+    Case("few queries", rows=3, batch=3),
+    Case("more queries than keys, max", rows=301, batch=1, length=33, arguments=_MAX),
+    Case("group of 7", heads=14, rows=70, batch=1),
+    Case("one kv head, group of 11, max", heads=11, kv_heads=1, rows=40, batch=1, arguments=_MAX),
+    *(Case(f"head size {depth}", depth=depth, rows=70, batch=1, heads=2) for depth in (32, 40, 72, 80, 96, 128, 256)),
+    Case("one key", length=1, rows=20),
+    Case("causal", **_SQUARE, arguments=_DIAGONAL),
+    Case("causal, mean", **_SQUARE, arguments={**_DIAGONAL, **_MEAN}),
+    Case("causal, max", **_SQUARE, arguments={**_DIAGONAL, **_MAX}),
+    Case("causal, several blocks, mean", rows=301, length=301, batch=1, heads=2, kv_heads=1, arguments={
+        "q_positions": torch.arange(301), "causal": True, **_MEAN,
+    }),
+    Case("causal, queries in no order, mean", rows=70, heads=2, arguments={
+        "q_positions": _positions(70, 139), "causal": True, **_MEAN,
+    }),
+    Case("causal, behind keys of a cache", rows=40, batch=1, arguments={
+        "q_positions": torch.arange(99, 139).int(), "causal": True,
+    }),
+    Case("window", rows=70, heads=2, arguments={"q_positions": _positions(70, 139), "window": 40}),
+    Case("causal window, mean", **_SQUARE, arguments={**_DIAGONAL, "window": 50, **_MEAN}),
+    Case("left padding, causal, mean", rows=139, heads=2, arguments={
+        **_DIAGONAL, "kv_starts": torch.tensor([7, 130]), **_MEAN,
+    }),
+    Case("right padding, max", rows=20, arguments={"kv_lens": torch.tensor([100, 139], dtype=torch.int32), **_MAX}),
+    Case("no key for one sample, mean", rows=20, arguments={"kv_lens": torch.tensor([0, 130]), **_MEAN}),
+    Case("every mask", rows=70, heads=2, arguments={
+        "q_positions": _positions(70, 139, 2), "causal": True, "window": 90, "kv_starts": torch.tensor([-4, 9]),
+        "kv_lens": torch.tensor([500, 120]), "key_spans": [(2, 139)], **_MEAN,
+    }),
+    Case("spans", rows=70, batch=1, arguments={
+        "key_spans": [(3, 70), (71, 72), (5, 5), (120, 139), (0, 9), (2, 130)],
+    }),
+    Case("spans per sample, max", rows=20, arguments={"key_spans": [[(3, 70), (60, 135)], [(0, 12)]], **_MAX}),
+    Case("one sample without spans", rows=20, arguments={"key_spans": [[], [(10, 100)]]}),
+    Case("heads apart, mean", rows=70, batch=1, arguments={"head_reduction": "none", **_MEAN}),
+    Case("kv groups, max", rows=70, batch=1, arguments={"head_reduction": "kv_group", **_MAX}),
+    Case("weights", rows=70, batch=1, arguments={"head_reduction": [0.5, 0.0, -1.0, 2.0, 0.0, 0.25]}),
+    Case("negative scale", rows=70, batch=1, heads=2, arguments={"scale": -0.25}),
+    Case("no scale", rows=20, arguments={"scale": 0.0}),
+    Case("softcap, causal", **_SQUARE, arguments={"softcap": 2.5, "scale": 0.5, **_DIAGONAL}),
+    Case("negative scale, softcap, max", rows=20, arguments={"softcap": 2.5, "scale": -0.5, **_MAX}),
+    Case("scores of ten thousand", gain=2000.0, rows=20),
+]  # fmt: skip
+RECEIVED_SERVING_CASES = [
+    ServingCase("packed"),
+    ServingCase("packed, causal, mean", arguments={**_CAUSAL, **_MEAN}),
+    ServingCase("packed, causal window, spans per sample, kv groups, max", arguments={
+        **_CAUSAL, "window": 50, "head_reduction": "kv_group", **_MAX,
+        "key_spans": [[(3, 70), (100, 140)], [(0, 12)], [], [(0, 1), (60, 79)]],
+    }),
+    ServingCase("packed windows of an encoder, mean", rows_of=(64, 64, 48, 36), keys_of=(64, 64, 48, 36), heads=3,
+                kv_heads=3, depth=72, arguments=_MEAN),
+    ServingCase("packed, heads apart", arguments={"head_reduction": "none", "kv_lens": torch.tensor([100, 99, 1, 0])}),
+    ServingCase("packed keys, max", rows_of=(), arguments=_MAX),
+    ServingCase("paged, mean", block_size=16, arguments=_MEAN),
+    ServingCase("paged, heads first, causal", block_size=32, heads_first=True, arguments=_CAUSAL),
+    ServingCase("paged, pages of 128", block_size=128, depth=80, arguments={"key_spans": [(3, 70), (100, 140)]}),
+    ServingCase("paged, causal window, freed pages, mean", block_size=16, arguments={
+        **_CAUSAL, "window": 20, "kv_starts": torch.tensor([100, 0, 0, 32]), "softcap": 3.0, **_MEAN,
+    }),
+    ServingCase("paged, dense query, max", block_size=16, rows_of=(), keys_of=(139, 0, 48), rows=3, arguments=_MAX),
+]  # fmt: skip
+
+
 def error_of(
     case: Case,
     dtype: torch.dtype,
@@ -227,18 +305,41 @@ def error_of(
     elements one order's error is a matter of luck, and libraries of matrix products differ by several times. A wrong
     -inf, or a NaN, is an infinite error.
     """
+    return _error_of(textbook_attention_rows, call, case, dtype, device, backend)
+
+
+def received_error_of(
+    case: Case,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    *,
+    backend: str | None,
+    call: Callable[..., AttentionReceived] = attention_received,
+) -> tuple[float, float]:
+    """As `error_of`, of what keys receive."""
+    return _error_of(textbook_attention_received, call, case, dtype, device, backend)
+
+
+def _error_of(
+    textbook: Callable[..., tuple[Tensor, Tensor]],
+    call: Callable[..., tuple[Tensor, Tensor | None]],
+    case: Case,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    backend: str | None,
+) -> tuple[float, float]:
     query, key, arguments = case.inputs(dtype, device)
     softmax = arguments.get("softmax", True)
-    want = textbook_attention_rows(query.double(), key.double(), **arguments)
+    want = textbook(query.double(), key.double(), **arguments)
 
     forward = query.float(), key.float()
     backward = forward[0].flip(-1), forward[1].flip(-1)
     orders = ((forward, False), (forward, True), (backward, False))
-    plain = [textbook_attention_rows(*of_order, grouped=grouped, **arguments) for of_order, grouped in orders]
+    plain = [textbook(*of_order, grouped=grouped, **arguments) for of_order, grouped in orders]
     with poisoned_empty():
-        got = call(query, key, return_lse=softmax, backend=backend, **arguments)
-    rows = _relative(got.rows, want[0], [one[0] for one in plain], dtype)
-    return (rows, _relative(got.lse, want[1], [one[1] for one in plain], dtype)) if got.lse is not None else (rows, 0.0)
+        got, lse = call(query, key, return_lse=softmax, backend=backend, **arguments)
+    error = _relative(got, want[0], [one[0] for one in plain], dtype)
+    return (error, _relative(lse, want[1], [one[1] for one in plain], dtype)) if lse is not None else (error, 0.0)
 
 
 def _relative(got: Tensor, want: Tensor, plain: Sequence[Tensor], dtype: torch.dtype) -> float:

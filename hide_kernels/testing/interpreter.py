@@ -16,6 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from hide_kernels import backends
+from hide_kernels.attention_received import triton_kernels as received_kernels
+from hide_kernels.attention_received import triton_launch as received_launch
 from hide_kernels.attention_rows import triton_kernels as row_kernels
 from hide_kernels.attention_rows import triton_launch as row_launch
 from hide_kernels.launch import Launch
@@ -25,7 +27,7 @@ from hide_kernels.token_maps import triton_launch as map_launch
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Inside, `backend="triton"` of `attention_rows` and `token_maps` serves tensors on the CPU.
+    """Inside, `backend="triton"` of `attention_rows`, `attention_received` and `token_maps` serves tensors on the CPU.
 
     With a GPU's arithmetic, which Triton's interpreter has not: products of bfloat16, additions that are contracted
     with a product where a launch allows it (`enable_fp_fusion`), and an exp2 in float32 that is wrong by up to two
@@ -52,8 +54,13 @@ def interpreted() -> Iterator[None]:
         for name, value in vars(standard).items():
             if isinstance(value, JITFunction) and getattr(tl, name, None) is value:
                 stack.enter_context(mock.patch.object(tl, name, getattr(functions, name)))
-        for launcher, kernels in ((row_launch, row_kernels), (map_launch, map_kernels)):
-            stack.enter_context(mock.patch.object(launcher, "kernels", _copy(kernels)))
+        launchers = (row_launch, row_kernels), (received_launch, received_kernels), (map_launch, map_kernels)
+        copies: dict[str, ModuleType] = {}  # one imports functions of another
+        for launcher, kernels in launchers:
+            with mock.patch.dict(sys.modules, copies):
+                copy = _copy(kernels)
+            sys.modules[copy.__name__] = copies[kernels.__name__] = copy
+            stack.enter_context(mock.patch.object(launcher, "kernels", copy))
         # It would patch the language in every call of every function, a third of its time; here it does so once.
         interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": core}))
         patched = SimpleNamespace(restore=lambda: None)

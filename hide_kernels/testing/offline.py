@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hide_kernels.attention_received import triton_launch as received_launch
+from hide_kernels.attention_received.request import Reduction
+from hide_kernels.attention_received.triton_configs import ReceiveConfig
 from hide_kernels.attention_rows import triton_launch
 from hide_kernels.attention_rows.request import RowRequest
 from hide_kernels.launch import Launch
@@ -88,6 +92,37 @@ def target(capability: tuple[int, int], device: object = None) -> Iterator[None]
 def planned(
     capability: tuple[int, int],
     *,
+    processors: int = 132,
+    accumulate: bool = False,
+    **arguments: Any,
+) -> list[Launch]:
+    """The launches of `attention_rows` for tensors that `_meta_request` describes, on such a card."""
+    settings = {name: arguments.pop(name) for name in ("lse_tiles", "rows_tiles") if name in arguments}
+    query, key, request = _meta_request(**arguments)
+    out = torch.empty(request.shape, device="meta")
+    card = triton_launch.Card.of(capability, processors)
+    return triton_launch.plan(query, key, request, None, out, accumulate, card, **settings)[0]
+
+
+def planned_received(
+    capability: tuple[int, int],
+    *,
+    reduction: Reduction = "sum",
+    processors: int = 132,
+    accumulate: bool = False,
+    tiles: ReceiveConfig | None = None,
+    **arguments: Any,
+) -> list[Launch]:
+    """The launches of `attention_received` for such tensors, of as many queries as keys where no `rows` are given."""
+    settings = {"rows": arguments.get("length", 16_384), "row_reduction": "sum", **arguments}
+    query, key, request = _meta_request(**settings)
+    out = torch.empty(request.shape, device="meta")
+    card = triton_launch.Card.of(capability, processors)
+    return received_launch.plan(query, key, request, reduction, None, out, accumulate, card, tiles=tiles)[0]
+
+
+def _meta_request(
+    *,
     batch: int = 1,
     heads: int = 28,
     kv_heads: int = 4,
@@ -101,11 +136,9 @@ def planned(
     packed: bool = False,
     block_size: int = 0,
     unaligned: bool = False,
-    processors: int = 132,
-    accumulate: bool = False,
     **arguments: Any,
-) -> list[Launch]:
-    """The launches of `attention_rows` for such tensors on such a card; defaults are Qwen2.5-VL-7B's.
+) -> tuple[Tensor, Tensor, RowRequest]:
+    """Query and key on the "meta" device and the request for them; defaults are Qwen2.5-VL-7B's.
 
     `spans` are per sample. `masked` is causal with padding. Keys lie as (B, N, H, D), or as (B, H, N, D) with
     `key_heads_apart`. `packed`: the rows of all samples are packed, and the keys too where there is no `block_size`;
@@ -146,9 +179,7 @@ def planned(
         head_reduction=arguments.pop("head_reduction", "mean"),
         row_reduction=arguments.pop("row_reduction", None),
     )
-    out = torch.empty(request.shape, device="meta")
-    card = triton_launch.Card.of(capability, processors)
-    return triton_launch.plan(query, key, request, None, out, accumulate, card, **arguments)[0]
+    return query, key, request
 
 
 def planned_maps(

@@ -1,4 +1,5 @@
-"""The definition of `attention_rows` for every layout, and the error that an implementation may have."""
+"""The definitions of `attention_rows` and `attention_received` for every layout, and the error that an implementation
+may have."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hide_kernels.attention_received.reference import attention_received_reference
 from hide_kernels.attention_rows.reference import attention_rows_reference, scaled_scores, softmax_rows
 
 
@@ -29,13 +31,25 @@ def textbook_attention_rows(query: Tensor, key: Tensor, **arguments: Any) -> tup
 
     Of the arguments of `attention_rows` those that say how (`lse`, `return_lse`, `backend`) change nothing.
     """
+    return _textbook(attention_rows_reference, query, key, **arguments)
+
+
+def textbook_attention_received(query: Tensor, key: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`attention_received_reference`, in the same way."""
+    return _textbook(attention_received_reference, query, key, **arguments)
+
+
+def _textbook(
+    reference: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor]:
     arguments = {name: x for name, x in arguments.items() if name not in ("return_lse", "lse", "backend")}
     if any(arguments.get(name) is not None for name in ("cu_seqlens_q", "cu_seqlens_k", "block_table")):
-        return _textbook_by_sample(query, key, **arguments)
-    return attention_rows_reference(query, key, **arguments)
+        return _textbook_by_sample(reference, query, key, **arguments)
+    return reference(query, key, **arguments)
 
 
 def _textbook_by_sample(
+    reference: Callable[..., tuple[Tensor, Tensor]],
     query: Tensor,
     key: Tensor,
     *,
@@ -76,10 +90,10 @@ def _textbook_by_sample(
             alone["q_positions"] = of_sample[None, :max_seqlen_q]
         own_spans = [spans[b]] if nested else spans
         keys = keys.transpose(0, 1)[None]
-        results.append(textbook_attention_rows(rows[None], keys, key_spans=own_spans, **alone, **arguments))
+        results.append(reference(rows[None], keys, key_spans=own_spans, **alone, **arguments))
     width = max([0, *(rows.shape[-1] for rows, _ in results)])
     padded = [torch.nn.functional.pad(rows[0], (0, width - rows.shape[-1])) for rows, _ in results]
-    if q_ends is None or arguments.get("row_reduction"):
+    if q_ends is None or arguments.get("row_reduction") or reference is attention_received_reference:
         stacked = torch.stack([torch.where(rows.isnan(), 0.0, rows) for rows in padded])  # a mean over no rows is 0
     else:
         stacked = query.new_zeros(len(query), *padded[0].shape[:-2], width)
