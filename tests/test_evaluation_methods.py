@@ -20,13 +20,14 @@ from hide.evaluation.gallery import failures, frontier, looked_at, save_gallery
 from hide.evaluation.runner import answer
 from hide.evaluation.scoring import agreement, paired, score_groups, score_methods, strict
 from hide.evaluation.tables import agreement_table, group_table, markdown, method_table
-from hide.methods.ablations import Masked, OneCrop, Tiles
+from hide.methods.ablations import Masked, OneCrop, Tiles, WithoutPrior
 from hide.methods.hide.method import EntityRows, region_boxes
 from hide.models.qwen2_5_vl import Qwen25VL
 from hide.present.pages import Section
 from hide.present.table import ResultTable
 from hide.questions import Question
 from hide.tiny.model import build
+from hide_kernels import token_maps
 
 PIXELS = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 WHITE = (255, 255, 255)
@@ -175,6 +176,17 @@ def test_the_probability_is_mcnemars_exact_one(gained, lost, p):
     found = paired(ours, theirs, list(map(str, range(len(ours)))))
     assert (found.gained, found.lost, round(found.p, 5)) == (gained, lost, p)
     assert found.lead.value == pytest.approx((gained - lost) / len(ours))
+
+
+def test_without_the_noise_prior_maps_are_smoothed_rows(hide):
+    rows = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0))
+    rows[:2] += rows[2]  # what the fixed words look at as well
+    known = EntityRows((rows,), 2, ("a", "b", "c"))
+    bare = WithoutPrior(hide.model, hide.preset).maps(known)
+    want = token_maps([rows[2:]], prior_rows=0, sigma=hide.settings.sigma)
+    assert torch.equal(bare.tokens.maps[0], want.maps[0]) and bare.labels == ("a", "b", "c")
+    assert torch.equal(bare.peaks, hide.maps(known).peaks)
+    assert not torch.equal(bare.tokens.maps[0], hide.maps(known).tokens.maps[0])
 
 
 class Planted:

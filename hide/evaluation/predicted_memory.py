@@ -14,7 +14,7 @@ from hide.profiling.workload import Workload
 _FLOWS = {
     "plain": "plain",
     "q-zoom": "q-zoom",
-    **dict.fromkeys(("hide", "tiles", "masked", "crop"), "ours"),
+    **dict.fromkeys(("hide", "no-prior", "tiles", "masked", "crop"), "ours"),
 }
 
 

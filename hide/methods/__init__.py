@@ -29,6 +29,7 @@ BUILT_IN = {
     "tiles": "hide.methods.ablations:Tiles",
     "masked": "hide.methods.ablations:Masked",
     "crop": "hide.methods.ablations:OneCrop",
+    "no-prior": "hide.methods.ablations:WithoutPrior",
     "true-boxes": "hide.methods.ablations:TrueBoxes",
     "zoom-refine-random": "hide.methods.ablations:RandomBox",
 }
