@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -341,6 +342,10 @@ def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scen
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 8
     assert "### Recall" in (tmp_path / "summary.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    headings = re.findall("<h2>(.*)</h2>", page)
+    assert headings == ["Layers", "Views", "Sigma and threshold", "Layout", "Settings"]
+    assert page.count("<img ") == 2 and f"threshold={best['threshold']}" in page and "<td>true-boxes</td>" in page
     before = (tmp_path / "answers.jsonl").read_bytes()
     assert CliRunner().invoke(app, call).exit_code == 0 and (tmp_path / "answers.jsonl").read_bytes() == before
     none = tmp_path / "none.json"

@@ -229,9 +229,9 @@ def calibrate(
         bool, typer.Option("--heads", help="Instead, the heads that `hide train q-zoom` makes labels of: heads.json.")
     ] = False,
     request: Annotated[str, typer.Option(help="With --heads: what questions are followed by.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
-        "hide-calibrate"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, calibration.json, summary.md and pictures.")
+    ] = Path("hide-calibrate"),
 ) -> None:
     """Find the layer, view, sigma and threshold for a model, from questions with the boxes of what they ask about.
 
@@ -259,7 +259,7 @@ def calibrate(
         looks: list[experiments.View] = [view_or_whole(name) for name in given]
         read = functools.partial(read_data, data, seed=_CALIBRATION_SEED)
         _check_readable(data, read(limit))
-        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
+        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "report.html", "layers.png", "grid.png"))
         chosen = [one for one in read(limit) if isinstance(one, Sample) and one.boxes]
         if not chosen:
             raise ValueError(f"data: {data} has no boxes, and without them there is nothing to calibrate by")
@@ -292,8 +292,6 @@ def calibrate(
         view = experiments.best_view(swept)
         _, sigma, threshold, _, _, grid = swept[view]
         hide = hide.changed(view_tokens=view, sigma=sigma, threshold=threshold)
-        tables = [experiments.layer_table(layers), experiments.view_table(swept), *experiments.grid_tables(grid)]
-        tables += _failed_table(failed, len(chosen))
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
             "data": data,
@@ -315,6 +313,7 @@ def calibrate(
 
         save()  # what was measured is not lost for an error in the answers
         pictures = experiments.save_pictures(out, layers, grid)
+        forms: list[ResultTable] = []
         if answers:
             task = bar.add_task("answers", total=answers)
             settings = {"data": data, **load.facts(), **hide.preset.to_dict()}
@@ -328,17 +327,22 @@ def calibrate(
                 ask = functools.partial(ask_here, forms_of_collage(hide))
                 with_boxes = (one for one in read(answers) if not isinstance(one, Sample) or one.boxes)
                 run(ask, with_boxes, results, progress=done)
-            tables.append(method_table(records, SCORERS["strict"]))
-            tables += [bad] if (bad := bad_table(records)) else []
+            forms = [method_table(records, SCORERS["strict"]), *([bad] if (bad := bad_table(records)) else [])]
             found["answers"] = records
             save()
-    _finish(console, out, f"{data}, {load.model or 'the embedded model'}", tables, [file, *pictures])
     changes = {
         name: value
         for name, value in dataclasses.asdict(hide.settings).items()
         if value != next(f.default for f in dataclasses.fields(hide.settings) if f.name == name)
     }
-    Console().print(f"recommended: HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})")
+    recommended = f"HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})"
+    sections = experiments.sections(layers, swept, grid, pictures, forms, _failed_table(failed, len(chosen)))
+    title = f"{data}, {load.model or 'the embedded model'}"
+    about = {"data": data, **load.facts(), "questions": len(chosen), "preset": preset, "views": views}
+    page = experiments.save_page(out / "report.html", title, sections, view, recommended, about)
+    tables = [table for part in sections for table in part.tables]
+    _finish(console, out, title, tables, [page, file, *pictures])
+    Console().print(f"recommended: {recommended}")
     if view is not None:
         Console().print(f"on a view: RunSettings(view_tokens={view!r}), --view {view}")
 
