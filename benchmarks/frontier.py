@@ -23,7 +23,6 @@ import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from statistics import fmean
@@ -34,20 +33,21 @@ import torch
 from benchmarks.measure import count
 from hide.cli.loading import assigned
 from hide.evaluation.data import BadRecord, Sample, read_data, scene_questions
-from hide.evaluation.scoring import Share, difference, share, strict, verdict
+from hide.evaluation.predicted_memory import held, predicted_memory
+from hide.evaluation.runner import answers
+from hide.evaluation.scoring import Share, difference, group_of, share, strict, verdict
 from hide.evaluation.store import ResultFile, blank_record
 from hide.evaluation.tables import markdown
-from hide.methods.base import Method, NoSettings, Steps
+from hide.methods.base import Method, NoSettings
 from hide.methods.hide.method import HiDe
 from hide.methods.plain import Plain
 from hide.methods.q_zoom.branches import attach, branches_of, new_branches
 from hide.methods.q_zoom.method import QZoom, QZoomSettings
 from hide.models import load
 from hide.output import check_folder
+from hide.present.draw import CostPoint, frontier_panel, tenth_below
 from hide.present.table import ResultTable
 from hide.presets import TOKEN_PIXELS, Preset
-from hide.profiling.runs import Settings, predict_flow
-from hide.profiling.workload import Workload
 from hide.tiny import CHECKPOINT
 
 
@@ -77,19 +77,11 @@ BUDGETS = (350, 500, 700, 1000)
 OPEN, UNTRAINED = ", gate open", ", untrained"
 
 
-@dataclass(frozen=True)
-class Run:
-    """One view, and the ways of answering that share a session on it, which `opener` opens. view: `None` is the whole
-    image."""
+class Run(NamedTuple):
+    """One view, in tokens, and the ways of answering that share a session on it; `None` is the whole image."""
 
     view: int | str | None
-    opener: Method[Any]
     ways: dict[str, Method[Any]]
-
-    @property
-    def name(self) -> str:
-        """Under which the session's costs are recorded."""
-        return next(name for name, method in self.ways.items() if method is self.opener)
 
 
 def plain_way(view: int | str | None) -> str:
@@ -117,11 +109,8 @@ def zoom_runs(trained: QZoom, untrained: QZoom, budgets: Sequence[int]) -> list[
     found = []
     for budget in budgets:
         own = made(trained, budget)
-        found.append(
-            Run(budget, own, {zoom_way(budget): own, zoom_way(budget) + OPEN: own.changed(gate_threshold=0.0)})
-        )
-        other = made(untrained, budget, gate_threshold=0.0)
-        found.append(Run(budget, other, {zoom_way(budget) + UNTRAINED: other}))
+        found.append(Run(budget, {zoom_way(budget): own, zoom_way(budget) + OPEN: own.changed(gate_threshold=0.0)}))
+        found.append(Run(budget, {zoom_way(budget) + UNTRAINED: made(untrained, budget, gate_threshold=0.0)}))
     return found
 
 
@@ -154,10 +143,9 @@ def runs_of(hide: HiDe, views: Sequence[int], gate: float) -> list[Run]:
             # What `benchmarks.frontier_tuning` chooses the limit by.
             ways[ALWAYS] = made(view_tokens=view, look_again=0.0)
             ways[NEVER] = made(view_tokens=view, look_again=float("inf"))
-        found.append(Run(view, own, ways))
+        found.append(Run(view, ways))
     smaller = {"view_tokens": "auto", "auto_view": GATE_VIEW}
-    own = made(**smaller)
-    return [*found, Run("auto", own, {SMALLER: own, GATED: made(**smaller, gate=gate)})]
+    return [*found, Run("auto", {SMALLER: made(**smaller), GATED: made(**smaller, gate=gate)})]
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -173,39 +161,14 @@ def scene_samples(size: str, number: int, *, tuning: bool = False) -> Iterator[S
 def ask_image(runs: Sequence[Run], samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """A record for each of the questions about one image, with all ways that show it differently from the whole."""
     try:
-        return _asked(runs, samples)
+        image = samples[0].image()
+        if isinstance(image, tuple):
+            raise ValueError(f"image: got {len(image)} images, want one")
     except Exception as error:  # whatever one image does, the others are asked
         return [blank_record(sample, f"{type(error).__name__}: {error}") for sample in samples]
-
-
-def _asked(runs: Sequence[Run], samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    image = samples[0].image()
-    if isinstance(image, tuple):
-        raise ValueError(f"image: got {len(image)} images, want one")
-    blank: dict[str, Any] = {name: {} for name in ("replies", "tokens", "seconds", "details", "opened", "shown")}
-    records = [{**blank_record(sample, ""), "error": None, **{name: {} for name in blank}} for sample in samples]
-    for record in records:
-        record["images"] = [list(image.size)]
     whole = image.width * image.height / TOKEN_PIXELS
-    for run in runs:
-        if isinstance(run.view, int) and run.view >= whole:
-            continue
-        steps = Steps(run.opener.model.model.device)
-        with run.opener.open(image, steps=steps) as session:
-            opened = steps.finished().values()
-            seconds, tokens = sum(step.seconds for step in opened), sum(step.tokens for step in opened)
-            for sample, record in zip(samples, records, strict=True):
-                record["opened"][run.name] = {"seconds": seconds, "tokens": tokens}
-                if run.view is None:
-                    record["image_tokens"] = list(session.image_tokens)
-                for name, method in run.ways.items():
-                    said = method.ask(session, sample.question)
-                    record["replies"][name] = said.text
-                    record["seconds"][name] = seconds + sum(said.seconds.values())
-                    record["tokens"][name] = tokens + sum(said.tokens.values())
-                    record["details"][name] = dict(said.details)
-                    record["shown"][name] = sum(found.shown_tokens or 0 for found in said.evidence)
-    return records
+    smaller = (run.ways for run in runs if not isinstance(run.view, int) or run.view < whole)
+    return answers({name: method for ways in smaller for name, method in ways.items()}, samples)
 
 
 def record_all(runs: Sequence[Run], samples: Iterator[Sample], results: ResultFile) -> list[dict[str, Any]]:
@@ -259,7 +222,7 @@ def lead(records: Sequence[dict[str, Any]], way: str, other: str) -> str:
     sound = [record for record in records if not record["error"]]
     both = [(record, one, two) for record in sound if (one := told(record, way)) and (two := told(record, other))]
     ours, theirs = [verdict(r, one, strict) for r, one, _ in both], [verdict(r, two, strict) for r, _, two in both]
-    return str(difference(ours, theirs, [record["picture"] or record["id"] for record, *_ in both]))
+    return str(difference(ours, theirs, [group_of(record) for record, *_ in both]))
 
 
 def size_table(size: str, records: Sequence[dict[str, Any]], memory: dict[str, int]) -> ResultTable:
@@ -382,7 +345,6 @@ def _view_of(way: str) -> float:
 def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> None:
     """Accuracy with 95 % intervals over tokens and over seconds, a column for each size."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(max(6.0, 4.6 * len(by_size)), 7), layout="constrained")
     panels = figure.subplots(2, len(by_size), squeeze=False, sharey=True)
@@ -398,29 +360,20 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
     shown = [
         p.share.low for found in every.values() for way, p in found.items() if any(f(way) for f in series.values())
     ]
-    lowest = int(10 * min(shown, default=0.0)) / 10
+    lowest = tenth_below(shown)
     for column, (size, found) in enumerate(every.items()):
         for row, cost in enumerate(("tokens", "seconds")):
             axes = panels[row, column]
-            for number, (name, belongs) in enumerate(series.items()):
-                # By the view, not by the cost: views too small for a map have large collages.
-                own = [p for way, p in sorted(found.items(), key=lambda one: _view_of(one[0])) if belongs(way)]
-                if not own:
-                    continue
-                values = [point.share.value for point in own]
-                ends = [
-                    [value - point.share.low for value, point in zip(values, own, strict=True)],
-                    [point.share.high - value for value, point in zip(values, own, strict=True)],
+            own = {
+                name: [
+                    CostPoint(getattr(point, cost), point.share.value, point.share.low, point.share.high)
+                    # By the view, not by the cost: views too small for a map have large collages.
+                    for way, point in sorted(found.items(), key=lambda one: _view_of(one[0]))
+                    if belongs(way)
                 ]
-                axes.errorbar(
-                    [getattr(point, cost) for point in own], values, yerr=ends, label=name, marker="osD^vx"[number],
-                    color=f"C{number}", capsize=2, linewidth=1,
-                )  # fmt: skip
-            axes.set(xscale="log", xlabel=f"{cost} of a question", ylim=(lowest, 1.02))
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.grid(alpha=0.3)
+                for name, belongs in series.items()
+            }
+            frontier_panel(axes, own, f"{cost} of a question", lowest)
             if not row:
                 axes.set_title(size)
             if not column:
@@ -428,29 +381,6 @@ def save_picture(path: Path, by_size: dict[str, Sequence[dict[str, Any]]]) -> No
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=110)
-
-
-def predicted_memory(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Bytes at the peak of each way, for the mean size of the images and what was shown of them on average."""
-    sound = [record for record in records if not record["error"]]
-    if not sound:
-        return {}
-    width, height = (round(fmean(record["images"][0][axis] for record in sound)) for axis in (0, 1))
-    found = {}
-    for run in runs:
-        if not isinstance(run.opener, HiDe):
-            continue
-        preset, model = run.opener.preset.run, run.opener.model
-        view = None if run.view is None else preset.view(width, height)
-        settings = Settings(str(model.dtype).removeprefix("torch."))
-        for way in run.ways:
-            own = [record["shown"][way] for record in sound if way in record["shown"]]
-            if not own:
-                continue
-            flow, shown = ("plain", 1) if way == plain_way(run.view) else ("ours", max(1, round(fmean(own))))
-            work = Workload((height, width), view, collage=shown, chunk=preset.prefill_chunk)
-            found[way] = predict_flow(model.model.config, flow, work, settings, owners=False).report.peak
-    return found
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -504,7 +434,8 @@ def main() -> int:
                 wanted = SIZES[size].questions
                 number = wanted if arguments.questions is None else min(arguments.questions, wanted)
                 by_size[size] = record_all(runs, scene_samples(size, number, tuning=arguments.tune), results)
-    tables = [size_table(size, records, predicted_memory(runs, records)) for size, records in by_size.items()]
+    ways = {name: held(method) for run in runs for name, method in run.ways.items()}
+    tables = [size_table(size, records, predicted_memory(ways, records)) for size, records in by_size.items()]
     if arguments.q_zoom:
         tables += [*(gate_table(size, records) for size, records in by_size.items()), saved_table(by_size)]
     if len(by_size) > 1:

@@ -28,7 +28,7 @@ def main(folder: str) -> None:
         samples.append(Sample(str(seed), lambda scene=scene: scene.image, question, "left", split="sides"))
     hide = HiDe.from_pretrained(CHECKPOINT)
     with ResultFile(f"{folder}/results.jsonl", {"data": "five scenes"}) as results:
-        evaluate(partial(ask_here, [Plain(hide.model), hide]), samples, results)
+        evaluate(partial(ask_here, {"plain": Plain(hide.model), "hide": hide}), samples, results)
         print(method_table(list(results.records.values()), SCORERS["strict"]).markdown())
 
 

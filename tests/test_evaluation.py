@@ -126,6 +126,11 @@ def test_scenes_of_a_number_of_tokens_have_about_so_many():
             read_data(wrong, 1)
 
 
+def test_small_scenes_have_room_for_what_is_drawn_on_them():
+    for tokens in (40, 70):
+        assert len(list(read_data(f"scenes:{tokens}", 12))) == 12
+
+
 def test_scenes_are_questions_with_true_boxes_and_repeatable():
     first, again = (list(data.scenes(4, sizes=[(500, 400)], lettered=True)) for _ in range(2))
     assert [(s.id, s.question, s.answer) for s in first] == [(s.id, s.question, s.answer) for s in again]
@@ -185,7 +190,7 @@ def sample(number, fail=False):
 def fakes(seconds=0.0):
     """Plain always says A, HiDe always B; and what was asked of it."""
     hide = Fake("hide", "B", tokens=140, seconds=seconds)
-    return [Fake("plain", "A", tokens=10), hide], hide.asked
+    return {"plain": Fake("plain", "A", tokens=10), "hide": hide}, hide.asked
 
 
 def run(methods, samples, results, **keywords):
@@ -208,8 +213,8 @@ def test_a_failing_question_is_recorded_and_only_retried_on_demand(tmp_path):
             ("all", 0, 2, 3, 1),
         ]  # fmt: skip
         plain, ours = score_methods(records, strict).values()
-        assert (plain.share.right, plain.tokens, plain.gained) == (0, 5 + 10, 0)
-        assert (ours.share.right, ours.tokens, ours.gained, ours.lost) == (2, 5 + 140, 2, 0)
+        assert (plain.share.right, plain.tokens, plain.against_plain.gained) == (0, 5 + 10, 0)
+        assert (ours.share.right, ours.tokens, *ours.against_plain[1:]) == (2, 5 + 140, 2, 0, 0.5)
         assert 0 < plain.seconds < 0.1 and 0 < ours.seconds < 0.1
         run(methods, [sample(0), sample(1), sample(2)], results, retry_failed=True)
         assert len(asked) == 1 and results.records["q1"]["error"] is None
@@ -329,7 +334,7 @@ def test_a_real_question_leaves_a_record_that_json_can_hold():
 
     (one,) = data.scenes(1, sizes=[(200, 150)], lettered=True)
     model = Qwen25VL(*build())
-    record = answer([Plain(model, PRESETS["tiny"]), HiDe(model, PRESETS["tiny"])], one)
+    record = answer({"plain": Plain(model, PRESETS["tiny"]), "hide": HiDe(model, PRESETS["tiny"])}, one)
     assert record["error"] is None and json.loads(json.dumps(record)) == record
     assert record["id"] == one.id and len(record["boxes"]["hide"]) == 1 and record["details"]["hide"]["entities"]
     assert record["replies"].keys() == record["tokens"].keys() == record["seconds"].keys() == {"plain", "hide"}

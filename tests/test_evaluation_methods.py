@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,16 +17,18 @@ from hide.cli import app
 from hide.cli.evaluate import forms_of_collage
 from hide.evaluation import calibrate, data
 from hide.evaluation.data import Sample
-from hide.evaluation.gallery import failures, save_gallery
+from hide.evaluation.gallery import failures, frontier, looked_at, save_gallery
 from hide.evaluation.runner import answer
-from hide.evaluation.scoring import score_groups, score_methods, strict
-from hide.evaluation.tables import group_table, markdown, method_table
-from hide.methods.ablations import Masked, OneCrop, Tiles
+from hide.evaluation.scoring import agreement, paired, score_groups, score_methods, strict
+from hide.evaluation.tables import agreement_table, group_table, markdown, method_table
+from hide.methods.ablations import Masked, OneCrop, Tiles, WithoutPrior
 from hide.methods.hide.method import EntityRows, region_boxes
 from hide.models.qwen2_5_vl import Qwen25VL
+from hide.present.pages import Section
 from hide.present.table import ResultTable
 from hide.questions import Question
 from hide.tiny.model import build
+from hide_kernels import token_maps
 
 PIXELS = np.random.default_rng(3).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 WHITE = (255, 255, 255)
@@ -68,9 +72,8 @@ def test_every_method_is_asked_and_paid_for(hide):
         )
         without = answer(methods, dataclasses.replace(sample, boxes=()))
         assert without["replies"].keys() == FORMS - {"true-boxes"}
-        assert answer(methods[-1:], dataclasses.replace(sample, boxes=()))["error"].startswith(
-            "ValueError: methods: none"
-        )
+        alone = answer({"true-boxes": methods["true-boxes"]}, dataclasses.replace(sample, boxes=()))
+        assert alone["error"].startswith("ValueError: methods: none")
     (share,) = [shares for name, shares, _ in score_groups([record, without], strict) if name == "all"]
     assert share["true-boxes"].total == 1 and share["plain"].total == 2
 
@@ -92,9 +95,11 @@ RECORDS = [
 
 def test_tables_count_what_hide_gains_and_loses():
     ours = score_methods(RECORDS, strict)["hide"]
-    assert (ours.share.right, ours.share.total, ours.unreadable, ours.gained, ours.lost) == (2, 5, 1, 1, 1)
+    assert (ours.share.right, ours.share.total, ours.unreadable, *ours.against_plain[1:3]) == (2, 5, 1, 1, 1)
     table = method_table(RECORDS, strict)
-    assert table.rows[1] == ("hide", "40% (12–77)", "+1 −1", "1", "30", "2.00")
+    assert table.rows[1] == ("hide", "40% (12–77)", "+0.0 (-60 to +60)", "+1 −1", "1.000", "1", "30", "2.00")
+    assert table.rows[0][2:5] == ("", "", ""), "plain is not compared with itself"
+    assert method_table(RECORDS, strict, memory={"hide": 19_149_312}).rows[1][-1] == "19 MB"
     names = [row[0] for row in group_table(RECORDS, strict).rows]
     assert names == ["s", "up to 1,000 image tokens", "above 12,000 image tokens", "size unknown", "all"]
 
@@ -128,12 +133,61 @@ def test_gallery_shows_the_telling_failures_first(tmp_path):
 
     question = Question("Where is it?", ("left", "right"))
     samples = [Sample(f"q{i}", gone if i == 3 else image, question, "A", "s", ((2, 2, 8, 8),)) for i in range(5)]
-    page = save_gallery(tmp_path / "r.html", "T & U", [], RECORDS, samples, strict, {"model": "m"}).read_text()
+    parts = [Section("Side by side", tables=[method_table(RECORDS, strict)]), frontier(RECORDS, strict)]
+    page = save_gallery(tmp_path / "r.html", "T & U", parts, RECORDS, samples, strict, {"model": "m"}).read_text()
     assert page.index("q1: Where") < page.index("q3: Where") < page.index("q4: Where") and "q0: Where" not in page
-    assert page.count("<img ") == 3  # q1: boxes, collage, true boxes
+    assert page.count("<img ") == 2 + 3  # right answers over tokens and seconds; q1: boxes, collage, true boxes
+    assert page.count("<td>1 box</td>") == 2 and "Right answers over tokens" in page
     for text in ("T &amp; U", "ValueError: &lt;no&gt;", "a&lt;b", "can no longer be read: gone", "no answer read"):
         assert text in page
     assert "$" not in page and 'src="http' not in page
+
+
+def test_the_gallery_shows_what_each_way_looked_at_once(tmp_path):
+    own = record_of(1, "A", "B")
+    found = [[[1, 1, 9, 9]]]
+    ways = {"hide": found, "tiles": found, "hide@auto": [[[2, 2, 5, 5], [20, 20, 40, 30]]], "vicrop": [[]]}
+    ways["true-boxes"] = [[[3, 3, 8, 8]]]
+    own |= {"replies": {"plain": "A", **dict.fromkeys(ways, "B")}, "boxes": ways}
+    own |= {name: dict.fromkeys(own["replies"], 1.0) for name in ("tokens", "seconds")}
+    question = Question("Where is it?", ("left", "right"))
+    samples = [Sample("q1", lambda: Image.fromarray(PIXELS), question, "A", "s", ((3, 3, 8, 8),))]
+    assert looked_at([own]) == "hide" and looked_at([{"replies": {"plain@auto": "A", "hide@auto": "A"}}]) == "hide@auto"
+    page = save_gallery(tmp_path / "r.html", "T", [], [own], samples, strict, {}).read_text()
+    # Hide's boxes, which are those of tiles too, their collage, and the true boxes; those on the view.
+    assert page.count("<img ") == 4
+    assert "<figcaption>hide@auto</figcaption>" in page and "<td>2 boxes</td>" in page and "<td>0 boxes</td>" in page
+    # What a method is, once for all of its settings.
+    assert page.count("layout-preserving collage of what") == 1
+
+
+def test_agreement_is_the_part_that_both_get_right_or_both_wrong():
+    assert agreement(RECORDS, strict, "plain", "hide") == 0.5 and agreement(RECORDS, strict, "plain", "hide") == 0.5
+    assert math.isnan(agreement(RECORDS[4:], strict, "plain", "hide"))
+    assert agreement_table(RECORDS, strict).rows == [("plain", "", "50%"), ("hide", "50%", "")]
+
+
+@pytest.mark.parametrize(
+    "gained, lost, p", [(5, 0, 0.0625), (0, 0, 1.0), (1, 1, 1.0), (9, 2, 0.06543), (2, 9, 0.06543)]
+)
+def test_the_probability_is_mcnemars_exact_one(gained, lost, p):
+    """Twice the binomial's tail, at most 1: 2 (1 + 11 + 55) / 2^11."""
+    ours = [True] * gained + [None] * lost + [True, False]
+    theirs = [False] * gained + [True] * lost + [True, None]
+    found = paired(ours, theirs, list(map(str, range(len(ours)))))
+    assert (found.gained, found.lost, round(found.p, 5)) == (gained, lost, p)
+    assert found.lead.value == pytest.approx((gained - lost) / len(ours))
+
+
+def test_without_the_noise_prior_maps_are_smoothed_rows(hide):
+    rows = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0))
+    rows[:2] += rows[2]  # what the fixed words look at as well
+    known = EntityRows((rows,), 2, ("a", "b", "c"))
+    bare = WithoutPrior(hide.model, hide.preset).maps(known)
+    want = token_maps([rows[2:]], prior_rows=0, sigma=hide.settings.sigma)
+    assert torch.equal(bare.tokens.maps[0], want.maps[0]) and bare.labels == ("a", "b", "c")
+    assert torch.equal(bare.peaks, hide.maps(known).peaks)
+    assert not torch.equal(bare.tokens.maps[0], hide.maps(known).tokens.maps[0])
 
 
 class Planted:
@@ -288,6 +342,10 @@ def test_calibrate_command_recommends_and_keeps_its_answers(tmp_path, small_scen
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 8
     assert "### Recall" in (tmp_path / "summary.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    headings = re.findall("<h2>(.*)</h2>", page)
+    assert headings == ["Layers", "Views", "Sigma and threshold", "Layout", "Settings"]
+    assert page.count("<img ") == 2 and f"threshold={best['threshold']}" in page and "<td>true-boxes</td>" in page
     before = (tmp_path / "answers.jsonl").read_bytes()
     assert CliRunner().invoke(app, call).exit_code == 0 and (tmp_path / "answers.jsonl").read_bytes() == before
     none = tmp_path / "none.json"

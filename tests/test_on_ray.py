@@ -77,12 +77,13 @@ def test_a_killed_actor_is_replaced_and_every_question_is_answered_once(light_ac
 
 
 def test_an_actor_answers_as_the_runner_does_and_says_who_it_is():
-    methods = [fake_methods.Fake("plain", "no"), fake_methods.Fake("hide", "yes", tokens=3)]
-    record = on_ray._Answerer(lambda: methods).answer(sample(1))
+    ways = {"plain": fake_methods.Fake("plain", "no"), "hide@auto": fake_methods.Fake("hide", "yes", tokens=3)}
+    record = on_ray._Answerer(lambda: ways).answer(sample(1))
     assert record.pop("worker") == os.getpid()
-    want = runner.answer(methods, sample(1))
-    assert record.pop("seconds").keys() == want.pop("seconds").keys()
-    assert record == want and record["replies"] == {"plain": "no", "hide": "yes"}
+    want = runner.answer(ways, sample(1))
+    assert record.pop("seconds").keys() == want.pop("seconds").keys() == ways.keys()
+    assert record.pop("opened").keys() == want.pop("opened").keys() == ways.keys()
+    assert record == want and record["replies"] == {"plain": "no", "hide@auto": "yes"}
 
 
 def test_what_ray_cannot_give_is_said(tmp_path):

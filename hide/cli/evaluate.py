@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hide.cli.console import errors, progress_bar, quiet
-from hide.cli.loading import LoadOptions, ModelOptions, options_of, view_tokens
+from hide.cli.loading import LoadOptions, ModelOptions, options_of, view_or_whole
 from hide.output import check_folder
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ def evaluate(
     data: DataOption = "scenes",
     limit: Annotated[int, typer.Option(help="At most so many questions.")] = 200,
     methods: Annotated[
-        str, typer.Option(help="Ways of answering, separated by commas, see `hide methods`; or all.")
+        str,
+        typer.Option(
+            help="Ways of answering, separated by commas, or all: methods of `hide methods`, with a view or settings"
+            " where they have some of their own: hide@auto, plain@700, hide@auto\\[gate=3]."
+        ),
     ] = "plain,hide",
     scorer: Annotated[str, typer.Option(help="strict, or compat: the published metric.")] = "strict",
     corrupt_entities: Annotated[
@@ -67,6 +72,8 @@ def evaluate(
 
     hide eval --methods all --limit 60
 
+    hide eval --methods "plain,hide,hide@auto,hide@auto\\[gate=3]" --limit 60
+
     hide eval --data vstar:vstar_bench --model Qwen/Qwen2.5-VL-7B-Instruct --out vstar-7b
 
     hide eval --data hr-bench:hr_bench_4k.tsv --model Qwen/Qwen2.5-VL-7B-Instruct --ray local
@@ -77,13 +84,15 @@ def evaluate(
         import torch
 
         from hide.evaluation.data import read_data
-        from hide.evaluation.gallery import save_gallery
+        from hide.evaluation.gallery import frontier, save_gallery
         from hide.evaluation.on_ray import ask_on_ray
+        from hide.evaluation.predicted_memory import held, predicted_memory
         from hide.evaluation.runner import ask_here
         from hide.evaluation.runner import evaluate as run
         from hide.evaluation.scoring import SCORERS
         from hide.evaluation.store import ResultFile
-        from hide.evaluation.tables import bad_table, group_table, method_table
+        from hide.evaluation.tables import agreement_table, bad_table, group_table, method_table
+        from hide.present.pages import Section
         from hide.tiny import CHECKPOINT
 
         if scorer not in SCORERS:
@@ -91,19 +100,20 @@ def evaluate(
         if actors is not None and (ray is None or actors < 1):
             raise ValueError(f"actors: got {actors}, want at least 1, together with --ray")
         _check_count("limit", limit)
-        names = _method_names(methods, load.model or CHECKPOINT)
+        names = _way_names(methods, load.model or CHECKPOINT, functools.partial(_warn, console))
         samples = functools.partial(read_data, data, limit)
         _check_readable(data, samples())
         check_folder(out, ("results.jsonl", "summary.md", "report.html"))
-        make = functools.partial(_methods, load, names, corrupt_entities, data)
+        make = functools.partial(_ways, load, names, corrupt_entities, data)
         asked = make()
         settings = {
             "data": data,
             **load.facts(),
             "methods": names,
             "corrupt_entities": corrupt_entities,
-            **{f"{one.name}.{name}": value for one in asked for name, value in one.preset.to_dict().items()},
+            **{f"{way}.{name}": value for way, one in asked.items() for name, value in one.preset.to_dict().items()},
         }
+        ways = {way: held(one, load.weights) for way, one in asked.items()}
         records: list[dict[str, Any]] = []
         with ResultFile(out / "results.jsonl", settings) as results, progress_bar(console) as bar:
             task = bar.add_task("questions", total=limit)
@@ -123,10 +133,23 @@ def evaluate(
                 ask = functools.partial(ask_on_ray, make, address=ray, actors=actors)
             run(ask, samples(), results, retry_failed=retry_failed, progress=done)
             bar.update(task, total=len(records))
-        tables = [table(records, SCORERS[scorer], names) for table in (method_table, group_table)]
-        tables += [bad] if (bad := bad_table(records)) else []
+        score, bad = SCORERS[scorer], bad_table(records)
+        table = method_table(records, score, names, predicted_memory(ways, records))
+        alike = agreement_table(records, score)
+        about = (
+            "p is of McNemar's exact test against the plain answers. Tokens and seconds of a session that ways share "
+            "are counted for each. Memory is predicted, for the largest image."
+        )
+        parts = [
+            Section("Side by side", about, [table]),
+            frontier(records, score),
+            Section("Agreement", tables=[alike]) if len(alike.rows) > 1 else None,
+            Section("Splits and sizes", tables=[group_table(records, score, names), *([bad] if bad else [])]),
+        ]
+        sections = [part for part in parts if part is not None]
+        tables = [table for part in sections for table in part.tables]
         title = f"{data}, {load.model or 'the embedded model'}, {scorer} scorer"
-        page = save_gallery(out / "report.html", title, tables, records, samples(), SCORERS[scorer], settings)
+        page = save_gallery(out / "report.html", title, sections, records, samples(), score, settings)
         _finish(console, out, title, tables, [page, out / "results.jsonl"])
 
 
@@ -136,7 +159,7 @@ def export(
     data: DataOption = "scenes",
     limit: Annotated[int, typer.Option(help="At most so many questions.")] = 200,
     method: Annotated[
-        str, typer.Option(help="Whose pictures stand behind the image, see `hide methods`; plain: none.")
+        str, typer.Option(help="Whose pictures stand behind the image, as in `hide eval`; plain: none.")
     ] = "hide",
     form: Annotated[str, typer.Option(help="llava, messages or webdataset; another one later asks nothing again.")] = (
         "llava"
@@ -206,9 +229,9 @@ def calibrate(
         bool, typer.Option("--heads", help="Instead, the heads that `hide train q-zoom` makes labels of: heads.json.")
     ] = False,
     request: Annotated[str, typer.Option(help="With --heads: what questions are followed by.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for calibration.json, summary.md and the pictures.")] = Path(
-        "hide-calibrate"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, calibration.json, summary.md and pictures.")
+    ] = Path("hide-calibrate"),
 ) -> None:
     """Find the layer, view, sigma and threshold for a model, from questions with the boxes of what they ask about.
 
@@ -233,10 +256,10 @@ def calibrate(
         _check_count("limit", limit)
         _check_count("answers", answers, least=0)
         given = dict.fromkeys(name.strip() for name in views.split(","))
-        looks: list[experiments.View] = [None if name == "whole" else view_tokens(name) for name in given]
+        looks: list[experiments.View] = [view_or_whole(name) for name in given]
         read = functools.partial(read_data, data, seed=_CALIBRATION_SEED)
         _check_readable(data, read(limit))
-        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "layers.png", "grid.png"))
+        check_folder(out, ("calibration.json", "answers.jsonl", "summary.md", "report.html", "layers.png", "grid.png"))
         chosen = [one for one in read(limit) if isinstance(one, Sample) and one.boxes]
         if not chosen:
             raise ValueError(f"data: {data} has no boxes, and without them there is nothing to calibrate by")
@@ -269,8 +292,6 @@ def calibrate(
         view = experiments.best_view(swept)
         _, sigma, threshold, _, _, grid = swept[view]
         hide = hide.changed(view_tokens=view, sigma=sigma, threshold=threshold)
-        tables = [experiments.layer_table(layers), experiments.view_table(swept), *experiments.grid_tables(grid)]
-        tables += _failed_table(failed, len(chosen))
         out.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
             "data": data,
@@ -292,6 +313,7 @@ def calibrate(
 
         save()  # what was measured is not lost for an error in the answers
         pictures = experiments.save_pictures(out, layers, grid)
+        forms: list[ResultTable] = []
         if answers:
             task = bar.add_task("answers", total=answers)
             settings = {"data": data, **load.facts(), **hide.preset.to_dict()}
@@ -305,17 +327,22 @@ def calibrate(
                 ask = functools.partial(ask_here, forms_of_collage(hide))
                 with_boxes = (one for one in read(answers) if not isinstance(one, Sample) or one.boxes)
                 run(ask, with_boxes, results, progress=done)
-            tables.append(method_table(records, SCORERS["strict"]))
-            tables += [bad] if (bad := bad_table(records)) else []
+            forms = [method_table(records, SCORERS["strict"]), *([bad] if (bad := bad_table(records)) else [])]
             found["answers"] = records
             save()
-    _finish(console, out, f"{data}, {load.model or 'the embedded model'}", tables, [file, *pictures])
     changes = {
         name: value
         for name, value in dataclasses.asdict(hide.settings).items()
         if value != next(f.default for f in dataclasses.fields(hide.settings) if f.name == name)
     }
-    Console().print(f"recommended: HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})")
+    recommended = f"HiDeConfig({', '.join(f'{name}={value!r}' for name, value in changes.items())})"
+    sections = experiments.sections(layers, swept, grid, pictures, forms, _failed_table(failed, len(chosen)))
+    title = f"{data}, {load.model or 'the embedded model'}"
+    about = {"data": data, **load.facts(), "questions": len(chosen), "preset": preset, "views": views}
+    page = experiments.save_page(out / "report.html", title, sections, view, recommended, about)
+    tables = [table for part in sections for table in part.tables]
+    _finish(console, out, title, tables, [page, file, *pictures])
+    Console().print(f"recommended: {recommended}")
     if view is not None:
         Console().print(f"on a view: RunSettings(view_tokens={view!r}), --view {view}")
 
@@ -328,14 +355,15 @@ def _failed_table(failed: dict[str, str], asked: int) -> list[ResultTable]:
     return [ResultTable(title, ("question", "error"), list(failed.items()))] if failed else []
 
 
-def forms_of_collage(hide: HiDe) -> list[Method[Any]]:
+def forms_of_collage(hide: HiDe) -> dict[str, Method[Any]]:
     """Plain and HiDe, its boxes shown in other forms, and the right boxes, all with its settings."""
     from hide.methods.ablations import Masked, OneCrop, Tiles, TrueBoxes
     from hide.methods.base import NoSettings
     from hide.methods.plain import Plain
 
     plain = Plain(hide.model, hide.preset.with_settings(NoSettings()))
-    return [plain, hide, *(form(hide.model, hide.preset) for form in (Tiles, Masked, OneCrop, TrueBoxes))]
+    forms = [plain, hide, *(form(hide.model, hide.preset) for form in (Tiles, Masked, OneCrop, TrueBoxes))]
+    return {form.name: form for form in forms}
 
 
 @options_of(ModelOptions)
@@ -412,42 +440,50 @@ def _warn(console: Console, text: str) -> None:
     console.print(f"[yellow]left out[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _method_names(text: str, model: str | Path) -> list[str]:
-    from hide.methods import BUILT_IN, TRAINED, method_names
+def _way_names(text: str, model: str | Path, left_out: Callable[[str], None]) -> list[str]:
+    """The ways of answering that `--methods` names; all: every method that is installed and runs on the model, plain
+    and HiDe also on a view.
+
+    left_out: called with each method of another package that cannot be loaded, where all are wanted.
+    """
+    from hide.methods import TRAINED, method_class, method_names, method_of
     from hide.models.checkpoint import CONFIG, find_file
 
-    known, asked = method_names(), list(dict.fromkeys(name.strip() for name in text.split(",")))
-    if text == "all":
-        file = find_file(model, CONFIG[0])
-        has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-        asked = [name for name in BUILT_IN if name not in TRAINED or has.get(TRAINED[name])]
-    if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
+    known = method_names()
+    if text != "all":
+        # Commas between brackets are not between ways.
+        asked = list(dict.fromkeys(name.strip() for name in re.split(r",(?![^\[]*\])", text)))
+        if unknown := [name for name in asked if method_of(name) not in known]:
+            raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
+        return asked
+    file, asked = find_file(model, CONFIG[0]), []
+    has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    for name in known:
+        if name in TRAINED and not has.get(TRAINED[name]):
+            continue
+        try:
+            method_class(name)
+        except ValueError as error:
+            left_out(str(error))
+            continue
+        asked += [name, f"{name}@auto"] if name in ("plain", "hide") else [name]
     return asked
 
 
-def _methods(load: LoadOptions, names: Sequence[str], corrupt: str | None, data: str) -> list[Method[Any]]:
-    """The methods on one model; those that extract entities with wrong ones, where that is asked for."""
+def _ways(load: LoadOptions, names: Sequence[str], corrupt: str | None, data: str) -> dict[str, Method[Any]]:
+    """The ways of answering on one model; those that extract entities with wrong ones, where that is asked for."""
     from hide.methods.hide.method import HiDe
 
-    made = load.methods(names)
+    made = dict(zip(names, load.methods(names), strict=True))
     if corrupt is None:
         return made
-    from hide.evaluation.entity_quality import corrupting, labelled_questions
-    from hide.tiny.scenes import KINDS
+    from hide.evaluation.entity_quality import other_things, with_wrong_entities
 
-    others = KINDS if data.startswith("scenes") else sorted({one for q in labelled_questions() for one in q.entities})
-    return [
-        type(method)(
-            method.model,
-            method.preset,
-            extractor=corrupting(method.entities, corrupt, others),
-            notes=method.notes,
-        )
-        if isinstance(method, HiDe)
-        else method
-        for method in made
-    ]
+    others = other_things(data)
+    return {
+        name: with_wrong_entities(method, corrupt, others) if isinstance(method, HiDe) else method
+        for name, method in made.items()
+    }
 
 
 def _finish(console: Console, out: Path, title: str, tables: Sequence[ResultTable], files: Sequence[Path]) -> None:
@@ -456,7 +492,14 @@ def _finish(console: Console, out: Path, title: str, tables: Sequence[ResultTabl
 
     command = shlex.join(["hide", *sys.argv[1:]])
     (out / "summary.md").write_text(markdown(title, command, tables), encoding="utf-8", errors="replace")
+    screen = Console()
+    unlimited = screen.options.update(width=10_000)
     for table in tables:
-        Console().print(table.rich())
+        drawn = table.rich()
+        # A table of all methods by all methods cannot be read with its words cut off.
+        if len(table.header) > 9 and screen.measure(drawn, options=unlimited).minimum > screen.width:
+            screen.print(escape(f"{table.title}: too wide for this terminal, see summary.md"), highlight=False)
+        else:
+            screen.print(drawn)
     for file in (out / "summary.md", *files):
         console.print(escape(str(file)), highlight=False, soft_wrap=True)

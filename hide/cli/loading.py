@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
@@ -94,19 +95,21 @@ class LoadOptions(ModelOptions):
         return assigned(self.setting or (), {name: value for name, value in given.items() if value is not None})
 
     def methods(self, names: Sequence[str], model: Adapter | None = None) -> list[Method[Any]]:
-        """Methods on one model, which is loaded unless it is given.
+        """Methods on one model, which is loaded unless it is given; names may be those of `way_of`, with settings.
 
-        A change that is none of a method's is for the others; `ValueError` for one that is none of any.
+        A change of the options that is none of a method's is for the others; `ValueError` for one that is none of any,
+        and for a name's own that is none of its method.
         """
         from hide.methods import method_class
         from hide.presets import MODELS
 
-        classes = [method_class(name) for name in names]
+        asked = [way_of(name) for name in names]
+        classes = [method_class(name) for name, _ in asked]
         owner = next((kind for kind in classes if self.preset in kind.presets), None)
         model = self.load() if model is None else model
         changes, unused = self.changes(), set(self.changes())
         made: list[Method[Any]] = []
-        for kind in classes:
+        for kind, (name, own) in zip(classes, asked, strict=True):
             if owner is not None and self.preset is not None and self.preset not in {*kind.presets, *MODELS}:
                 # One that other methods here know: this one has its own settings, and is run and asked in their way.
                 shared = owner.presets[self.preset]
@@ -116,7 +119,11 @@ class LoadOptions(ModelOptions):
                 preset, notes = kind.preset_for(model, self.preset)
             mine = {name: value for name, value in changes.items() if name in preset.to_dict()}
             unused -= mine.keys()
-            made.append(kind(model, preset.changed(**mine), notes=notes))
+            if strange := own.keys() - preset.to_dict().keys():
+                raise ValueError(
+                    f"methods: {name} has no {', '.join(sorted(strange))}; it has {', '.join(preset.to_dict())}"
+                )
+            made.append(kind(model, preset.changed(**{**mine, **own}), notes=notes))
         if unused:
             known = dict.fromkeys(name for method in made for name in method.preset.to_dict())
             raise ValueError(
@@ -150,6 +157,28 @@ def view_tokens(text: str) -> Any:
     if text != "auto" and not text.isdecimal():
         raise ValueError(f"view: got {text!r}, want a number of tokens, or auto")
     return text if text == "auto" else int(text)
+
+
+def view_or_whole(text: str) -> Any:
+    """As `view_tokens`; `None`, the whole image, for "whole"."""
+    return None if text == "whole" else view_tokens(text)
+
+
+_WAY = re.compile(r"([^@\[\]]+)(?:@([^@\[\]]+))?(?:\[(.*)\])?")
+
+
+def way_of(text: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and settings of its own, out of NAME, NAME@VIEW, NAME[SETTING=VALUE,...] or both.
+
+    "hide@auto[gate=3]" is HiDe on a view that is chosen by the image's size, with a gate. Raises `ValueError` for any
+    other form, and for a setting that comes twice.
+    """
+    match = _WAY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"methods: got {text!r}, want NAME, NAME@VIEW, NAME[SETTING=VALUE,...] or NAME@VIEW[...]")
+    name, view, settings = match.groups()
+    given = {} if view is None else {"view_tokens": view_or_whole(view)}
+    return name, assigned(re.split(r",(?=\s*\w+\s*=)", settings) if settings else (), given)
 
 
 def options_of(kind: type[ModelOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:

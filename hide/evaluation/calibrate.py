@@ -24,6 +24,7 @@ from hide.methods.hide.entities import Entities
 from hide.methods.hide.method import HiDe, region_boxes
 from hide.methods.q_zoom.method import QZoom, prompt_of
 from hide.models.base import Adapter
+from hide.present.pages import Section, embedded, render
 from hide.present.table import ResultTable
 from hide.session import open_session
 from hide.training.heads import HeadScore, Rows, head_scores
@@ -350,6 +351,60 @@ def save_pictures(directory: Path, layers: Sequence[LayerScore], grid: Grid) -> 
             )  # fmt: skip
     figure.savefig(paths[1], dpi=110)
     return paths
+
+
+def sections(
+    layers: Sequence[LayerScore],
+    views: Mapping[View, ViewScore],
+    grid: Grid,
+    pictures: Sequence[Path],
+    forms: Sequence[ResultTable],
+    failed: Sequence[ResultTable],
+) -> list[Section]:
+    """The experiments as parts of a page.
+
+    pictures: of `save_pictures`. forms: the answers by the form in which the boxes are shown. failed: questions that
+    could not be measured.
+    """
+    by_layer, by_setting = (embedded(Image.open(picture).convert("RGB"), "PNG") for picture in pictures)
+    found = [
+        Section(
+            "Layers",
+            "How much of each layer's attention lies in the true boxes, before and after purifying. The line marks the "
+            "best layer.",
+            [layer_table(layers)],
+            [(by_layer, "Attention in the true boxes by layer; the table has the figures", "")],
+        ),
+        Section(
+            "Views",
+            "What is found on a view of the image, with the sigma and threshold that are best on it. The view with the "
+            "fewest tokens within a standard error of the best is taken.",
+            [view_table(views)],
+        ),
+        Section(
+            "Sigma and threshold",
+            f"On the view that is taken, {view_name(best_view(views))}. What is framed is recommended.",
+            grid_tables(grid),
+            [(by_setting, "Recall, precision, collage and value; the tables have the figures", "")],
+            wide=True,
+        ),
+    ]
+    if forms:
+        about = "The same boxes as a layout-preserving collage (hide), in a row, in the whole image, and as one crop."
+        found.append(Section("Layout", about, forms))
+    return [*found, *([Section("Failed", tables=failed)] if failed else [])]
+
+
+def save_page(
+    path: Path, title: str, parts: Sequence[Section], view: View, recommended: str, settings: Mapping[str, Any]
+) -> Path:
+    """Write the page and return its path; settings: of the run, shown last."""
+    look = "" if view is None else f", view_tokens={view!r}"
+    page = render(
+        "calibration.html", title=title, recommended=f"{recommended}{look}", sections=parts, settings=settings
+    )
+    path.write_text(page, encoding="utf-8", errors="replace")
+    return path
 
 
 def to_dict(layers: Sequence[LayerScore], views: Mapping[View, ViewScore], grid: Grid) -> dict[str, Any]:

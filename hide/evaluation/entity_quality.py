@@ -7,11 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hide.evaluation.files import json_records
 from hide.methods.hide.entities import Entities
 from hide.questions import Question
+
+if TYPE_CHECKING:
+    from hide.methods.hide.method import HiDe
 
 CORRUPTIONS = ("drop", "wrong", "add")
 
@@ -120,6 +123,21 @@ def score_entities(
         if progress is not None:
             progress()
     return EntityScores(things, words, tuple(wrong))
+
+
+def other_things(data: str) -> list[str]:
+    """Things that a data set's questions, by its name, could ask about as well: those of drawn scenes, for others those
+    of the project's own questions."""
+    from hide.tiny.scenes import KINDS
+
+    own = (entity for question in labelled_questions() for entity in question.entities)
+    return list(KINDS) if data.startswith("scenes") else sorted(set(own))
+
+
+def with_wrong_entities(hide: HiDe, how: str, others: Sequence[str]) -> HiDe:
+    """The same method, of whose entities one of every question is wrong; how, others: as `corrupting`."""
+    extractor = corrupting(hide.entities, how, others)
+    return type(hide)(hide.model, hide.preset, extractor=extractor, notes=hide.notes)
 
 
 def corrupting(extract: Callable[[Question], Entities], how: str, others: Sequence[str]) -> Callable[[str], str]:

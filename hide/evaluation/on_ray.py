@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from hide.evaluation.data import Sample
@@ -20,17 +20,17 @@ RETRIES = 2  # of a question whose actor died
 
 
 class _Answerer:
-    """An actor: methods with one model, and the questions that it is sent."""
+    """An actor: ways of answering with one model, and the questions that it is sent."""
 
-    def __init__(self, load: Callable[[], Sequence[Method[Any]]]) -> None:
-        self.methods = load()
+    def __init__(self, load: Callable[[], Mapping[str, Method[Any]]]) -> None:
+        self.ways = load()
 
     def answer(self, sample: Sample) -> dict[str, Any]:
-        return {**answer(self.methods, sample), "worker": os.getpid()}
+        return {**answer(self.ways, sample), "worker": os.getpid()}
 
 
 def ask_on_ray(
-    load: Callable[[], Sequence[Method[Any]]],
+    load: Callable[[], Mapping[str, Method[Any]]],
     samples: Iterable[Sample],
     *,
     address: str = "local",
@@ -39,7 +39,7 @@ def ask_on_ray(
     """Records of all samples, in the order in which they are done; see `hide.evaluation.runner.evaluate`.
 
     Args:
-        load: makes the methods with their model, in each actor once; picklable.
+        load: makes the ways (`hide.evaluation.runner.answers`) with their model, in each actor once; picklable.
         samples: read as actors become free. Pictures in files are read by the actor, from the same path.
         address: "local" starts Ray here; else the address of a running cluster ("auto", "host:6379", "ray://...").
         actors: how many models; default one per GPU of the cluster, without GPUs one per CPU.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from hide.questions import LETTERS, Question
@@ -90,19 +90,24 @@ class Share(NamedTuple):
 
 
 def share(results: Sequence[bool | None]) -> Share:
-    """How many are true; `None` counts as false (Wilson 1927: usable at 0 and 1 and for few questions)."""
+    """How many are true; `None` counts as false."""
     total, right = len(results), sum(result is True for result in results)
-    if not total:
-        return Share(0, 0, math.nan, math.nan, math.nan)
-    from scipy.stats import binomtest  # a second of importing
+    return Share(right, total, right / total, *wilson(right / total, total)) if total else Share(0, 0, *[math.nan] * 3)
 
-    low, high = binomtest(right, total).proportion_ci(method="wilson")
-    return Share(right, total, right / total, float(low), float(high))
+
+def wilson(value: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `total`, of which it need not be a whole number (Wilson 1927: usable at 0 and 1
+    and for few)."""
+    z = NormalDist().inv_cdf(0.975)
+    centre, scale = value + z**2 / (2 * total), 1 + z**2 / total
+    half = z * math.sqrt(value * (1 - value) / total + (z / (2 * total)) ** 2)
+    return (centre - half) / scale if value > 0 else 0.0, (centre + half) / scale if value < 1 else 1.0
 
 
 class Difference(NamedTuple):
-    """How much larger one share is than another of the same questions, with its 95 % interval, which is NaN of fewer
-    than two groups; all NaN of nothing."""
+    """How much larger one share is than another of the same questions, with its 95 % interval; that is NaN where all
+    groups differ alike, of which nothing can be learnt by resampling, or there are fewer than two. All NaN of nothing.
+    """
 
     value: float
     low: float
@@ -134,11 +139,33 @@ def difference(ours: Sequence[bool | None], theirs: Sequence[bool | None], group
     for one, other, group in zip(ours, theirs, groups, strict=True):
         leads[names.index(group)] += (one is True) - (other is True)
         counts[names.index(group)] += 1
-    if len(names) < 2:
+    if np.ptp(leads / counts) == 0:
         return Difference(float(leads.sum() / counts.sum()), math.nan, math.nan)
     drawn = np.random.default_rng(0).integers(0, len(names), (RESAMPLES, len(names)))
     low, high = np.percentile(leads[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
     return Difference(float(leads.sum() / counts.sum()), float(low), float(high))
+
+
+class Paired(NamedTuple):
+    """One way of answering beside another on the same questions: how much more often it is right, how many it answers
+    right that the other does not, and the reverse, and the probability of two numbers at least as far apart if each was
+    as likely (McNemar 1947, exact, two-sided)."""
+
+    lead: Difference
+    gained: int
+    lost: int
+    p: float
+
+
+def paired(ours: Sequence[bool | None], theirs: Sequence[bool | None], groups: Sequence[str]) -> Paired:
+    """Of what is true; `None` counts as false. groups: as for `difference`; the probability takes questions one by
+    one."""
+    from scipy.stats import binomtest
+
+    gained = sum(one is True and other is not True for one, other in zip(ours, theirs, strict=True))
+    lost = sum(other is True and one is not True for one, other in zip(ours, theirs, strict=True))
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Paired(difference(ours, theirs, groups), gained, lost, p)
 
 
 def sound(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,16 +175,14 @@ def sound(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 class MethodScore(NamedTuple):
     """One method over all questions: how many are right; replies that could not be read; mean tokens and seconds of
-    the questions that did not fail; how many it answers right that the plain question does not, and the reverse: `None`
-    where that was not asked.
+    the questions that did not fail; and it beside the plain question: `None` where that was not asked.
     """
 
     share: Share
     unreadable: int
     tokens: float
     seconds: float
-    gained: int | None
-    lost: int | None
+    against_plain: Paired | None
 
 
 # Whose scores are shown where every question failed and nobody says which methods were asked.
@@ -172,12 +197,12 @@ def score_methods(
     methods: whose scores are wanted where every question failed.
     """
     found, records = {}, sound(records)
-    names = _methods(records, methods)
+    names = methods_in(records, methods)
     for method in names:
         asked = [record for record in records if record["error"] or method in record["replies"]]
         answered = [record for record in asked if not record["error"]]
         right = [verdict(record, method, scorer) for record in asked]
-        both = list(zip(right, (verdict(record, "plain", scorer) for record in asked), strict=True))
+        plainly = [verdict(record, "plain", scorer) for record in asked]
         tokens, seconds = (
             fmean(record[what][method] for record in answered) if answered else math.nan
             for what in ("tokens", "seconds")
@@ -187,10 +212,21 @@ def score_methods(
             sum(one is None and not record["error"] for one, record in zip(right, asked, strict=True)),
             tokens,
             seconds,
-            gained=sum(bool(ours) and not theirs for ours, theirs in both) if "plain" in names else None,
-            lost=sum(bool(theirs) and not ours for ours, theirs in both) if "plain" in names else None,
+            paired(right, plainly, [group_of(record) for record in asked]) if "plain" in names else None,
         )
     return found
+
+
+def group_of(record: dict[str, Any]) -> str:
+    """What questions about one picture have in common."""
+    return str(record.get("picture") or record["id"])
+
+
+def agreement(records: Sequence[dict[str, Any]], scorer: Scorer, one: str, other: str) -> float:
+    """The part of the questions that both ways answered which both get right or both wrong; NaN of none."""
+    both = [record for record in sound(records) if {one, other} <= record["replies"].keys()]
+    alike = [(verdict(r, one, scorer) is True) == (verdict(r, other, scorer) is True) for r in both]
+    return fmean(alike) if alike else math.nan
 
 
 def score_groups(
@@ -212,7 +248,7 @@ def score_groups(
             name,
             {
                 method: share([verdict(r, method, scorer) for r in chosen if r["error"] or method in r["replies"]])
-                for method in _methods(records, methods)
+                for method in methods_in(records, methods)
             },
             sum(bool(record["error"]) for record in chosen),
         )
@@ -234,7 +270,7 @@ def _size(tokens: float) -> str:
     return f"up to {above[0]:,} image tokens" if above else f"above {_SIZES[-1]:,} image tokens"
 
 
-def _methods(records: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[str]:
+def methods_in(records: Sequence[dict[str, Any]], methods: Sequence[str] = USUAL) -> list[str]:
     """In the order in which they were asked; where no question could be, `methods`."""
     return list(dict.fromkeys(method for record in records for method in record["replies"])) or list(methods)
 

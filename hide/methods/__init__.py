@@ -8,6 +8,7 @@ A package registers its own by an entry point of the group `hide.methods`, in it
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hide.methods.base import Method
 
-__all__ = ["BUILT_IN", "GROUP", "TRAINED", "method_class", "method_names"]
+__all__ = ["BUILT_IN", "GROUP", "TRAINED", "method_class", "method_names", "method_of"]
 
 GROUP = "hide.methods"
 BUILT_IN = {
@@ -28,6 +29,7 @@ BUILT_IN = {
     "tiles": "hide.methods.ablations:Tiles",
     "masked": "hide.methods.ablations:Masked",
     "crop": "hide.methods.ablations:OneCrop",
+    "no-prior": "hide.methods.ablations:WithoutPrior",
     "true-boxes": "hide.methods.ablations:TrueBoxes",
     "zoom-refine-random": "hide.methods.ablations:RandomBox",
 }
@@ -40,6 +42,11 @@ checkpoints they are asked by name alone."""
 def method_names() -> tuple[str, ...]:
     """All that can be asked for: ours, then those of other packages that are installed."""
     return tuple(dict.fromkeys([*BUILT_IN, *_registered()]))
+
+
+def method_of(way: str) -> str:
+    """The method's name in that of a way of answering, which settings may follow: "hide" of "hide@auto[gate=3]"."""
+    return re.split(r"[@\[]", way, maxsplit=1)[0]
 
 
 def method_class(name: str) -> type[Method[Any]]:

@@ -1,5 +1,5 @@
-"""What the parts of methods contribute: HiDe's boxes in another form than its collage, the right boxes in HiDe's form,
-and Zoom-Refine's crop at a random place."""
+"""What the parts of methods contribute: HiDe's boxes in another form than its collage, its maps without the noise
+prior, the right boxes in HiDe's form, and Zoom-Refine's crop at a random place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hide.images import on_colour, to_image, to_tensor
 from hide.methods.base import Answer, Evidence, Steps
-from hide.methods.hide.method import HiDe, Zoom
+from hide.methods.hide.method import EntityMaps, EntityRows, HiDe, Zoom
 from hide.methods.zoom_refine.method import ZoomRefine
 from hide.methods.zoom_refine.parse import Box
 from hide.questions import Question
@@ -92,6 +92,17 @@ class OneCrop(BoxesShown):
         """The smallest crop that holds all boxes."""
         low, high = boxes[:, :2].amin(0).tolist(), boxes[:, 2:].amax(0).tolist()
         return on_colour(image).crop((*low, *high))
+
+
+class WithoutPrior(HiDe):
+    """Attention as it is."""
+
+    name: ClassVar[str] = "no-prior"
+    summary: ClassVar[str] = "HiDe, with maps from which the noise prior is not subtracted"
+
+    def maps(self, rows: EntityRows) -> EntityMaps:
+        """See `HiDe`."""
+        return super().maps(EntityRows(tuple(of_image[rows.prior_rows :] for of_image in rows.rows), 0, rows.labels))
 
 
 class TrueBoxes(HiDe):

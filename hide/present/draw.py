@@ -7,8 +7,8 @@ pixels x0, y0, x1, y1, merged as a collage has them; maps are (T, rows, columns)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from hide.images import on_colour
 from hide_kernels.collage import plan_layout
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Size = tuple[int, int]
@@ -290,6 +291,59 @@ def _panels(
     bar.set_label(scale, parse_math=False)
     if mark is not None:
         bar.ax.axvline(mark, color="black", linewidth=2)
+    return _rendered(figure)
+
+
+class CostPoint(NamedTuple):
+    """A share of right answers, with the ends of its interval, at a cost."""
+
+    cost: float
+    share: float
+    low: float
+    high: float
+
+
+_MARKERS = "osD^vxP*<>ph"
+
+
+def tenth_below(lows: Iterable[float]) -> float:
+    """Where an axis of shares begins that holds intervals with these lower ends; 0 where there are none."""
+    return int(10 * min(lows, default=0.0)) / 10
+
+
+def frontier_panel(axes: Axes, series: Mapping[str, Sequence[CostPoint]], cost: str, lowest: float = 0.0) -> None:
+    """Right answers over a cost, on a logarithmic scale: a line for each series, through its points in their order.
+
+    series: by name; one without points keeps its colour for other panels. cost: what it is called. lowest: share at
+    which the axis begins.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for number, (name, own) in enumerate(series.items()):
+        if not own:
+            continue
+        ends = [[one.share - one.low for one in own], [one.high - one.share for one in own]]
+        axes.errorbar(
+            [one.cost for one in own], [one.share for one in own], yerr=ends, label=name, capsize=2, linewidth=1,
+            marker=_MARKERS[number % len(_MARKERS)], color=f"C{number}",
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel=cost, ylim=(lowest, 1.02))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+
+
+def frontier_figure(series: Mapping[str, Sequence[CostPoint]], cost: str) -> Image.Image:
+    """One `frontier_panel`, to be read on a phone too; lines in the order of cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    lowest = tenth_below(point.low for own in series.values() for point in own)
+    frontier_panel(axes, {name: sorted(own) for name, own in series.items()}, cost, lowest)
+    axes.set_ylabel("right answers")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return _rendered(figure)
 
 

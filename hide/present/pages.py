@@ -28,6 +28,7 @@ from hide_kernels.collage import plan_layout
 if TYPE_CHECKING:
     from hide.methods.attend import TokenAttention
     from hide.methods.base import Answer
+    from hide.present.table import ResultTable
 
 MAX_LISTED = 24
 
@@ -258,6 +259,17 @@ def _place(heat: NDArray[np.float32]) -> str:
     down = ("at the top", "in the middle", "at the bottom")[int(3 * (row + 0.5) / heat.shape[0])]
     across = ("left", "centre", "right")[int(3 * (column + 0.5) / heat.shape[1])]
     return f"{down}, {across}"
+
+
+class Section(NamedTuple):
+    """A part of a page of results: under a heading, a sentence or two, tables, and pictures with what to say of each to
+    those who do not see it, and captions. wide: pictures one below the other."""
+
+    heading: str
+    about: str = ""
+    tables: Sequence[ResultTable] = ()
+    pictures: Sequence[tuple[Embedded, str, str]] = ()
+    wide: bool = False
 
 
 class Embedded(NamedTuple):

@@ -293,11 +293,13 @@ def draw_scene(
 
 
 def large_scene(seed: int, tokens: tuple[int, int]) -> Scene:
-    """A cluttered picture with a number of image tokens of 28 x 28 pixels in a range."""
+    """A cluttered picture with a number of image tokens of 28 x 28 pixels in a range; with at most one thing for each
+    ten tokens, as small ones have no room for more."""
     rng = np.random.default_rng(seed)
     wanted, aspect = rng.uniform(*tokens), rng.uniform(0.8, 1.7)
     width, height = (math.ceil(28 * (wanted * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
-    return draw_scene(seed, width, height, objects=int(rng.integers(5, 11)), object_size=(30, 90))
+    objects = min(int(rng.integers(5, 11)), max(2, int(wanted / 10)))
+    return draw_scene(seed, width, height, objects=objects, object_size=(30, 90))
 
 
 def questions(scene: Scene, rng: np.random.Generator, *, positions: int | None = None) -> list[Question]:
