@@ -51,7 +51,7 @@ from hide.presets import RunSettings
 from hide.session import preprocess
 from hide.tiny import CHECKPOINT
 from hide.training.loop import TRAINED, fit, save_picture
-from hide.training.objectives import Loss
+from hide.training.objectives import Loss, together
 from hide.training.settings import Recipe
 
 ARMS, SEEDS = ("images", "decoupled"), (0, 1, 2)
@@ -163,8 +163,8 @@ def train(folder: Path, examples: Sequence[Example], arm: str, seed: int, recipe
         name: one.requires_grad_(True) for name, one in model.model.named_parameters() if "visual" not in name
     }
 
-    def loss(example: Example, epoch: int) -> Loss:
-        return answer_loss(model, example, run, decoupled=arm == "decoupled")
+    def loss(images: Sequence[Example], epoch: int) -> Loss:
+        return together(answer_loss(model, example, run, decoupled=arm == "decoupled") for example in images)
 
     def progress(step: int, steps: int) -> None:
         if step % 50 == 0 or step == steps:
