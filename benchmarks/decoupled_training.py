@@ -21,7 +21,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count, groupby, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,15 +196,12 @@ def ask(checkpoint: str | Path, path: Path, questions: int, whole: int) -> list[
     for view in (VIEW, None):
         own = HiDe(hide.model, hide.preset.changed(view_tokens=view))
         plain = Plain(hide.model, own.preset.with_settings(NoSettings()))
-        runs.append(Run(view, own, {plain_way(view): plain, hide_way(view): own}))
+        runs.append(Run(view, {plain_way(view): plain, hide_way(view): own}))
     settings = {**hide.preset.to_dict(), "data": f"from seed {_UNSEEN_SEED}", "view": VIEW}
     with ResultFile(path, settings) as results:
         chosen = list(islice(samples(_UNSEEN_SEED), questions))
-        first = [own.id for own in chosen[:whole]]
-        for _, group in groupby(chosen, key=lambda one: one.picture):
-            own = list(group)
-            record_all(runs if own[0].id in first else runs[:1], iter(own), results)
-        return [results.records[one.id] for one in chosen]
+        both, alone = iter(chosen[:whole]), iter(chosen[whole:])
+        return [*record_all(runs, both, results), *record_all(runs[:1], alone, results)]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
