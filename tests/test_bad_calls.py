@@ -402,6 +402,8 @@ def test_method_names_that_are_none_are_shown(text, unknown):
     with pytest.raises(ValueError, match=f"^methods: got {unknown}, want any of plain, hide"):
         _way_names(text, "no checkpoint", print)
     assert _way_names(" hide, plain ,hide", "no checkpoint", print) == ["hide", "plain"]
+    every = _way_names("all", "no checkpoint", print)
+    assert _way_names("all,hide@700,plain", "no checkpoint", print) == [*every, "hide@700"]
 
 
 def test_a_method_on_a_session_that_is_run_otherwise_says_so(model):

@@ -450,24 +450,24 @@ def _way_names(text: str, model: str | Path, left_out: Callable[[str], None]) ->
     from hide.models.checkpoint import CONFIG, find_file
 
     known = method_names()
-    if text != "all":
-        # Commas between brackets are not between ways.
-        asked = list(dict.fromkeys(name.strip() for name in re.split(r",(?![^\[]*\])", text)))
-        if unknown := [name for name in asked if method_of(name) not in known]:
-            raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
-        return asked
-    file, asked = find_file(model, CONFIG[0]), []
-    has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-    for name in known:
-        if name in TRAINED and not has.get(TRAINED[name]):
-            continue
-        try:
-            method_class(name)
-        except ValueError as error:
-            left_out(str(error))
-            continue
-        asked += [name, f"{name}@auto"] if name in ("plain", "hide") else [name]
-    return asked
+    # Commas between brackets are not between ways.
+    asked = [name.strip() for name in re.split(r",(?![^\[]*\])", text)]
+    if unknown := [name for name in asked if name != "all" and method_of(name) not in known]:
+        raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
+    every: list[str] = []
+    if "all" in asked:
+        file = find_file(model, CONFIG[0])
+        has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        for name in known:
+            if name in TRAINED and not has.get(TRAINED[name]):
+                continue
+            try:
+                method_class(name)
+            except ValueError as error:
+                left_out(str(error))
+                continue
+            every += [name, f"{name}@auto"] if name in ("plain", "hide") else [name]
+    return list(dict.fromkeys(one for name in asked for one in (every if name == "all" else [name])))
 
 
 def _ways(load: LoadOptions, names: Sequence[str], corrupt: str | None, data: str) -> dict[str, Method[Any]]:
