@@ -80,6 +80,18 @@ def test_queries_are_split_over_programs_where_few_keys_are_asked_for(reduction,
     assert dict(launched)["receive"][1] > 2
 
 
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_a_program_that_takes_many_tiles_of_queries_masks_both_ends(reduction, launched, monkeypatch):
+    monkeypatch.setattr(rows_launch, "INTERPRETED", rows_launch.Card((8, 0), 1))
+    window = {"q_positions": torch.arange(301), "causal": True, "window": 190, "key_spans": [(100, 130)]}
+    for arguments in (window, {}):
+        case = Case("many tiles", batch=1, heads=2, kv_heads=1, rows=301, length=301, depth=32, arguments={
+            "reduction": reduction, **arguments,
+        })  # fmt: skip
+        assert max(received_error_of(case, torch.float16, "cpu", backend="triton")) <= 1
+        assert dict(launched)["receive"][1] < 4
+
+
 def test_a_query_with_an_infinite_lse_gives_nothing_and_is_not_counted(launched):
     query, key, _ = Case("infinite", heads=2, kv_heads=1, rows=70).inputs(torch.float16)
     for reduction in ("sum", "mean", "max"):

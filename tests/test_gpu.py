@@ -10,6 +10,7 @@ from test_regions import PATTERNS, spiral
 
 from hide.images import decode
 from hide_kernels import (
+    attention_received,
     attention_rows,
     attention_rows_workspace,
     collage,
@@ -25,7 +26,16 @@ from hide_kernels import (
 from hide_kernels.collage import compiled
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.pixel_values import compiled as patches
-from hide_kernels.testing.cases import CASES, SERVING_CASES, Case, ServingCase, error_of
+from hide_kernels.testing.cases import (
+    CASES,
+    RECEIVED_CASES,
+    RECEIVED_SERVING_CASES,
+    SERVING_CASES,
+    Case,
+    ServingCase,
+    error_of,
+    received_error_of,
+)
 from hide_kernels.testing.map_cases import MAP_CASES, MAP_ERROR, map_error
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +73,31 @@ def test_the_kernels_serve_every_kind_of_call_within_budget(case, dtype, launche
 @pytest.mark.parametrize("rows", [1, 16, 32, 70, 600])
 def test_rows_over_many_keys_are_within_budget(dtype, rows):
     assert max(error_of(Case("long", 1, 28, 4, rows, 128, 20_011), dtype, "cuda", backend="triton")) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*RECEIVED_CASES, *RECEIVED_SERVING_CASES], ids=lambda case: case.name)
+def test_what_keys_receive_is_within_budget_in_every_kind_of_call(case, dtype, launched):
+    assert max(received_error_of(case, dtype, "cuda", backend="triton")) <= 1
+    assert names(launched)[-1] == "join_heads"
+
+
+def test_what_keys_receive_never_synchronises_has_the_same_bits_and_replays_in_a_graph():
+    query, key = tensors(batch=1, rows=3001)
+    arguments = {"reduction": "mean", "causal": True, "q_positions": torch.arange(3001, device="cuda")}
+    want = attention_received(query, key, **arguments).received
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = attention_received(query, key, **arguments).received
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention_received(query, key, **arguments).received
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, want)
 
 
 def test_the_kernels_are_what_a_cuda_call_gets(launched):

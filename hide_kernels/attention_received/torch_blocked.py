@@ -129,5 +129,6 @@ def _queries_that_see(first: Tensor, stop: Tensor, heads: int, length: int, know
     """(Hq, N): how many queries, of those with a finite lse, see each key."""
     seeing = torch.ones(heads, len(first), device=first.device) if known is None else known.isfinite().float()
     change = torch.zeros(heads, length + 1, dtype=seeing.dtype, device=first.device)
-    change.index_add_(1, first, seeing).index_add_(1, stop.maximum(first), seeing, alpha=-1)
+    # Where a query's interval ends before it begins lie keys that no query sees: what is counted there divides nothing.
+    change.index_add_(1, first, seeing).index_add_(1, stop, seeing, alpha=-1)
     return change.cumsum(1)[:, :length]
