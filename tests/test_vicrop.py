@@ -55,7 +55,8 @@ def test_the_map_is_the_published_ratio_of_two_whole_forwards(family):
         (found,) = method.maps(session, QUESTION)
     want = rows[0] / rows[1]
     assert found.shape == want.shape == inputs.grids[0] and length < turn.input_ids.shape[1]
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    # Of two rows of float32 models, each within 1e-5; how they round differs between processors.
+    torch.testing.assert_close(found, want, rtol=3e-5, atol=1e-6)
 
 
 def published_window(att, size, base):
