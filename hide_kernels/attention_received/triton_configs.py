@@ -33,7 +33,7 @@ RECEIVE: dict[tuple[Family, int], ReceiveConfig] = {
     ("mma", 64): ReceiveConfig(64, 64, 4),
     ("mma", 128): ReceiveConfig(128, 64, 8, registers=192),
     ("wgmma", 64): ReceiveConfig(64, 64, 4),
-    ("wgmma", 128): ReceiveConfig(128, 64, 8),
+    ("wgmma", 128): ReceiveConfig(128, 32, 8),
     # A thread owns a key's whole row of queries, whose masks and lse it holds as well.
     ("tcgen05", 64): ReceiveConfig(64, 32, 4),
     ("tcgen05", 128): ReceiveConfig(128, 32, 8),
