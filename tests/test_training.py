@@ -676,6 +676,20 @@ def test_all_stages_make_a_checkpoint_that_answers_as_what_was_trained(base, que
     assert torch.equal(adapter.language_model.high_res_head.weight, theirs["high_res_head.weight"])
 
 
+@pytest.mark.parametrize("kept, encodings", [(0, 12), (2**30, 4)])
+def test_images_are_encoded_once_as_long_as_there_is_room(base, questions, tmp_path, monkeypatch, kept, encodings):
+    monkeypatch.setattr(q_zoom, "KEPT", kept)
+    thrice = replace(SMALL, budgets=(40,), region=replace(SMALL.region, epochs=3))
+    training = Training(load(base, device="cpu", dtype="float32"), Pool(questions), tmp_path, thrice)
+    training.labels()
+    calls = []
+    monkeypatch.setattr(q_zoom, "encoded", lambda *seen: calls.append(seen) or encoded(*seen))
+    training.region()
+    assert len(calls) == encodings
+    losses = [line["loss"] for line in read_log(tmp_path / "region")]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
 def test_two_processes_label_a_part_of_the_pictures_each(base, questions, tmp_path):
     adapter = load(base, device="cpu", dtype="float32")
 

@@ -59,6 +59,8 @@ Progress = Callable[[str, int, int | None], None]
 _SEED = 10_000_000
 # Questions about scenes, where nobody says how many.
 SCENES = 6000
+# Bytes of encoded images that are kept for the next epoch.
+KEPT = 2**30
 # As the published code has it in training, whatever the task.
 _REGION_THRESHOLD = 0.1
 
@@ -125,7 +127,7 @@ class Training:
         """
         self.model, self.pool, self.out, self.settings = model, pool, out, settings
         self.processes, self.progress = processes, progress
-        self._encoded: tuple[tuple[str, int], tuple[ImageInputs, Features]] | None = None
+        self._encoded: dict[tuple[str, int], tuple[ImageInputs, Features]] = {}
         depth, layers = settings.depth, model.num_layers
         layer = min(2 * layers // 3, layers - depth) if settings.layer is None else settings.layer
         self.branches = copied_branches(model, layer, depth)
@@ -331,12 +333,16 @@ class Training:
                 parameter.requires_grad_(False)
 
     def _see(self, samples: Sequence[Sample], budget: int) -> list[Seen]:
-        """Questions about one image in so many tokens; an image that was encoded just before is not encoded again."""
+        """Questions about one image in so many tokens."""
         key = samples[0].picture or samples[0].id, budget
-        if self._encoded is None or self._encoded[0] != key:
-            self._encoded = key, encoded(self.model, _picture(samples[0]), self.settings.run(budget))
+        if key not in self._encoded:
+            kept = (one for _, features in self._encoded.values() for one in (features.embeddings, *features.deepstack))
+            if sum(one.nbytes for one in kept) > KEPT:
+                # The newest goes: what stays is there again in every epoch.
+                self._encoded.popitem()
+            self._encoded[key] = encoded(self.model, _picture(samples[0]), self.settings.run(budget))
         prompts = [self.method.prompt(sample.question) for sample in samples]
-        return see(self.model, *self._encoded[1], prompts, self.branches.layer)
+        return see(self.model, *self._encoded[key], prompts, self.branches.layer)
 
     def _budget(self, sample: Sample, epoch: int = 0) -> int:
         budgets = self.settings.budgets

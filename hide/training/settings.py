@@ -114,18 +114,21 @@ class Settings:
         return found
 
 
-# Of the embedded model: its words look at what they name in layer 2, and its things are of a size in pixels.
+# Of the embedded model: its words look at what they name in layer 2, which is the last of the branch's copies, and its
+# things are of a size in pixels.
 PRESETS = {
     "tiny": Settings(
+        layer=1,
+        depth=2,
         heads=Heads("question", {2: (0, 1, 2, 3, 4, 5)}),
         label_tokens=1200,
-        budgets=(200, 350, 500, 700, 1000),
+        budgets=(350, 700, 1000),
         routes=(120, 200, 350, 500, 1000),
         min_tokens=36,
         max_new_tokens=8,
-        region=Recipe(1e-3, 16, epochs=2),
+        region=Recipe(3e-3, 16, epochs=8),
         tuning=Recipe(1e-5, 16, epochs=2),
-        gate=Recipe(1e-3, 16, epochs=2),
+        gate=Recipe(1e-3, 16, epochs=4),
     )
 }
 
