@@ -153,7 +153,7 @@ def _overview_row(seen: Seen, pictures: dict[str, Image.Image]) -> list[tuple[Im
     shown = "nothing else was shown" if seen.shown is None else f"shown: {seen.shown.width} x {seen.shown.height}"
     labels = draw.short(", ".join(seen.labels), 160)
     return [
-        (pictures["heat"], f"attention of: {labels}" if labels else "no map"),
+        (pictures["heat"], f"map: {labels}" if labels else "no map"),
         (pictures["boxes"], count(len(seen.boxes), "box", "es")),
         (pictures.get("layout", pictures.get("shown")), shown),
     ]
