@@ -1,10 +1,11 @@
-"""Which tokens of a prompt are image, and which cell of the picture each of them shows, for Hugging Face models."""
+"""Which tokens of a prompt are image, which cell of the picture each of them shows, and of which patches of the vision
+encoder it is made, for Hugging Face models."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,16 +40,12 @@ def image_spans(
     Raises:
         TypeError, ValueError: for a family that is not supported, a missing argument, or counts that do not match.
     """
-    config = getattr(model_or_config, "config", model_or_config)
-    # Of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
-    family = getattr(type(config), "model_type", None)
-    if family not in _LAYOUTS:
-        raise ValueError(f"model_or_config: got {family or type(config).__name__!r}, want one of {sorted(_LAYOUTS)}")
+    config, layout = _of_family(model_or_config, _LAYOUTS)
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dim() not in (1, 2):
         raise TypeError(f"input_ids: got {input_ids!r:.60}, want an integer tensor (B, L) or (L,)")
     token = next(getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name))
     given = {"image_grid_thw": image_grid_thw, "tile_grids": tile_grids, "image_sizes": image_sizes}
-    sizes = _LAYOUTS[family](config, **given)
+    sizes = layout(config, **given)
     samples: list[list[ImageTokens]] = []
     used = 0
     for ids in input_ids.reshape(-1, input_ids.shape[-1]).cpu():
@@ -70,6 +67,45 @@ def image_spans(
         if of_images is not None and len(of_images) != used:
             raise ValueError(f"input_ids: {used} images were found, but {name} of {len(of_images)} were given")
     return samples
+
+
+def patches_to_tokens(
+    model_or_config: Any, scores: Tensor, *, reduction: Literal["mean", "sum", "max"] = "mean"
+) -> Tensor:
+    """Scores of a vision encoder's patches -> scores of the image tokens that the decoder gets.
+
+    Follows what lies between: 2 x 2 patches become a token (Qwen's merger, InternVL's pixel shuffle), and the class
+    token is dropped where the decoder does not get it. Flattened, tokens of all images lie as their placeholders do, as
+    `rows_to_maps` takes them.
+
+    Args:
+        model_or_config: a model of a supported family, or its config: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL,
+            LLaVA-1.5.
+        scores: (..., patches), in the encoder's order, a class token first, as `capture_vision_attention` yields them:
+            Qwen's of all images, and those of one tile or picture otherwise.
+        reduction: over the patches of a token.
+
+    Returns:
+        (..., tokens), same dtype.
+
+    Raises:
+        ValueError: for a family that is not supported, or a number of patches that it cannot have.
+    """
+    config, patches = _of_family(model_or_config, _PATCHES)
+    if reduction not in ("mean", "sum", "max"):
+        raise ValueError(f"reduction: got {reduction!r}, want 'mean', 'sum' or 'max'")
+    of_tokens = patches(config, scores)
+    return of_tokens.amax(-1) if reduction == "max" else getattr(of_tokens, reduction)(-1)
+
+
+def _of_family(model_or_config: Any, table: dict[str, Callable[..., Any]]) -> tuple[Any, Callable[..., Any]]:
+    """The config, and what the table has for its family."""
+    config = getattr(model_or_config, "config", model_or_config)
+    # Of the class: transformers 4.57 looks attributes of the instance up in its text_config first.
+    family = getattr(type(config), "model_type", None)
+    if family not in table:
+        raise ValueError(f"model_or_config: got {family or type(config).__name__!r}, want one of {sorted(table)}")
+    return config, table[family]
 
 
 def _run(positions: Sequence[int]) -> int:
@@ -177,4 +213,40 @@ _LAYOUTS: dict[str, Callable[..., Sizes]] = {
     "internvl": _internvl,
     "llava": _llava,
     "llava_onevision": _llava_onevision,
+}
+
+
+def _qwen_patches(config: Any, scores: Tensor) -> Tensor:
+    """(..., tokens, patches of a token), which lie one after another."""
+    merged = config.vision_config.spatial_merge_size**2
+    if scores.shape[-1] % merged:
+        raise ValueError(f"scores: got {scores.shape[-1]} patches, want a multiple of {merged}")
+    return scores.unflatten(-1, (-1, merged))
+
+
+def _internvl_patches(config: Any, scores: Tensor) -> Tensor:
+    """As `_qwen_patches`, squares of a tile's patches."""
+    scores = _without_class_token(config, scores)
+    block = round(1 / config.downsample_ratio)
+    side = _square(config.image_seq_length, "image_seq_length")
+    if scores.shape[-1] != (side * block) ** 2:
+        raise ValueError(f"scores: got {scores.shape[-1]} patches of a tile, want {(side * block) ** 2}")
+    return scores.unflatten(-1, (side, block, side, block)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
+
+
+def _llava_patches(config: Any, scores: Tensor) -> Tensor:
+    """As `_qwen_patches`, each a token of its own."""
+    return _without_class_token(config, scores)[..., None]
+
+
+def _without_class_token(config: Any, scores: Tensor) -> Tensor:
+    return scores[..., 1:] if config.vision_feature_select_strategy == "default" else scores
+
+
+_PATCHES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "qwen2_vl": _qwen_patches,
+    "qwen2_5_vl": _qwen_patches,
+    "qwen3_vl": _qwen_patches,
+    "internvl": _internvl_patches,
+    "llava": _llava_patches,
 }

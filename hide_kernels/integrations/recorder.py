@@ -70,6 +70,10 @@ class RowRecorder:
     keys: int = 0
     _received: _Received | None = None
 
+    def __post_init__(self) -> None:
+        if self.received not in (None, "sum", "mean", "max"):
+            raise ValueError(f"received: got {self.received!r}, want None, 'sum', 'mean' or 'max'")
+
     def record(
         self,
         query: Tensor,
@@ -135,6 +139,40 @@ class RowRecorder:
                 self._received = None
             one = self._of_forward(forward, known, settings)
             self._received = one if self._received is None else self._received.add(one, self.received == "max")
+
+    @torch.no_grad()
+    def record_packed(
+        self, query: Tensor, key: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, order: Tensor | None = None
+    ) -> None:
+        """Set what keys receive from the queries of their own sequence, each of which sees all of its keys.
+
+        Args:
+            query: (total, Hq, D), sequences one after another. key: (total, Hkv, D). cu_seqlens: (sequences + 1,), from
+                0 to total.
+            scale: as in `attention_rows`.
+            order: (total,), which key of the result each of these is; `None`: as they lie.
+        """
+        lengths = cu_seqlens.diff()
+        longest = int(lengths.max())
+        maxima = self.received == "max"
+        found = attention_received(
+            query,
+            key,
+            reduction="max" if maxima else "sum",
+            head_reduction="none" if maxima else self.head_reduction,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            scale=scale,
+        ).received
+        there = torch.arange(longest, device=key.device) < lengths[:, None]
+        total = found.movedim(0, -2)[..., there]
+        count = lengths.repeat_interleave(lengths)
+        if order is not None:
+            places = order.to(key.device).argsort()
+            total, count = total[..., places], count[places]
+        self._received = _Received(total[None], count[None], key.shape[1])
 
     @torch.no_grad()
     def _of_forward(self, forward: _Forward, lse: Tensor | None, settings: dict[str, Any]) -> _Received:

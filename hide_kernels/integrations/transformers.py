@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 # Neither "flash" nor "sdpa" may stand in the name: transformers reads meaning into both.
 IMPLEMENTATION = "hide_rows"
+# But an encoder of packed images is to find "flash" there if it has it: it then makes one call instead of one a window.
+PACKED_IMPLEMENTATION = "hide_rows_flash"
 LOWER_RIGHT: set[str] = set()
 """Implementations, beside FlashAttention's, that take the end of the queries for the end of the keys without a mask."""
 
@@ -111,13 +113,7 @@ def capture_attention(
     modules = decoder_attention(model)
     depth = _depth(model, modules)
     if queries is not None and not (isinstance(queries, str) and queries == "generated"):
-        try:
-            queries = [operator.index(query) for query in queries]
-        except TypeError:
-            raise TypeError(f'queries: got {queries!r}, want None, "generated" or strictly increasing ints') from None
-        none = not queries and received is None
-        if none or any(query < 0 for query in queries[:1]) or any(a >= b for a, b in pairwise(queries)):
-            raise ValueError(f'queries: got {queries}, want None, "generated" or strictly increasing positions >= 0')
+        queries = checked_queries(queries, received, 'None, "generated" or ')
     for layer in layers:
         if not -depth <= layer < depth:
             raise ValueError(f"layers: got {layer}, want 0 to {depth - 1} ({type(model).__name__})")
@@ -126,19 +122,17 @@ def capture_attention(
             raise ValueError(f"layers: {_why_not(model, layer % depth)}; layers that can be captured: {able}")
     if queries == "generated" and not hasattr(model, "generate"):
         raise ValueError(f'queries: got "generated", want the model that generates; {type(model).__name__} does not')
-    if received not in (None, "sum", "mean", "max"):
-        raise ValueError(f"received: got {received!r}, want None, 'sum', 'mean' or 'max'")
     if received is not None and process_group is not None:
         raise ValueError(f"received: got {received!r} together with process_group, want None")
     captures = [
-        _Capture(layer, queries, key_spans, causal, head_reduction, return_lse, process_group, received)
+        Capture(layer, queries, key_spans, causal, head_reduction, return_lse, process_group, received)
         for layer in dict.fromkeys(layer % depth for layer in layers)
     ]
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
     with ExitStack() as routes:
         for capture in captures:
-            routes.enter_context(_routed(modules[capture.layer], capture))
+            routes.enter_context(routed(modules[capture.layer], capture))
         routes.enter_context(watched_generate(model, captures))
         yield CapturedLayers(captures)
     for capture in captures:
@@ -161,14 +155,14 @@ def capture_module(
     Raises:
         ValueError: as `capture_attention`.
     """
-    capture = _Capture(getattr(module, "layer_idx", None) or 0, list(queries), key_spans, causal)
-    with _routed(module, capture):
+    capture = Capture(getattr(module, "layer_idx", None) or 0, list(queries), key_spans, causal)
+    with routed(module, capture):
         yield CapturedLayers([capture])
     capture.check()
 
 
 @dataclass(eq=False)
-class _Capture(ThreadRecorder):
+class Capture(ThreadRecorder):
     """What is recorded of one attention module; base_config: the module's own. called: its forward came to us."""
 
     base_config: Any = None
@@ -217,8 +211,20 @@ class _Capture(ThreadRecorder):
         self.check_complete(hint if self.elsewhere else "")
 
 
+def checked_queries(queries: Sequence[int], received: Reduction | None, also: str = "") -> list[int]:
+    """Strictly increasing positions, none only where `received` is recorded; also: what else the caller takes."""
+    try:
+        positions = [operator.index(query) for query in queries]
+    except TypeError:
+        raise TypeError(f"queries: got {queries!r}, want {also}strictly increasing ints") from None
+    none = not positions and received is None
+    if none or any(query < 0 for query in positions[:1]) or any(a >= b for a, b in pairwise(positions)):
+        raise ValueError(f"queries: got {positions}, want {also}strictly increasing positions >= 0")
+    return positions
+
+
 @contextmanager
-def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
+def routed(module: nn.Module, capture: Capture, implementation: str = IMPLEMENTATION) -> Iterator[None]:
     """Inside, the module sees a config that sends its attention through the capture, beside those that are open."""
 
     def ran(*_: Any) -> None:
@@ -232,26 +238,26 @@ def _routed(module: nn.Module, capture: _Capture) -> Iterator[None]:
 
     with changing:
         seen: Any = module.config
-        routed = seen if _captures(seen) else copy.copy(seen)
-        if routed is not seen:
-            routed._attn_implementation_internal = IMPLEMENTATION
-            routed.hide_base = seen
+        config = seen if _captures(seen) else copy.copy(seen)
+        if config is not seen:
+            config._attn_implementation_internal = implementation
+            config.hide_base = seen
         # A new tuple each time: who reads it in another thread has the old one or the new one.
-        routed.hide_captures = (*_captures(seen), capture)
-        capture.base_config = routed.hide_base
-        module.config = routed
+        config.hide_captures = (*_captures(seen), capture)
+        capture.base_config = config.hide_base
+        module.config = config
         hook = module.register_forward_hook(ran)
     try:
         yield
     finally:
         with changing:
             hook.remove()
-            routed.hide_captures = tuple(one for one in routed.hide_captures if one is not capture)
-            if not routed.hide_captures:
-                module.config = routed.hide_base
+            config.hide_captures = tuple(one for one in config.hide_captures if one is not capture)
+            if not config.hide_captures:
+                module.config = config.hide_base
 
 
-def _captures(config: Any) -> tuple[_Capture, ...]:
+def _captures(config: Any) -> tuple[Capture, ...]:
     """Those that are open on the module that has this config, in the order in which they were opened."""
     return getattr(config, "hide_captures", ())
 
@@ -327,7 +333,7 @@ def _attention(
     if implementation == "eager":
         base = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if base is None:
-            raise ValueError(f"layer {module.layer_idx}: no eager attention function found; load the model with sdpa")
+            raise ValueError(f"{type(module).__name__}: no eager attention function found; load the model with sdpa")
     else:
         base = ALL_ATTENTION_FUNCTIONS[implementation]
     own = _OwnLse()
@@ -382,6 +388,7 @@ def _implementation(config: Any) -> str:
     return "sdpa" if name == IMPLEMENTATION else name
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
+for _name in (IMPLEMENTATION, PACKED_IMPLEMENTATION):
+    AttentionInterface.register(_name, _attention)
 # Without a mask function of the same name transformers passes no mask at all, and padding is silently attended to.
 AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
