@@ -64,6 +64,13 @@ def test_captured_rows_are_those_of_output_attentions(output):
     assert "each sums to 1.0000" in said and float(re.search(r"difference (\S+)", said)[1]) < 1e-6
 
 
+def test_fastv_answers_right_with_a_twentieth_of_the_image_behind_a_layer(output):
+    said = re.findall(r"(\d+) of (\d+) tokens behind layer 1: green, ids", output("fastv"))
+    (whole, tokens), (half, _), (few, _) = (tuple(map(int, line)) for line in said)
+    image = 500
+    assert (whole, half, few) == (tokens, tokens - image // 2, tokens - image + image // 20)
+
+
 def test_the_operators_rows_times_the_values_are_what_sdpa_gives(output):
     said = output("attention_rows_operator")
     assert float(re.search(r"at most (\S+)", said)[1]) < 1e-5

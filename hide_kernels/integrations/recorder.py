@@ -86,8 +86,8 @@ class RowRecorder:
         scale: float | None = None,
         softcap: float | None = None,
         lse: Tensor | None = None,
-    ) -> None:
-        """Add what is wanted of one forward.
+    ) -> bool:
+        """Add what is wanted of one forward; whether that is anything.
 
         Args:
             query: (B, Hq, Q, D), the queries of the forward, of which the first stands at position `first`.
@@ -111,7 +111,7 @@ class RowRecorder:
             wanted = self.queries
         here = [position - first for position in wanted if 0 <= position - first < queries]
         if not here and self.received is None:
-            return
+            return False
         self.keys = max(self.keys, key.shape[2])
         forward = _Forward(query, key, first, visible, spans, window if self.causal else None, self.causal, self.layer)
         settings = {"key_spans": spans, "causal": self.causal, "window": forward.window, "scale": scale}
@@ -139,6 +139,7 @@ class RowRecorder:
                 self._received = None
             one = self._of_forward(forward, known, settings)
             self._received = one if self._received is None else self._received.add(one, self.received == "max")
+        return True
 
     @torch.no_grad()
     def record_packed(

@@ -14,9 +14,10 @@ from __future__ import annotations
 import copy
 import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +62,7 @@ def capture_attention(
     head_reduction: Literal["mean", "none", "kv_group"] | Tensor | Sequence[float] = "mean",
     return_lse: bool = False,
     received: Reduction | None = None,
+    on_layer: Callable[[int, CapturedLayers], None] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Iterator[CapturedLayers]:
     """Record softmax attention rows of chosen layers while the model runs.
@@ -130,11 +132,15 @@ def capture_attention(
     ]
     if not captures:
         raise ValueError("layers: got none, want at least one decoder layer")
+    captured = CapturedLayers(captures)
+    if on_layer is not None:
+        for capture in captures:
+            capture.on_record = partial(on_layer, capture.layer, captured)
     with ExitStack() as routes:
         for capture in captures:
             routes.enter_context(routed(modules[capture.layer], capture))
         routes.enter_context(watched_generate(model, captures))
-        yield CapturedLayers(captures)
+        yield captured
     for capture in captures:
         capture.check()
 
@@ -163,10 +169,14 @@ def capture_module(
 
 @dataclass(eq=False)
 class Capture(ThreadRecorder):
-    """What is recorded of one attention module; base_config: the module's own. called: its forward came to us."""
+    """What is recorded of one attention module.
+
+    base_config: the module's own. called: its forward came to us. on_record: called when a forward was recorded.
+    """
 
     base_config: Any = None
     called: bool = False
+    on_record: Callable[[], None] | None = None
 
     def record_call(
         self, query: Tensor, key: Tensor, mask: Tensor | None, lse: Tensor | None, kwargs: dict[str, Any]
@@ -193,7 +203,7 @@ class Capture(ThreadRecorder):
                 f"layer {self.layer}: its sliding-window cache may have dropped keys, so their places are unknown; "
                 "capture a layer with full attention, or use a cache that keeps all keys"
             )
-        self.record(
+        recorded = self.record(
             query,
             key,
             first=first,
@@ -204,6 +214,8 @@ class Capture(ThreadRecorder):
             softcap=kwargs.get("softcap"),
             lse=lse,
         )
+        if recorded and self.on_record is not None:
+            self.on_record()
 
     def check(self) -> None:
         """As `check_complete`, with the hint that another thread may have run the layer."""
