@@ -1,7 +1,8 @@
 """What published methods read off attention, each as one call of `attention_rows` or `attention_received`.
 
-Every function takes the query and key of one layer, after RoPE and q-norm, as `attention_rows` does, and further
-arguments of it by name (`kv_lens`, `scale`, `backend`, ...). Nothing here picks layers, tokens or thresholds.
+Functions take the query and key of one layer, after RoPE and q-norm, as `attention_rows` does, and further arguments of
+it by name (`kv_lens`, `scale`, `backend`, ...). Nothing here picks layers, numbers or thresholds. Scores that a capture
+has recorded need no query and key: `best_tokens` ranks them.
 """
 
 from __future__ import annotations
@@ -151,3 +152,175 @@ def observed_scores(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
     return attention_received(
         query, key, q_positions=positions, causal=True, head_reduction="kv_group", **arguments
     ).received
+
+
+def best_tokens(scores: Tensor, count: int) -> Tensor:
+    """Which tokens have the highest scores, in their order: what all of the methods below keep.
+
+    Args:
+        scores: (..., tokens), of these recipes or of a capture, such as `captured[22].weights[:, 0, 1:]`.
+        count: how many to keep.
+
+    Returns:
+        (..., count) int64, increasing.
+
+    Raises:
+        ValueError: for a count that is negative or larger than the number of tokens.
+    """
+    if not 0 <= count <= scores.shape[-1]:
+        raise ValueError(f"count: got {count}, want 0 to {scores.shape[-1]}, the number of tokens")
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def fastervlm(query: Tensor, key: Tensor, count: int, **arguments: Any) -> Tensor:
+    """The patches that a vision encoder's class token attends to most: FasterVLM (arXiv 2412.01818v1).
+
+    Of LLaVA's CLIP, the layer is the one before the last, whose features the decoder gets.
+
+    Args:
+        query: (B, H, N, D), or the class token's alone. key: (B, H, N, D), the class token first.
+        count: patches to keep.
+
+    Returns:
+        (B, count) int64, increasing places among the N - 1 patches, as in the features that the decoder gets.
+
+    Raises:
+        TypeError, ValueError: as `attention_rows` and `best_tokens`.
+    """
+    return best_tokens(_class_token_scores(query, key, **arguments), count)
+
+
+def visionzip(query: Tensor, key: Tensor, count: int, *, class_token: bool = True, **arguments: Any) -> Tensor:
+    """The patches of a vision encoder that get most attention: VisionZip's dominant tokens (arXiv 2412.04467,
+    "Dominant Token Selection").
+
+    From the class token; without one, on average from all patches. VisionZip keeps the class token as well, and merges
+    the other patches into contextual tokens, by the similarity of their keys: that needs hidden states, not scores, and
+    is not done here.
+
+    Args:
+        query, key: as in `fastervlm`; without a class token N patches. count: patches to keep, beside the class token.
+        class_token: whether there is one.
+
+    Returns:
+        (B, count) int64, increasing places among the patches.
+
+    Raises:
+        TypeError, ValueError: as `attention_received` and `best_tokens`.
+    """
+    if class_token:
+        return fastervlm(query, key, count, **arguments)
+    return best_tokens(attention_received(query, key, reduction="mean", **arguments).received, count)
+
+
+def vispruner(
+    query: Tensor, key: Tensor, features: Tensor, count: int, *, important: float = 0.5, **arguments: Any
+) -> Tensor:
+    """Important patches and different ones: VisPruner (arXiv 2412.01818v2, which has taken FasterVLM's place).
+
+    A part of the patches is chosen as in `fastervlm`. Of the others, in the order of their scores, those that are most
+    like another are removed, at most eight at a time: of every second one its largest cosine with those in between
+    counts.
+
+    Args:
+        query, key: as in `fastervlm`. features: (B, N - 1, C), the patches as the decoder gets them, before they are
+            projected. count: patches to keep, of which `important` are chosen by attention, rounded down.
+
+    Returns:
+        (B, count) int64, increasing places among the N - 1 patches.
+
+    Raises:
+        TypeError, ValueError: as `attention_rows`, and for a count that there are not so many patches for.
+    """
+    order = _class_token_scores(query, key, **arguments).argsort(-1, descending=True)
+    if not 0 <= count <= order.shape[1] or not 0 <= important <= 1:
+        raise ValueError(f"count: got {count} with important {important}, want 0 to {order.shape[1]}, and 0 to 1")
+    kept, others = order.tensor_split([int(count * important)], 1)
+    wanted = count - kept.shape[1]
+    features = torch.nn.functional.normalize(features, dim=-1)
+    while wanted and others.shape[1] > wanted:
+        fewer = min(8, others.shape[1] - wanted)
+        seconds, between = others[:, ::2], others[:, 1::2]
+        one, other = (features.gather(1, x[..., None].expand(-1, -1, features.shape[2])) for x in (seconds, between))
+        alike = (one @ other.transpose(1, 2)).amax(-1).argsort(-1, descending=True)
+        others = torch.cat([seconds.gather(1, alike[:, fewer:]), between], 1)
+    return torch.cat([kept, others[:, :wanted]], 1).sort(-1).values
+
+
+def fastv(query: Tensor, key: Tensor, image_span: tuple[int, int], count: int, **arguments: Any) -> Tensor:
+    """What a decoder goes on with behind a layer: all text, and the image tokens that get most attention: FastV
+    (arXiv 2403.06764, section 4.1).
+
+    In FastV's code from the prompt's last token, in its text on average from all tokens: as many rows as are given,
+    with their `q_positions` and `causal=True` where keys come behind them.
+
+    Args:
+        query: (B, Hq, R, D), the last token's of layer K. key: (B, Hkv, N, D). image_span: of the image, (start, stop).
+        count: image tokens to keep.
+
+    Returns:
+        (B, N - image tokens + count) int64, increasing positions, as `drop_tokens` takes them of one sample.
+
+    Raises:
+        TypeError, ValueError: as `attention_rows` and `best_tokens`.
+    """
+    best = best_tokens(token_scores(query, key, [image_span], **arguments), count)
+    return _beside_text(best, image_span, key)
+
+
+def sparsevlm(
+    query: Tensor, key: Tensor, image_span: tuple[int, int], count: int | None = None, **arguments: Any
+) -> Tensor:
+    """What a decoder goes on with behind a layer: all text, and the image tokens that text raters attend to most:
+    SparseVLM (arXiv 2410.04417, "Sparsification Guidance from Text to Visual Modality").
+
+    The tokens that it drops SparseVLM clusters and recycles as a few: that needs hidden states, not scores, and is not
+    done here.
+
+    Args:
+        query: (B, Hq, R, D), the raters of `sparsevlm_raters`, with their `q_positions` and `causal=True` where keys
+            come behind them. key: (B, Hkv, N, D). image_span: of the image, (start, stop).
+        count: image tokens to keep; `None`: of one sample, as many as the rank of the raters' rows, the paper's level
+            of sparsification.
+
+    Returns:
+        (B, N - image tokens + count) int64, increasing positions, as `drop_tokens` takes them of one sample.
+
+    Raises:
+        TypeError, ValueError: as `attention_rows` and `best_tokens`, and for several samples without a count.
+    """
+    rows = attention_rows(query, key, key_spans=[image_span], **arguments).rows
+    if count is None:
+        if len(rows) != 1:
+            raise ValueError(f"count: got None for {len(rows)} samples, whose ranks may differ, want a number")
+        count = int(torch.linalg.matrix_rank(rows[0].float()))
+    return _beside_text(best_tokens(rows.mean(1), count), image_span, key)
+
+
+def sparsevlm_raters(image_states: Tensor, text_states: Tensor) -> Tensor:
+    """Which text tokens rate the image in SparseVLM (arXiv 2410.04417, "Relevant Text Token Selection").
+
+    Those that the image's tokens are more similar to than to text on average: the softmax over text of their products,
+    meaned over the image's tokens.
+
+    Args:
+        image_states: (B, V, C), hidden states of the image's tokens as the decoder gets them. text_states: (B, T, C),
+            of the text behind them.
+
+    Returns:
+        (B, T) bool.
+    """
+    relevance = (image_states @ text_states.transpose(1, 2)).softmax(-1).mean(1)
+    return relevance > relevance.mean(-1, keepdim=True)
+
+
+def _class_token_scores(query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
+    """(B, patches), what the first token attends to behind it."""
+    return token_scores(query[:, :, :1], key, [(1, key.shape[2])], **arguments)
+
+
+def _beside_text(best: Tensor, image_span: tuple[int, int], key: Tensor) -> Tensor:
+    """Positions of the best of the image's tokens, with those of all that is before and behind the image."""
+    start, stop = image_span
+    before, behind = (torch.arange(*ends, device=best.device) for ends in ((0, start), (stop, key.shape[2])))
+    return torch.cat([before.expand(len(best), -1), best + start, behind.expand(len(best), -1)], 1)

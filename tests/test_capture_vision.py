@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.integrations.vision import capture_vision_attention, vision_attention
+from hide_kernels.recipes import best_tokens
 
 TOLERANCE = 1e-5
 # Frames, rows and columns of patches: whole windows and cut-off ones, and a video's frames.
@@ -196,6 +197,15 @@ def test_inside_generate_nested_with_rows_of_the_decoder():
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert seen[1].weights.shape == (1, 1, 17) and seen.received[1].shape == (1, 17)
     assert said[1].weights.shape[:2] == (1, 3)
+
+
+def test_captured_scores_rank_as_fastervlm_ranks_output_attentions(monkeypatch):
+    model, run = clip()
+    want = matrices(model, run, monkeypatch)[1][:, :, 0, 1:].mean(1).topk(5).indices.sort(1).values
+    set_attention(model, "sdpa")
+    with torch.no_grad(), capture_vision_attention(model, layers=[-2], queries=[0], received=None) as captured:
+        run(model)
+    assert torch.equal(best_tokens(captured[1].weights[:, 0, 1:], 5), want)
 
 
 def test_a_later_forward_replaces_also_after_one_that_failed():

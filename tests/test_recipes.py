@@ -97,6 +97,94 @@ def test_observed_scores_of_a_decode_add_up_to_those_of_the_whole():
     assert_same(total, recipes.observed_scores(query, key))
 
 
+IMAGE = (3, 43)
+
+
+def positions(kept, length=61):
+    """Of text and of the image's tokens, as FastV and SparseVLM put them together and sort them."""
+    start, stop = IMAGE
+    return torch.stack(
+        [torch.tensor(sorted([*range(start), *(row + start).tolist(), *range(stop, length)])) for row in kept]
+    )
+
+
+def test_fastv_keeps_text_and_what_its_code_and_its_text_rank_highest():
+    query, key = tensors(61)
+    matrix = attention(query, key, causal=True).mean(1)
+    # In the code: the last row, at the image's tokens. In the text: what each receives on average.
+    last = matrix[:, -1, slice(*IMAGE)].topk(7).indices
+    assert torch.equal(recipes.fastv(query[:, :, -1:], key, IMAGE, 7), positions(last))
+    average = matrix[:, :, slice(*IMAGE)].mean(1).topk(7).indices
+    every = {"q_positions": torch.arange(61), "causal": True}
+    assert torch.equal(recipes.fastv(query, key, IMAGE, 7, **every), positions(average))
+    assert not torch.equal(positions(last), positions(average))
+
+
+@pytest.mark.parametrize("count", [9, None])
+def test_sparsevlm_keeps_text_and_what_its_raters_rank_highest(count):
+    query, key = tensors(61, heads=2, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    image, text = torch.randn(1, 40, 8, generator=generator), torch.randn(1, 18, 8, generator=generator)
+    # Products of hidden states, the softmax over text, the mean over the image; raters are above the mean of those.
+    relevance = torch.einsum("bvc,btc->bvt", image, text).softmax(2).mean(1)
+    raters = torch.where(relevance > relevance.mean())[1]
+    assert 2 < len(raters) < 16
+    assert torch.equal(torch.nonzero(recipes.sparsevlm_raters(image, text)[0]).flatten(), raters)
+    places = raters + IMAGE[1]
+    rows = attention(query, key, causal=True).mean(1)[:1, places, slice(*IMAGE)]
+    number = int(torch.linalg.matrix_rank(rows.float())) if count is None else count
+    assert count is not None or number == len(raters)
+    got = recipes.sparsevlm(query[:1, :, places], key[:1], IMAGE, count, q_positions=places, causal=True)
+    assert torch.equal(got, positions(rows.mean(1).topk(number).indices))
+
+
+def test_sparsevlm_s_rank_is_lower_where_raters_say_the_same():
+    query, key = tensors(1)
+    kept = recipes.sparsevlm(query[:1].expand(-1, -1, 5, -1), key[:1], IMAGE)
+    assert kept.shape == (1, 61 - 40 + 1)
+
+
+def test_fastervlm_and_visionzip_keep_what_the_class_token_attends_to():
+    query, key = tensors(61, heads=4, kv_heads=4)
+    matrix = attention(query, key)
+    # FasterVLM: the mean of heads in the class token's row, without itself, as a mask. VisionZip: the sum of heads.
+    mask = torch.zeros(2, 60, dtype=torch.bool).scatter_(1, matrix.mean(1)[:, 0, 1:].topk(11).indices, True)
+    got = recipes.fastervlm(query, key, 11)
+    assert torch.equal(got, torch.stack([torch.nonzero(row).flatten() for row in mask]))
+    dominant = matrix[:, :, 0, 1:].sum(1).topk(11).indices.sort(1).values
+    assert torch.equal(recipes.visionzip(query, key, 11), dominant)
+    assert torch.equal(recipes.visionzip(query[:, :, :1], key, 11), dominant)
+
+
+def test_visionzip_without_a_class_token_keeps_what_receives_most_on_average():
+    query, key = tensors(61, heads=4, kv_heads=4)
+    dominant = attention(query, key).mean(1).mean(1).topk(11).indices.sort(1).values
+    assert torch.equal(recipes.visionzip(query, key, 11, class_token=False), dominant)
+    assert not torch.equal(dominant, recipes.visionzip(query, key, 11))
+
+
+@pytest.mark.parametrize("count, important", [(16, 0.5), (16, 0.0), (7, 1.0), (3, 0.4), (60, 0.5)])
+def test_vispruner_keeps_what_the_class_token_attends_to_and_of_the_rest_what_is_not_alike(count, important):
+    query, key = tensors(61, heads=4, kv_heads=4)
+    features = torch.randn(2, 60, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    scores = attention(query, key).mean(1)[:, 0, 1:]
+    want = []
+    for sample in range(2):
+        ranked, first = scores[sample].argsort(descending=True).tolist(), int(count * important)
+        kept, rest, wanted = ranked[:first], ranked[first:], count - first
+        cosine = F.cosine_similarity(features[sample][:, None], features[sample][None], dim=-1)
+        # Rounds of the code: up to eight of every second token go, those most like one of the tokens in between.
+        while wanted and len(rest) > wanted:
+            between = rest[1::2]
+            alike = cosine[rest[::2]][:, between].amax(1).argsort(descending=True).tolist()
+            rest = [rest[2 * n] for n in alike[min(8, len(rest) - wanted) :]] + between
+        want.append(sorted(kept + rest[:wanted]))
+    got = recipes.vispruner(query, key, features, count, important=important)
+    assert torch.equal(got, torch.tensor(want))
+    if 0 < important < 1 and count < 60:
+        assert not torch.equal(got, recipes.fastervlm(query, key, count))
+
+
 def test_a_window_as_long_as_the_keys_has_no_scores():
     query, key = tensors(9, length=9)
     assert recipes.window_scores(query, key).shape == (2, 2, 0)
@@ -121,6 +209,21 @@ def test_fewer_keys_than_the_window_has_queries_are_refused():
     query, key = tensors(9)
     with pytest.raises(ValueError, match="key: got 5 keys, want at least the 9"):
         recipes.window_scores(query, key[:, :, :5])
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda q, k: recipes.fastv(q, k, IMAGE, 41), "count: got 41, want 0 to 40, the number of tokens"),
+        (lambda q, k: recipes.fastervlm(q, k, -1), "count: got -1, want 0 to 60"),
+        (lambda q, k: recipes.sparsevlm(q, k, IMAGE), "count: got None for 2 samples"),
+        (lambda q, k: recipes.vispruner(q, k, torch.zeros(2, 60, 4), 61), "count: got 61 with important 0.5"),
+        (lambda q, k: recipes.vispruner(q, k, torch.zeros(2, 60, 4), 6, important=1.5), "with important 1.5"),
+    ],
+)
+def test_more_tokens_than_there_are_cannot_be_kept(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(*tensors(61))
 
 
 def test_observed_scores_want_the_keys_of_all_queries():
