@@ -2,7 +2,7 @@
 
 Functions take the query and key of one layer, after RoPE and q-norm, as `attention_rows` does, and further arguments of
 it by name (`kv_lens`, `scale`, `backend`, ...). Nothing here picks layers, numbers or thresholds. Scores that a capture
-has recorded need no query and key: `best_tokens` ranks them.
+has recorded need no query and key: `best_tokens` and `different_tokens` rank them.
 """
 
 from __future__ import annotations
@@ -218,24 +218,40 @@ def vispruner(
 ) -> Tensor:
     """Important patches and different ones: VisPruner (arXiv 2412.01818v2, which has taken FasterVLM's place).
 
-    A part of the patches is chosen as in `fastervlm`. Of the others, in the order of their scores, those that are most
-    like another are removed, at most eight at a time: of every second one its largest cosine with those in between
-    counts.
+    `different_tokens` by the scores that `fastervlm` ranks with.
 
     Args:
         query, key: as in `fastervlm`. features: (B, N - 1, C), the patches as the decoder gets them, before they are
-            projected. count: patches to keep, of which `important` are chosen by attention, rounded down.
+            projected. count, important: as in `different_tokens`.
 
     Returns:
         (B, count) int64, increasing places among the N - 1 patches.
 
     Raises:
-        TypeError, ValueError: as `attention_rows`, and for a count that there are not so many patches for.
+        TypeError, ValueError: as `attention_rows` and `different_tokens`.
     """
-    order = _class_token_scores(query, key, **arguments).argsort(-1, descending=True)
-    if not 0 <= count <= order.shape[1] or not 0 <= important <= 1:
-        raise ValueError(f"count: got {count} with important {important}, want 0 to {order.shape[1]}, and 0 to 1")
-    kept, others = order.tensor_split([int(count * important)], 1)
+    return different_tokens(_class_token_scores(query, key, **arguments), features, count, important=important)
+
+
+def different_tokens(scores: Tensor, features: Tensor, count: int, *, important: float = 0.5) -> Tensor:
+    """Those with the highest scores, and of the rest those that are least like one another, as VisPruner chooses them.
+
+    Of the rest, in the order of their scores, those most like another are removed, at most eight at a time: of every
+    second one its largest cosine with those in between counts.
+
+    Args:
+        scores: (B, tokens), of these recipes or of a capture. features: (B, tokens, C).
+        count: how many to keep, a part of which, `important`, by their scores alone, rounded down.
+
+    Returns:
+        (B, count) int64, increasing.
+
+    Raises:
+        ValueError: for a count that is negative or larger than the number of tokens, or a part that is none.
+    """
+    if not 0 <= count <= scores.shape[1] or not 0 <= important <= 1:
+        raise ValueError(f"count: got {count} with important {important}, want 0 to {scores.shape[1]}, and 0 to 1")
+    kept, others = scores.argsort(-1, descending=True).tensor_split([int(count * important)], 1)
     wanted = count - kept.shape[1]
     features = torch.nn.functional.normalize(features, dim=-1)
     while wanted and others.shape[1] > wanted:

@@ -3,6 +3,7 @@
 import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hide_kernels.integrations.transformers import capture_attention
 from hide_kernels.integrations.vision import capture_vision_attention, vision_attention
+from hide_kernels.memory import profile
 from hide_kernels.recipes import best_tokens
 
 TOLERANCE = 1e-5
@@ -197,6 +199,19 @@ def test_inside_generate_nested_with_rows_of_the_decoder():
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert seen[1].weights.shape == (1, 1, 17) and seen.received[1].shape == (1, 17)
     assert said[1].weights.shape[:2] == (1, 3)
+
+
+def test_memory_is_not_that_of_a_matrix():
+    model, grid = qwen2_5_vl(), torch.tensor([[1, 48, 48]])
+    pixels, matrix = torch.randn(48 * 48, 3 * 2 * 14**2), 2 * (48 * 48) ** 2 * 4
+    peaks = []
+    for layers in ([], [1]):
+        with torch.no_grad(), profile(model) as measured, ExitStack() as captures:
+            if layers:
+                captures.enter_context(capture_vision_attention(model, layers=layers))
+            model.model.get_image_features(pixels, grid)
+        peaks.append(measured.report.peak)
+    assert 0 < peaks[1] - peaks[0] < matrix / 10, peaks
 
 
 def test_captured_scores_rank_as_fastervlm_ranks_output_attentions(monkeypatch):
