@@ -825,7 +825,7 @@ def test_the_command_trains_the_embedded_model_and_goes_on(tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "losses.png").stat().st_size > 5000
     config = json.loads((tmp_path / "out" / "checkpoint" / "config.json").read_text())
-    assert config["twig_K"] == 3 and not config["enable_high_res"] and config["hide_preset"] == "tiny"
+    assert (config["twig_K"], config["twig_T"]) == (1, 2) and not config["enable_high_res"] and config["hide_preset"] == "tiny"
     answer = QZoom(load(tmp_path / "out" / "checkpoint", device="cpu")).ask(IMAGE, QUESTION)
     assert answer.details["gate"] is None and len(answer.evidence[0].maps) == 1
     for wrong, message in (

@@ -127,6 +127,7 @@ class Training:
         """
         self.model, self.pool, self.out, self.settings = model, pool, out, settings
         self.processes, self.progress = processes, progress
+        self._asked: dict[str, tuple[str, str]] = {}
         self._encoded: dict[tuple[str, int], tuple[ImageInputs, Features]] = {}
         depth, layers = settings.depth, model.num_layers
         layer = min(2 * layers // 3, layers - depth) if settings.layer is None else settings.layer
@@ -173,9 +174,9 @@ class Training:
         usable = [one for one in self._records("labels") if not one["error"] and set(one["labels"]) != {"."}]
 
         def loss(records: Sequence[dict[str, Any]], epoch: int) -> Loss:
-            samples = [self.pool[one["id"]] for one in records]
+            seen = self._see([one["id"] for one in records], self._budget(_picture_of(records[0]), epoch))
             labels = [from_text(one["labels"], one["grid"]) for one in records]
-            return region_loss(self.model, self.branches, self._see(samples, self._budget(samples[0], epoch)), labels)
+            return region_loss(self.model, self.branches, seen, labels)
 
         self._fit("region", self._region_parameters(), usable, loss, budgets=self.settings.budgets)
 
@@ -185,7 +186,7 @@ class Training:
             raise ValueError(f"tuning: {self.out} has no trained region branch; run the stage region first")
 
         def ask(image: Image.Image, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-            run = self.settings.run(self._budget(samples[0]))
+            run = self.settings.run(self._budget(samples[0].picture or samples[0].id))
             method = self.method.changed(min_tokens=run.min_tokens, max_tokens=run.max_tokens)
             with method.open(image) as session:
                 for sample in samples:
@@ -206,11 +207,9 @@ class Training:
         ]
 
         def loss(records: Sequence[dict[str, Any]], epoch: int) -> Loss:
+            run = self.settings.run(self._budget(_picture_of(records[0])))
             samples = [self.pool[one["id"]] for one in records]
-            return together(
-                answer_loss(self.method, _picture(one), one.question, one.answer, self.settings.run(self._budget(one)))
-                for one in samples
-            )
+            return together(answer_loss(self.method, _picture(one), one.question, one.answer, run) for one in samples)
 
         decoder, head, dtype = self.model.language_model, self.model.model.get_output_embeddings(), self.model.dtype
         decoder.layers.float()
@@ -245,7 +244,7 @@ class Training:
             if choice is None:
                 return NOTHING
             budget, wanted = choice
-            (seen,) = self._see([self.pool[item.id]], budget)
+            (seen,) = self._see([item.id], budget)
             return gate_loss(self.model, self.branches, seen, wanted)
 
         def loss(items: Sequence[Route], epoch: int) -> Loss:
@@ -283,7 +282,8 @@ class Training:
             done += 1
             self.progress(stem, done, total)
 
-        mine = (one for one in self.pool if _slot(one) % processes == rank and one.id not in others)
+        every = (one for one in self.pool if one.id not in others)
+        mine = (one for one in every if _slot(one.picture or one.id) % processes == rank)
         settings = {"stage": stem, "model": str(self.model.source), "data": self.pool.data, **facts}
         with ResultFile(self.out / name, settings) as results:
             evaluate(partial(recorded, ask), mine, results, progress=tell)
@@ -322,7 +322,7 @@ class Training:
                 loss,
                 getattr(self.settings, stage),
                 # Questions about one picture share its encoding, where they are shown it in one budget.
-                group=lambda item: item.id if isinstance(item, Route) else item["picture"] or item["id"],
+                group=lambda item: item.id if isinstance(item, Route) else _picture_of(item),
                 seed=self.settings.seed,
                 processes=self.processes,
                 facts={**own, "depth": self.settings.depth, **facts},
@@ -332,21 +332,24 @@ class Training:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
 
-    def _see(self, samples: Sequence[Sample], budget: int) -> list[Seen]:
-        """Questions about one image in so many tokens."""
-        key = samples[0].picture or samples[0].id, budget
+    def _see(self, ids: Sequence[str], budget: int) -> list[Seen]:
+        """Questions about one image in so many tokens. What was seen before is neither read nor drawn again."""
+        for id in ids:
+            if id not in self._asked:
+                sample = self.pool[id]
+                self._asked[id] = sample.picture or id, self.method.prompt(sample.question)
+        key = self._asked[ids[0]][0], budget
         if key not in self._encoded:
             kept = (one for _, features in self._encoded.values() for one in (features.embeddings, *features.deepstack))
             if sum(one.nbytes for one in kept) > KEPT:
                 # The newest goes: what stays is there again in every epoch.
                 self._encoded.popitem()
-            self._encoded[key] = encoded(self.model, _picture(samples[0]), self.settings.run(budget))
-        prompts = [self.method.prompt(sample.question) for sample in samples]
-        return see(self.model, *self._encoded[key], prompts, self.branches.layer)
+            self._encoded[key] = encoded(self.model, _picture(self.pool[ids[0]]), self.settings.run(budget))
+        return see(self.model, *self._encoded[key], [self._asked[id][1] for id in ids], self.branches.layer)
 
-    def _budget(self, sample: Sample, epoch: int = 0) -> int:
+    def _budget(self, picture: str, epoch: int = 0) -> int:
         budgets = self.settings.budgets
-        return budgets[(_slot(sample) + epoch) % len(budgets)]
+        return budgets[(_slot(picture) + epoch) % len(budgets)]
 
     def _tuned(self) -> bool:
         """Whether the model was tuned; then it is, from here on."""
@@ -423,6 +426,12 @@ def _picture(sample: Sample) -> Image.Image:
     return picture
 
 
-def _slot(sample: Sample) -> int:
-    """A number of a sample's picture that is the same in every run."""
-    return int.from_bytes(blake2b((sample.picture or sample.id).encode(), digest_size=8).digest())
+def _picture_of(record: dict[str, Any]) -> str:
+    """What questions about one picture have in common."""
+    picture: str = record["picture"] or record["id"]
+    return picture
+
+
+def _slot(picture: str) -> int:
+    """A number that a picture has in every run."""
+    return int.from_bytes(blake2b(picture.encode(), digest_size=8).digest())
