@@ -134,7 +134,7 @@ def _presets() -> dict[str, Preset[QZoomSettings]]:
     found |= {model: found[f"{model}-textvqa"] for model in ("qwen2.5-vl-7b", "qwen3-vl-4b", "llava-1.5-7b")}
     sd_rpn = QZoomSettings(0.25, sink_cells=768)
     found["sd-rpn-qwen2.5-vl"] = Preset(sd_rpn, _DOCUMENTS, _ANSWER, "qwen2_5_vl")
-    return found | presets_of({"tiny": QZoomSettings(answer_request="", sinks="none")})
+    return found | presets_of({"tiny": QZoomSettings(0.15, 0.05, answer_request="", sinks="none")})
 
 
 def prompt_of(preset: Preset[QZoomSettings], question: Question) -> str:
