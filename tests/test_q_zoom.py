@@ -23,6 +23,7 @@ from hide.cli.evaluate import _way_names
 from hide.engine import stock
 from hide.engine.decoder import extend
 from hide.engine.kv_cache import PreallocatedCache
+from hide.evaluation.data import scene_questions
 from hide.methods.base import Preset
 from hide.methods.plain import Plain
 from hide.methods.q_zoom.branches import Branches, branches_of, new_branches, region_scores
@@ -43,6 +44,7 @@ from hide.presets import AnswerSettings, NoSettings, RunSettings
 from hide.profiling.models import build, read_config
 from hide.questions import LETTER_REQUEST, Question
 from hide.session import Message
+from hide.tiny import CHECKPOINT
 from hide_kernels.integrations.transformers import capture_attention
 
 SERVED = ("qwen2_5_vl", "qwen3_vl", "llava")
@@ -850,3 +852,27 @@ def test_branches_of_real_sizes_have_the_published_parameters(name, billions):
         branches = new_branches(build(config, torch.bfloat16), 2, 3, gate_depth=3)
     count = sum(own.numel() for module in branches.modules().values() for own in module.parameters())
     assert count / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_the_embedded_models_branches_look_at_what_is_asked_about():
+    """And the gate sees where it need not; without training neither does."""
+    found = {}
+    for name in ("trained", "untrained"):
+        method = QZoom.from_pretrained(CHECKPOINT, max_tokens=350, gate_threshold=0.0)
+        if name == "untrained":
+            torch.manual_seed(0)
+            for one in method.branches.modules().values():
+                for parameter in one.parameters():
+                    torch.nn.init.normal_(parameter, std=0.05)
+        hits, gates = [], []
+        for sample in scene_questions(9_000_000, (300, 350), "scene"):
+            answer = method.ask(sample.image(), sample.question)
+            heat = answer.evidence[0].maps[0]
+            row, column = divmod(int(heat.argmax()), heat.shape[1])
+            x, y = (column + 0.5) / heat.shape[1], (row + 0.5) / heat.shape[0]
+            width, height = sample.image().size
+            hits.append(any(a - 9 < x * width < c + 9 and b - 9 < y * height < d + 9 for a, b, c, d in sample.boxes))
+            gates.append(answer.details["gate"])
+        found[name] = hits, max(gates)
+    assert sum(found["trained"][0]) >= 5 and found["trained"][1] < 0.05
+    assert sum(found["untrained"][0]) < 3 and found["untrained"][1] > 0.05
