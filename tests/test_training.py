@@ -39,7 +39,7 @@ from hide.training.objectives import NOTHING, Loss, answer_loss, encoded, gate_l
 from hide.training.q_zoom import Pool, Training, copied_branches
 from hide.training.released import convert, read_pickle
 from hide.training.routing import Route, route, routes, shown
-from hide.training.settings import Recipe, Settings, TriState
+from hide.training.settings import Recipe, Settings, TriState, settings_for
 
 SERVED = ("qwen2_5_vl", "qwen3_vl", "llava")
 QUESTION = Question("What color is the star?")
@@ -732,6 +732,31 @@ def test_settings_are_changed_by_name():
         Settings().changed({"region.rate": "fast"})
     with pytest.raises(ValueError, match="at least three that ascend"):
         Settings(routes=(64, 64, 128))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"label_tokens": 0}, "label_tokens: got 0, want at least 1"),
+        ({"min_tokens": 0}, "min_tokens: got 0, want at least 1"),
+        ({"most_routes": 0}, "most_routes: got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ({"region.rate": math.inf}, "recipe: got"),
+        ({"labels.foreground": -1}, "labels: got .* want sink above 0"),
+        ({"labels.sink": math.nan}, "labels: got .* want sink above 0"),
+        ({"labels.largest": 0.0}, "labels: got .* want largest above 0"),
+        ({"labels.least_peak": math.nan}, "labels: got .* want largest above 0"),
+        ({"labels": 3}, "set: labels has parts: labels.sink, labels.foreground"),
+        ({"heads": 3}, "`--heads` takes a file of them"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings().changed(wrong)
+
+
+def test_llavas_crops_have_no_place_inside_their_source():
+    assert not settings_for(FAMILIES["llava"]()).reuse_src_pos and settings_for(FAMILIES["qwen3_vl"]()).reuse_src_pos
 
 
 # -- the released data --------------------------------------------------------------------------------------------------

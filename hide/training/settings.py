@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from hide.models.base import Adapter
@@ -28,7 +29,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_count("batch", self.batch)
         check_count("epochs", self.epochs)
-        if not (self.rate > 0 and 0 <= self.warm_up <= 1 and self.clip > 0):
+        if not (0 < self.rate < math.inf and 0 <= self.warm_up <= 1 and self.clip > 0):
             raise ValueError(f"recipe: got {self}, want rate and clip above 0, and warm_up from 0 to 1")
 
 
@@ -46,6 +47,12 @@ class TriState:
     background: float = 0.05
     largest: float = 0.5
     least_peak: float = 5e-3
+
+    def __post_init__(self) -> None:
+        if not (self.sink > 0 and 0 <= self.foreground < 1 and 0 <= self.background <= 1):
+            raise ValueError(f"labels: got {self}, want sink above 0, and foreground and background from 0 to 1")
+        if not (self.largest > 0 and self.least_peak >= 0):
+            raise ValueError(f"labels: got {self}, want largest above 0, and least_peak not below")
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,21 @@ class Settings:
         for name, values in (("budgets", self.budgets), ("routes", self.routes)):
             for value in values:
                 check_count(name, value)
+        for name in ("label_tokens", "max_new_tokens", "most_routes"):
+            check_count(name, getattr(self, name))
+        if self.min_tokens is not None:
+            check_count("min_tokens", self.min_tokens)
 
     def run(self, tokens: int) -> RunSettings:
         """How an image is seen in at most so many tokens."""
-        return RunSettings(min_tokens=min(self.min_tokens or tokens, tokens), max_tokens=tokens)
+        least = tokens if self.min_tokens is None else min(self.min_tokens, tokens)
+        return RunSettings(min_tokens=least, max_tokens=tokens)
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
         """With other values, of parts too: {"depth": 3, "region.rate": 1e-3}.
 
-        Raises `ValueError` for a field that there is not, and `TypeError` for a value of another type.
+        Raises `ValueError` for a field that there is not, or that is a part or heads as a whole, and `TypeError` for a
+        value of another type.
         """
         found = self
         for name, value in changes.items():
@@ -109,6 +122,12 @@ class Settings:
             hints = get_type_hints(type(part))
             if field not in hints or (dot and part is found):
                 raise ValueError(f"set: there is no {name}; there are {', '.join(get_type_hints(Settings))}")
+            if field == "heads":
+                raise ValueError("set: heads are no value; `--heads` takes a file of them")
+            if is_dataclass(hints[field]):
+                raise ValueError(
+                    f"set: {name} has parts: {', '.join(f'{name}.{one}' for one in get_type_hints(hints[field]))}"
+                )
             changed = {field: of_kind(name, value, hints[field], getattr(part, field))}
             found = replace(found, **({own: replace(part, **changed)} if dot else changed))
         return found
@@ -134,5 +153,6 @@ PRESETS = {
 
 
 def settings_for(model: Adapter) -> Settings:
-    """By the checkpoint's `"hide_preset"`, else the published ones."""
-    return PRESETS.get(getattr(model.model.config, "hide_preset", None) or "", Settings())
+    """By the checkpoint's `"hide_preset"`, else the published ones; LLaVA's positions have no place inside an image."""
+    published = Settings(reuse_src_pos=model.family != "llava")
+    return PRESETS.get(getattr(model.model.config, "hide_preset", None) or "", published)
