@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import random
+import shlex
 import threading
 from dataclasses import replace
 
@@ -808,20 +809,30 @@ def test_released_labels_are_cut_to_the_picture_and_trained_on(tmp_path):
 
 def test_released_answers_are_routes(tmp_path):
     IMAGE.save(tmp_path / "a.png")
-    entries = {
-        7: {
-            "id": 7,
-            "image": "a.png",
-            "prompt": "What?",
-            "text": "red",
-            "res": [64, 128, 256],
-            "ms_answers": ["blue", "red", "red"],
-        }
+    entry = {
+        "id": 7,
+        "image": "a.png",
+        "prompt": "What?\n(A) red\n(B) blue",
+        "text": "A",
+        "res": [64, 128, 256],
+        "ms_answers": ["B", "A", "A"],
     }
-    (tmp_path / "routes.pkl").write_bytes(pickle.dumps(entries))
-    command = convert(tmp_path / "routes.pkl", tmp_path, tmp_path / "out")
-    line = json.loads((tmp_path / "out" / "routes.jsonl").read_text().splitlines()[1])
-    assert routes([line], (64, 128, 256), 9, 0) == [Route("0", 1)] and '--set "routes=(64, 128, 256)"' in command
+    out = tmp_path / "with a blank"
+    (tmp_path / "routes.pkl").write_bytes(pickle.dumps({7: entry, 8: {**entry, "image": "none.png"}}))
+    command = shlex.split(convert(tmp_path / "routes.pkl", tmp_path, out))
+    line, missing = map(json.loads, (out / "routes.jsonl").read_text().splitlines()[1:])
+    assert routes([line], (64, 128, 256), 9, 0) == [Route("0", 1)] and "FileNotFoundError" in missing["error"]
+    assert command[3:5] == ["--data", f"list:{out / 'questions.json'}"] and command[-1] == "routes=(64, 128, 256)"
+    assert Pool(command[4])["0"].question.options == ("red", "blue")
+    for wrong, message in (
+        ({"res": [128, 64, 256]}, "do not ascend"),
+        ({"text": ...}, "record 1 of .*: it has no 'text'"),
+    ):
+        other = {name: value for name, value in {**entry, **wrong}.items() if value is not ...}
+        (tmp_path / "routes.pkl").write_bytes(pickle.dumps([entry if "text" in wrong else other, other]))
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / "routes.pkl", tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 # -- commands -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Iterator
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,71 +70,82 @@ def convert(path: Path, images: Path, out: Path) -> str:
     for `--data list:`; says what to run next.
 
     images: the folder that pictures are named from. Labels of a picture are cut out of those of the gray square around
-    it, to whole cells.
+    it, to whole cells. A record whose picture is not there or cannot be read is recorded as failed.
+
+    Raises `ValueError` for what is no such file, with the number of the record that is none, and for a folder that
+    cannot be written.
     """
     found = read_pickle(path)
     entries = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
         raise ValueError(f"data: {path} holds no list of records")
     routes = "ms_answers" in entries[0]
+    budgets = _budgets(path, entries) if routes else ()
     check_folder(out)
+    records, questions = [], []
+    for number, entry in enumerate(entries):
+        try:
+            record = (_route if routes else _label)(number, entry, images)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"data: record {number} of {path}: {reason}") from None
+        records.append(record)
+        picture = str((images / record["picture"]).resolve())
+        # With its options, which are read out of it.
+        asked = {"id": record["id"], "question": str(entry["prompt"]), "labels": record["answer"]}
+        questions.append({**asked, "image_path": picture})
     out.mkdir(parents=True, exist_ok=True)
-    records = list(_routes(entries) if routes else _labels(entries, images))
-    questions = [
-        {
-            "id": record["id"],
-            "question": record["question"],
-            "labels": record["answer"],
-            "image_path": str((images / record["picture"]).resolve()),
-        }
-        for record in records
-    ]
     stem = "routes" if routes else "labels"
     lines = [{"settings": {"stage": stem, "source": path.name}}, *records]
     put(out / f"{stem}.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     put(out / "questions.json", json.dumps(questions).encode())
-    more = ""
-    if routes:
-        budgets = {tuple(map(int, entry["res"])) for entry in entries}
-        if len(budgets) > 1:
-            raise ValueError(f"data: {path} has questions of different budgets: {sorted(budgets)}")
-        more = f' --set "routes={budgets.pop()}"'
-    stage = "gate" if routes else "region"
-    return f"hide train q-zoom --data list:{out / 'questions.json'} --stages {stage} --out {out}{more}"
+    stage, more = ("gate", ["--set", f"routes={budgets}"]) if routes else ("region", [])
+    data = f"list:{out / 'questions.json'}"
+    return shlex.join(["hide", "train", "q-zoom", "--data", data, "--stages", stage, "--out", str(out), *more])
 
 
-def _record(number: int, entry: dict[str, Any], question: str, answer: str) -> dict[str, Any]:
-    sample = Sample(str(number), lambda: (), Question.parse(question), answer, "all", picture=str(entry["image"]))
-    return {**blank_record(sample, ""), "error": None}
+def _budgets(path: Path, entries: list[dict[str, Any]]) -> tuple[int, ...]:
+    """Those that all questions were asked at, ascending."""
+    found = {tuple(map(int, entry.get("res", ()))) for entry in entries}
+    budgets = found.pop()
+    if found or list(budgets) != sorted(set(budgets)):
+        raise ValueError(f"data: {path} has budgets that differ or do not ascend: {sorted({budgets, *found})}")
+    return budgets
 
 
-def _labels(entries: list[dict[str, Any]], images: Path) -> Iterator[dict[str, Any]]:
-    for number, entry in enumerate(entries):
-        maps = [None if entry.get(name) is None else _grid(entry[name]) for name in ("grounding_attn_o2i", "sink_attn")]
-        if maps[0] is None:
-            raise ValueError(f"data: record {number} has no grounding_attn_o2i")
-        with Image.open(images / str(entry["image"])) as opened:
-            width, height = opened.size
-        shown = [
-            _covered(length, max(width, height), cells)
-            for length, cells in zip((height, width), maps[0].shape, strict=True)
-        ]
-        outside = torch.ones_like(maps[0], dtype=torch.bool)
-        outside[shown[0], shown[1]] = False
-        labels = tri_state(maps[0], maps[1], outside)[shown[0], shown[1]]
-        said = str(entry["text"]) or "nothing"
-        yield {
-            **_record(number, entry, str(entry["prompt"]), said),
-            "reply": said,
-            "grid": list(labels.shape),
-            "labels": to_text(labels),
-        }
+def _record(number: int, entry: dict[str, Any], images: Path, answer: str) -> tuple[dict[str, Any], tuple[int, int]]:
+    """What is recorded of any question, and its picture's width and height; of one that cannot be read the error."""
+    picture, question = str(entry["image"]), Question.parse(str(entry["prompt"]))
+    sample, size = Sample(str(number), lambda: (), question, answer, "all", picture=picture), (0, 0)
+    try:
+        with Image.open(images / picture) as opened:
+            size = opened.size
+    except OSError as error:
+        return blank_record(sample, f"{type(error).__name__}: {error}"), size
+    return {**blank_record(sample, ""), "error": None}, size
+
+
+def _label(number: int, entry: dict[str, Any], images: Path) -> dict[str, Any]:
+    said = str(entry["text"]) or "nothing"
+    record, (width, height) = _record(number, entry, images, said)
+    if record["error"]:
+        return record
+    attention = _grid(entry["grounding_attn_o2i"])
+    sinks = None if entry.get("sink_attn") is None else _grid(entry["sink_attn"])
+    rows, columns = (
+        _covered(length, max(width, height), cells)
+        for length, cells in zip((height, width), attention.shape, strict=True)
+    )
+    outside = torch.ones_like(attention, dtype=torch.bool)
+    outside[rows, columns] = False
+    labels = tri_state(attention, sinks, outside)[rows, columns]
+    return {**record, "reply": said, "grid": list(labels.shape), "labels": to_text(labels)}
 
 
 def _grid(value: Any) -> Tensor:
     found = torch.from_numpy(np.asarray(value, dtype=np.float32).copy())
     if found.dim() != 2:
-        raise ValueError(f"data: got a map of shape {tuple(found.shape)}, want rows and columns")
+        raise ValueError(f"got a map of shape {tuple(found.shape)}, want rows and columns")
     return found
 
 
@@ -145,10 +156,12 @@ def _covered(length: int, side: int, cells: int) -> slice:
     return slice(start, max(start + 1, round(first + length * cells / side)))
 
 
-def _routes(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for number, entry in enumerate(entries):
-        replies = dict(zip(map(str, entry["res"]), map(str, entry["ms_answers"]), strict=True))
-        yield {**_record(number, entry, str(entry["prompt"]), str(entry["text"])), "replies": replies}
+def _route(number: int, entry: dict[str, Any], images: Path) -> dict[str, Any]:
+    # A reply that is none is empty, and agrees with nothing.
+    said = ["" if reply is None else str(reply) for reply in entry["ms_answers"]]
+    replies = dict(zip(map(str, entry["res"]), said, strict=True))
+    record, _ = _record(number, entry, images, str(entry["text"]))
+    return {**record, "replies": replies}
 
 
 def main() -> None:
@@ -158,7 +171,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="the folder that its pictures are named from")
     parser.add_argument("--out", type=Path, required=True, help="the folder for hide train")
     arguments = parser.parse_args()
-    print(convert(arguments.pickle, arguments.images, arguments.out))
+    try:
+        print(convert(arguments.pickle, arguments.images, arguments.out))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error {error}\n")
 
 
 if __name__ == "__main__":
