@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from hide.cli import app
 from hide.engine import stock
 from hide.engine.beside import key_heads, query_heads, rotation, through
-from hide.evaluation.data import scene_questions
+from hide.evaluation.calibrate import head_sweep
+from hide.evaluation.data import Sample, scene_questions
 from hide.methods.base import Preset
 from hide.methods.q_zoom.branches import attach, branches_of
 from hide.methods.q_zoom.method import QZoom, QZoomSettings
@@ -234,6 +235,24 @@ def test_a_sink_head_hides_no_box():
     assert heads.sinks == {0: (8,)} and heads.grounding == {0: (0, 1, 2, 3)}
     with pytest.raises(ValueError, match="no head gives the image 5% of its attention"):
         choose([score(0, image=0.04)])
+
+
+def test_heads_that_look_nowhere_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no head looks into the boxes"):
+        choose([HeadScore("reply", 0, 0, 0.5, 0.0, 0.1, 0.0)])
+    with pytest.raises(ValueError, match="heads: .*none.json cannot be read: No such file"):
+        Heads.read(tmp_path / "none.json")
+
+
+def test_boxes_outside_of_the_picture_say_nothing_of_heads():
+    failed = {}
+    samples = [
+        Sample(str(x), lambda: IMAGE, QUESTION, "red", "all", ((x, 10, x + 60, 60),), picture="a") for x in (20, 900)
+    ]
+    adapter = load(q_zoom_base(), device="cpu")
+    scores = head_sweep(adapter, samples, failed=lambda sample, error: failed.update({sample.id: str(error)}))
+    assert list(failed) == ["900"] and "none of which is in the picture" in failed["900"]
+    assert not any(math.isnan(one.lost) for one in scores)
 
 
 def test_heads_that_a_model_has_not_are_refused(tmp_path):

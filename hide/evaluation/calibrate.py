@@ -109,7 +109,7 @@ def layer_sweep(
         with hide.open(image) as session:
             by_layer = hide.attention_rows_by_layer(session, _entities(hide, sample))
         for rows in by_layer:
-            inside = cells_inside(sample.boxes, image.size, _grid_of(rows.rows[0])).to(rows.rows[0].device)
+            inside = _targets(sample, image, rows.rows[0]).to(rows.rows[0].device)
             tokens = rows.rows[0][rows.prior_rows :]
             share = float((tokens * inside).sum((1, 2)).div(tokens.sum((1, 2)).clamp(min=1e-30)).mean())
             maps = hide.maps(rows).by_image[0][0]
@@ -148,7 +148,7 @@ def head_sweep(
                 ids, places, _ = prompt_rows(session, text, sample.question, rows, request, most)
                 by_layer = head_maps(session, ids, places, range(model.num_layers))
                 maps = torch.stack([by_layer[layer] for layer in sorted(by_layer)]).cpu()
-                found.append((rows, maps, cells_inside(sample.boxes, image.size, _grid_of(maps))))
+                found.append((rows, maps, _targets(sample, image, maps)))
         return found
 
     return head_scores([one for of_sample in _each(samples, measure, progress, failed) for one in of_sample])
@@ -258,6 +258,14 @@ def cells_inside(boxes: Iterable[tuple[int, int, int, int]], size: tuple[int, in
         x0, x1 = (edge / size[0] * columns for edge in (box[0], box[2]))
         y0, y1 = (edge / size[1] * rows for edge in (box[1], box[3]))
         inside |= (x < x1) & (x + 1 > x0) & (y < y1) & (y + 1 > y0)
+    return inside
+
+
+def _targets(sample: Sample, image: Image.Image, maps: Tensor) -> Tensor:
+    """(rows, columns) bool: the cells of maps that a sample's boxes touch; `ValueError` where there is none."""
+    inside = cells_inside(sample.boxes, image.size, _grid_of(maps))
+    if not inside.any():
+        raise ValueError(f"boxes: got {list(sample.boxes)}, none of which is in the picture of {image.size}")
     return inside
 
 

@@ -66,7 +66,8 @@ class Heads:
 
     @classmethod
     def read(cls, path: Path) -> Heads:
-        """What `hide calibrate --heads` wrote, or another JSON object of this form; `ValueError` for what is none."""
+        """What `hide calibrate --heads` wrote, or another JSON object of this form; `ValueError` for what is none, and
+        for a file that cannot be read."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             chosen = {
@@ -74,6 +75,8 @@ class Heads:
                 for name in _CHOSEN
             }
             return cls(found["rows"], **chosen, request=str(found.get("request", "")))
+        except OSError as error:
+            raise ValueError(f"heads: {path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"heads: {path} has no heads: {type(error).__name__}: {error}") from None
 
@@ -159,11 +162,13 @@ def choose(scores: Sequence[HeadScore], request: str = "") -> Heads:
     """The heads whose rows over the image lie in the boxes with the largest part, all of the kind of rows of the best,
     and none half as good; for sinks those that look hardest at a cell outside, and hardly at the boxes.
 
-    Raises `ValueError` where no head looks at the image.
+    Raises `ValueError` where no head looks at the image, or none into the boxes.
     """
     looking = sorted((one for one in scores if one.image >= LEAST_ON_IMAGE), key=lambda one: -one.inside)
     if not looking:
         raise ValueError(f"heads: no head gives the image {LEAST_ON_IMAGE:.0%} of its attention")
+    if not looking[0].inside:
+        raise ValueError("heads: no head looks into the boxes")
     rows = looking[0].rows
     of_kind = [one for one in looking if one.rows == rows]
     grounding = [one for one in of_kind[:GROUNDING] if one.inside > of_kind[0].inside / 2]
