@@ -16,6 +16,7 @@ import torch
 from families import FAMILIES
 from PIL import Image
 from region_branches import save, with_branches
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -34,6 +35,7 @@ from hide.presets import AnswerSettings, RunSettings
 from hide.questions import Question
 from hide.session import open_session
 from hide.training import loop, q_zoom
+from hide.training.checkpoint import save_checkpoint
 from hide.training.heads import GROUNDING, PUBLISHED, Heads, HeadScore, choose, head_scores, published
 from hide.training.labels import IGNORED, from_text, head_maps, label, mean_map, prompt_rows, to_text, tri_state
 from hide.training.loop import Processes, fit, read_log, scale, shuffled
@@ -569,6 +571,35 @@ def test_a_gradient_that_is_no_number_ends_the_run(tmp_path):
 # -- stages -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("file", ["state.json", "state-2.safetensors", "trained.safetensors"])
+@pytest.mark.parametrize("content", [None, b"{}", b"cut off"])
+def test_a_damaged_state_is_named(tmp_path, monkeypatch, file, content):
+    monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+    learned(tmp_path, steps=None if file == "trained.safetensors" else 3)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    elif file != "state-2.safetensors":
+        learned(tmp_path)  # none of the two is a run that has not begun
+        return
+    with pytest.raises(ValueError, match="is damaged .*; without it the stage begins anew"):
+        learned(tmp_path)
+
+
+def test_a_file_that_the_disk_does_not_take_is_named_and_not_left(tmp_path):
+    resource = pytest.importorskip("resource")
+    loop.put_tensors(tmp_path / "own.safetensors", {"a": torch.ones(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="own.safetensors cannot be written"):
+            loop.put_tensors(tmp_path / "own.safetensors", {"a": torch.ones(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]
+    assert load_file(tmp_path / "own.safetensors")["a"].shape == (3,)
+
+
 def test_scenes_are_found_by_id_and_are_no_evaluations():
     pool = Pool("scenes:130", 7)
     every = list(pool)
@@ -581,6 +612,7 @@ def test_scenes_are_found_by_id_and_are_no_evaluations():
     assert [one.id for one in scene_questions(3, (120, 140), "few")][:2] == ["few-3-0", "few-3-1"]
     with pytest.raises(ValueError, match="want scenes:TOKENS, or FORMAT:PATH"):
         Pool("scenes")
+    assert Pool("scenes:130", 3).of(one.id for one in reversed(every)) == sorted(one.id for one in every[:3])
 
 
 def test_a_file_of_questions_is_a_pool(tmp_path):
@@ -592,7 +624,11 @@ def test_a_file_of_questions_is_a_pool(tmp_path):
     ]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     pool = Pool(f"list:{tmp_path / 'list.json'}")
-    assert [one.id for one in pool] == ["x", "z"] and pool["z"].answer == "left" and "y" not in pool
+    assert [one.id for one in pool] == ["x", "z"] and pool["z"].answer == "left" and pool.of("zyx") == ["x", "z"]
+    assert [one.id for one in pool.bad] == ["y"]
+    (tmp_path / "list.json").write_text(json.dumps(rows[1:2]))
+    with pytest.raises(ValueError, match="list.json has no question; data: "):
+        Pool(f"list:{tmp_path / 'list.json'}")
 
 
 SMALL = Settings(
@@ -731,14 +767,117 @@ def test_two_processes_label_a_part_of_the_pictures_each(base, questions, tmp_pa
 def test_a_picture_that_fails_costs_its_own_questions(base, questions, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no picture")
     adapter = load(base, device="cpu", dtype="float32")
+    notes = []
+    training = Training(adapter, Pool(questions), tmp_path / "out", SMALL, note=notes.append)
+    training.labels()
+    training.region()
+    assert [one["id"] for one in training._records("labels")] == ["0", "2", "3"]
+    assert notes[0].startswith("labels: 1 of 4 questions failed and are left out; the first, 1: ValueError: image: ")
+
+
+def test_what_a_stage_reads_is_of_the_same_model_questions_and_layers(base, questions, tmp_path):
+    out = tmp_path / "out"
+    adapter = load(base, device="cpu", dtype="float32")
+    Training(adapter, Pool(questions), out, SMALL).labels()
+    with pytest.raises(ValueError, match="labels.jsonl was made with other settings .data: 'list:.*, 'scenes:60' now"):
+        Training(adapter, Pool("scenes:60", 4), out, SMALL).region()
+    Training(adapter, Pool(questions), out, SMALL).region()
+    for wrong, message in (
+        (replace(SMALL, layer=2, depth=2), "depth: 3 there, 2 now; layer: 1 there, 2 now"),
+        (replace(SMALL, depth=2), "region was made with other settings .depth: 3 there, 2 now"),
+    ):
+        training = Training(adapter, Pool(questions), out, wrong)
+        for reading in (training.save, training.tuning):
+            with pytest.raises(ValueError, match=message):
+                reading()
+    # One question is another one now, and so is its label.
+    rows = json.loads((tmp_path / "list.json").read_text())
+    rows[0]["question"] = "Where is thing 0?"
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    training = Training(adapter, Pool(questions), out, SMALL)
+    training.labels()
+    with pytest.raises(ValueError, match="region was made with other settings .learned: "):
+        training.region()
+    lines = (out / "labels.jsonl").read_text().splitlines()[1:]
+    (out / "labels-2.jsonl").write_text(lines[0] + "\n" + lines[1])
+    with pytest.raises(ValueError, match="labels-2.jsonl does not begin with what it was made with"):
+        training.region()
+    (out / "labels-2.jsonl").unlink()
+    # Files of processes that a later run has not.
+    (out / "labels.jsonl").rename(out / "labels-1.jsonl")
+    with pytest.raises(ValueError, match="labels-1.jsonl was made with other settings .tokens: 60 there, 50 now"):
+        Training(adapter, Pool(questions), out, replace(SMALL, label_tokens=50)).labels()
+
+
+def test_the_checkpoint_asks_for_the_positions_that_the_model_was_tuned_with(base, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(q_zoom, "verdict", lambda record, method, scorer: method == "plain")
+    adapter = load(base, device="cpu", dtype="float32")
+    training = Training(adapter, Pool(questions), tmp_path / "out", replace(SMALL, reuse_src_pos=False))
+    for stage in (training.labels, training.region, training.tuning):
+        stage()
+    folder = Training(adapter, Pool(questions), tmp_path / "out", SMALL).save()
+    assert json.loads((folder / "config.json").read_text())["reuse_src_pos"] is False
+
+
+def test_one_run_at_a_time_learns_in_a_folder(base, questions, tmp_path):
+    adapter = load(base, device="cpu", dtype="float32")
     training = Training(adapter, Pool(questions), tmp_path / "out", SMALL)
     training.labels()
-    assert [bool(one["error"]) for one in training._records("labels")] == [False, True, False, False]
+    with (
+        loop.held(tmp_path / "out" / "region", loop.ALONE),
+        pytest.raises(ValueError, match="region: another run is learning in"),
+    ):
+        training.region()
+    training.region()
+    assert not list((tmp_path / "out").glob("*.lock"))
+
+
+def test_a_checkpoint_takes_no_other_folders_place(base, questions, tmp_path):
+    adapter = load(base, device="cpu", dtype="float32")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="is no checkpoint of Q-Zoom's, and would be replaced"):
+        Training(adapter, Pool(questions), tmp_path, SMALL)
+    assert (tmp_path / "checkpoint" / "mine.txt").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint").symlink_to(base)
+    with pytest.raises(ValueError, match="is the model that is trained, and would be replaced"):
+        Training(adapter, Pool(questions), tmp_path / "out", SMALL)
+
+
+def test_branches_and_head_have_their_places_in_older_layouts(tmp_path):
+    text = "language_model.model."
+    own = {
+        f"{text}layers.0.input_layernorm.weight": torch.ones(2),
+        f"{text}layers.0.self_attn.q_proj.weight": torch.ones(2, 2, dtype=torch.bfloat16),
+        "language_model.lm_head.weight": torch.ones(3, 2),
+    }
+    files = {"model-1.safetensors": own, "model-2.safetensors": {f"{text}twig_layers.0.a": torch.ones(1)}}
+    (tmp_path / "base").mkdir()
+    for file, tensors in files.items():
+        save_file(tensors, tmp_path / "base" / file)
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (tmp_path / "base" / "config.json").write_text("{}")
+    branches = copied_branches(FAMILIES["llava"](), 1, 2)
+    save_checkpoint(tmp_path / "new", tmp_path / "base", branches, {"lm_head.weight": torch.zeros(3, 2)})
+    first, last = (load_file(tmp_path / "new" / file) for file in files)
+    assert first.keys() == own.keys() and not first["language_model.lm_head.weight"].any()
+    assert f"{text}twig_layers.0.a" not in last
+    assert {one.dtype for one in last.values()} == {torch.bfloat16}, "as the model's layers, and not as its norms"
 
 
 def test_layers_that_there_are_not_are_refused():
-    with pytest.raises(ValueError, match="got 2 and 3, and the model has 4 layers to copy"):
-        copied_branches(FAMILIES["qwen2_5_vl"](), 2, 3)
+    for layer, depth in ((2, 3), (0, 2), (-1, 2), (1, 1)):
+        with pytest.raises(ValueError, match=f"layer, depth: got {layer} and {depth}, and the model has 4 layers to"):
+            copied_branches(FAMILIES["qwen2_5_vl"](), layer, depth)
+
+
+def test_quantised_layers_are_not_copied():
+    adapter = FAMILIES["qwen2_5_vl"]()
+    adapter.model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="its weights are quantised"):
+        copied_branches(adapter, 1, 2)
 
 
 def test_settings_are_changed_by_name():
@@ -880,7 +1019,11 @@ def test_the_command_trains_the_embedded_model_and_goes_on(tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "losses.png").stat().st_size > 5000
     config = json.loads((tmp_path / "out" / "checkpoint" / "config.json").read_text())
-    assert (config["twig_K"], config["twig_T"]) == (1, 2) and not config["enable_high_res"] and config["hide_preset"] == "tiny"
+    assert (
+        (config["twig_K"], config["twig_T"]) == (1, 2)
+        and not config["enable_high_res"]
+        and config["hide_preset"] == "tiny"
+    )
     answer = QZoom(load(tmp_path / "out" / "checkpoint", device="cpu")).ask(IMAGE, QUESTION)
     assert answer.details["gate"] is None and len(answer.evidence[0].maps) == 1
     for wrong, message in (
@@ -891,6 +1034,22 @@ def test_the_command_trains_the_embedded_model_and_goes_on(tmp_path):
     ):
         done = run("train", "q-zoom", *more, *wrong)
         assert done.exit_code == 1 and message in " ".join(done.output.split())
+
+
+def test_of_several_processes_the_one_that_an_error_ends_says_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    done = run("train", "q-zoom", "--stages", "regions", "--out", tmp_path)
+    assert done.exit_code == 1 and "want some of labels" in done.output
+
+
+def test_the_command_says_what_it_leaves_out(tmp_path):
+    rows = [{"id": "x", "question": "What color is it?", "labels": "red", "image_path": "none.png"}, {"id": "y"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    data = f"list:{tmp_path / 'list.json'}"
+    done = run("train", "q-zoom", "--data", data, "--stages", "labels,region", "--out", tmp_path / "out")
+    said = " ".join(done.output.split())
+    assert done.exit_code == 1 and "1 records are no questions and left out; the first: data: " in said
+    assert "1 of 1 questions failed and are left out; the first, x: FileNotFoundError: " in said
 
 
 def test_heads_are_chosen_by_calibration(tmp_path, small_scenes):

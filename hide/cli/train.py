@@ -60,7 +60,8 @@ def q_zoom(
     """
     first = int(os.environ.get("RANK", "0")) == 0
     console = Console(stderr=True, quiet=not first)
-    with errors(console), progress_bar(console) as bar:
+    # What ends one process is said by that process, whichever it is.
+    with errors(Console(stderr=True)), progress_bar(console) as bar:
         quiet()
         import torch
 
@@ -90,8 +91,11 @@ def q_zoom(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
 
+        def note(text: str) -> None:
+            console.print(f"[yellow]note[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
+
         processes = Processes.join(model.input_device)
-        training = Training(model, pool, out, settings, processes=processes, progress=tell)
+        training = Training(model, pool, out, settings, processes=processes, progress=tell, note=note)
         for stage in (name for name in STAGES if name in asked):
             getattr(training, stage)()
         saved = training.save()

@@ -14,8 +14,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,7 +109,8 @@ def fit(
     if not items:
         raise ValueError(f"{folder.name}: no question is left to learn from; give it more of them, or leave it out")
     own = {**(facts or {}), "recipe": vars(recipe), "seed": seed, "items": len(items)}
-    run = _Run(folder, parameters, recipe, json.dumps(own, sort_keys=True), processes)
+    # As a file gives it back.
+    run = _Run(folder, parameters, recipe, json.loads(json.dumps(own)), processes)
     per_epoch = math.ceil(len(items) / recipe.batch)
     every = per_epoch * recipe.epochs
     if run.done:
@@ -148,15 +150,37 @@ def shuffled(items: Sequence[T], group: Callable[[T], Any], seed: str) -> list[i
     return [place for own in order for place in own]
 
 
-def trained(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any] | None:
-    """What a stage that has ended was made with, its parameters read; `None` for one that has not."""
+def trained(folder: Path, parameters: Mapping[str, nn.Parameter], wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a stage that has ended was made with, its parameters read; `None` for one that has not.
+
+    Raises `ValueError` where that is not what is `wanted`, and for a damaged file.
+    """
     if not (folder / TRAINED).is_file():
         return None
-    with safe_open(folder / TRAINED, framework="pt") as opened, torch.no_grad():
+    with _undamaged(folder), safe_open(folder / TRAINED, framework="pt") as opened, torch.no_grad():
+        facts: dict[str, Any] = json.loads(opened.metadata()["facts"])
+        check_alike(folder.name, folder, {name: facts.get(name) for name in wanted}, wanted)
         for name, parameter in parameters.items():
             parameter.copy_(opened.get_tensor(name))
-        facts: dict[str, Any] = json.loads(opened.metadata()["facts"])
     return facts
+
+
+def check_alike(stage: str, path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """`ValueError` for a path that was made with something else."""
+    different = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    if different:
+        changes = "; ".join(f"{name}: {there.get(name)!r} there, {wanted.get(name)!r} now" for name in different)
+        raise ValueError(f"{stage}: {path} was made with other settings ({changes}); use another folder")
+
+
+@contextmanager
+def _undamaged(folder: Path) -> Iterator[None]:
+    """Inside, what cannot be read is a `ValueError` that says how to go on."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, OSError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder.name}: {folder} is damaged ({reason}); without it the stage begins anew") from None
 
 
 def scale(step: int, steps: int, warm_up: float) -> float:
@@ -175,23 +199,24 @@ class _Run:
         folder: Path,
         parameters: Mapping[str, nn.Parameter],
         recipe: Recipe,
-        facts: str,
+        facts: Mapping[str, Any],
         processes: Processes,
     ) -> None:
-        self.folder, self.parameters, self.recipe, self.facts = folder, parameters, recipe, facts
+        self.folder, self.parameters, self.facts, self.clip = folder, parameters, dict(facts), recipe.clip
         self.processes, self.first = processes, processes.rank == 0
         self.optimiser = torch.optim.AdamW(parameters.values(), lr=recipe.rate, weight_decay=0.0)
         self.step, self.done = 0, (folder / TRAINED).is_file()
-        if self.done:
-            with safe_open(folder / TRAINED, framework="pt") as opened:
-                self._check(opened.metadata()["facts"])
-            self._take(load_file(folder / TRAINED))
-            return
-        if (folder / STATE).is_file():
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            self._check(state["facts"])
-            self.step = state["step"]
-            self._take(load_file(folder / state["file"]))
+        with _undamaged(folder):
+            if self.done:
+                with safe_open(folder / TRAINED, framework="pt") as opened:
+                    check_alike(folder.name, folder, json.loads(opened.metadata()["facts"]), self.facts)
+                self._take(load_file(folder / TRAINED))
+                return
+            if (folder / STATE).is_file():
+                state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                check_alike(folder.name, folder, json.loads(state["facts"]), self.facts)
+                self.step = state["step"]
+                self._take(load_file(folder / state["file"]))
         if self.first:
             folder.mkdir(parents=True, exist_ok=True)
             # What a killed run did behind its last save is done again.
@@ -209,7 +234,7 @@ class _Run:
         found, terms = sums.tolist()
         for gradient in gradients:
             gradient /= max(1.0, terms)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip))
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
@@ -232,16 +257,14 @@ class _Run:
             for key, value in self.optimiser.state[parameter].items()
         }
         file = f"state-{step}.safetensors"
-        save_file({**self._values(), **moments}, self.folder / file)
-        put(self.folder / STATE, json.dumps({"step": step, "file": file, "facts": self.facts}).encode())
+        put_tensors(self.folder / file, {**self._values(), **moments})
+        put(self.folder / STATE, json.dumps({"step": step, "file": file, "facts": json.dumps(self.facts)}).encode())
         self._forget(file)
 
     def finish(self) -> None:
         """The parameters alone take the place of the state; behind it all processes go on."""
         if self.first:
-            new = self.folder / f"{TRAINED}.new"
-            save_file(self._values(), new, metadata={"facts": self.facts})
-            new.replace(self.folder / TRAINED)
+            put_tensors(self.folder / TRAINED, self._values(), {"facts": json.dumps(self.facts)})
             (self.folder / STATE).unlink(missing_ok=True)
             self._forget()
         self.processes.wait()
@@ -266,17 +289,41 @@ class _Run:
                     key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
                 }
 
-    def _check(self, there: str) -> None:
-        if there != self.facts:
-            raise ValueError(
-                f"{self.folder.name}: {self.folder} was made with {there}, not {self.facts}; use another folder"
-            )
+
+@contextmanager
+def held(folder: Path, processes: Processes) -> Iterator[None]:
+    """Inside, no other run learns in a folder: `ValueError` for a second one. The lock beside it dies with its run."""
+    if processes.rank:
+        yield
+        return
+    lock = FileLock(f"{folder}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder.name}: another run is learning in {folder}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # while it is held, as a result file's
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def put(path: Path, content: bytes) -> None:
     """Write a file beside the one that is there, which it then takes the place of."""
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(content)
+    new.replace(path)
+
+
+def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """As `put`; safetensors' own error is an `OSError` here, as for every file that a full disk does not take."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        save_file(tensors, new, metadata=metadata)
+    except SafetensorError as error:
+        new.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
     new.replace(path)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from hashlib import blake2b
@@ -33,10 +33,10 @@ from hide.methods.q_zoom.method import QZoom
 from hide.models.base import Adapter
 from hide.models.inputs import Features, ImageInputs
 from hide.session import open_session
-from hide.training.checkpoint import save_checkpoint
+from hide.training.checkpoint import check_place, save_checkpoint
 from hide.training.heads import published
 from hide.training.labels import from_text, label
-from hide.training.loop import ALONE, Processes, fit, trained
+from hide.training.loop import ALONE, Processes, check_alike, fit, held, trained
 from hide.training.objectives import (
     NOTHING,
     Loss,
@@ -54,6 +54,8 @@ from hide.training.settings import Settings
 STAGES = ("labels", "region", "tuning", "gate")
 Progress = Callable[[str, int, int | None], None]
 """Called with what is going on, how much of it is done, and of how much, where that is known."""
+Note = Callable[[str], None]
+"""Called with what was left out, and why."""
 
 # Of the first scene; those of evaluations begin below, the embedded model's own training at 2**40.
 _SEED = 10_000_000
@@ -66,24 +68,30 @@ _REGION_THRESHOLD = 0.1
 
 
 class Pool:
-    """Questions of a data set, in its order and by their ids. Records that are none are left out.
+    """Questions of a data set, in its order and by their ids; `bad`: its records that are none.
 
     data: as `read_data`; "scenes:TOKENS" draws scenes of training's own seeds, up to six questions each. limit: at most
     so many; `None`: all, of scenes `SCENES`.
+
+    Raises `ValueError` for data that cannot be read or have no question.
     """
 
     def __init__(self, data: str, limit: int | None = None) -> None:
         self.data, self._limit = data, SCENES if limit is None else limit
         kind, _, tokens = data.partition(":")
         self._known: dict[str, Sample] | None = None
+        self.bad: list[BadRecord] = []
         if kind == "scenes" and tokens.isdecimal() and int(tokens) >= 10:
             middle = int(tokens)
             self._tokens = round(0.9 * middle), round(1.1 * middle)
         else:
             if kind == "scenes":
                 raise ValueError(f"data: got {data!r}, want scenes:TOKENS, or FORMAT:PATH")
-            found = (one for one in read_data(data, limit or sys.maxsize) if not isinstance(one, BadRecord))
-            self._known = {one.id: one for one in found}
+            found = list(read_data(data, limit or sys.maxsize))
+            self.bad = [one for one in found if isinstance(one, BadRecord)]
+            self._known = {one.id: one for one in found if not isinstance(one, BadRecord)}
+            if not self._known:
+                raise ValueError(f"data: {data} has no question" + "".join(f"; {one}" for one in self.bad[:1]))
 
     def __iter__(self) -> Iterator[Sample]:
         if self._known is not None:
@@ -94,18 +102,26 @@ class Pool:
     def __len__(self) -> int:
         return self._limit if self._known is None else len(self._known)
 
-    def __contains__(self, id: str) -> bool:
-        return self._known is None or id in self._known
+    def of(self, ids: Iterable[str]) -> list[str]:
+        """Which of these are ids of its questions, sorted as texts; of scenes the first."""
+        if self._known is not None:
+            return sorted(id for id in ids if id in self._known)
+        return sorted(sorted(ids, key=_seed_and_place)[: self._limit])
 
     def __getitem__(self, id: str) -> Sample:
         if self._known is not None:
             return self._known[id]
-        _, seed, place = id.split("-")
-        return self._drawn(int(seed))[int(place)]
+        seed, place = _seed_and_place(id)
+        return self._drawn(seed)[place]
 
     @lru_cache(maxsize=4)  # noqa: B019 (pools live as long as their process)
     def _drawn(self, seed: int) -> list[Sample]:
         return scene_questions(seed, self._tokens, "scene")
+
+
+def _seed_and_place(id: str) -> tuple[int, int]:
+    _, seed, place = id.split("-")
+    return int(seed), int(place)
 
 
 class Training:
@@ -120,18 +136,24 @@ class Training:
         *,
         processes: Processes = ALONE,
         progress: Progress = lambda what, done, total: None,
+        note: Note = lambda text: None,
     ) -> None:
         """Freeze the model and put branches beside it, in float32: copies of its layers from K on.
 
-        Raises `ValueError` for settings that the model does not take.
+        Raises `ValueError` for settings that the model does not take, and for a folder where the checkpoint would take
+        the place of something else.
         """
         self.model, self.pool, self.out, self.settings = model, pool, out, settings
-        self.processes, self.progress = processes, progress
+        self.processes, self.progress, self.note = processes, progress, note
         self._asked: dict[str, tuple[str, str]] = {}
+        check_place(out / "checkpoint", model.source)
+        if pool.bad:
+            note(f"data: {len(pool.bad)} records are no questions and left out; the first: {pool.bad[0]}")
         self._encoded: dict[tuple[str, int], tuple[ImageInputs, Features]] = {}
         depth, layers = settings.depth, model.num_layers
         layer = min(2 * layers // 3, layers - depth) if settings.layer is None else settings.layer
         self.branches = copied_branches(model, layer, depth)
+        self._own = {"model": str(model.source), "layer": layer, "depth": depth}
         attach(model, self.branches)
         model.model.requires_grad_(False)
         # A task's thresholds are none of training's business.
@@ -171,7 +193,7 @@ class Training:
 
     def region(self) -> None:
         """The region branch."""
-        usable = [one for one in self._records("labels") if not one["error"] and set(one["labels"]) != {"."}]
+        usable = [one for one in self._records("labels") if set(one["labels"]) != {"."}]
 
         def loss(records: Sequence[dict[str, Any]], epoch: int) -> Loss:
             seen = self._see([one["id"] for one in records], self._budget(_picture_of(records[0]), epoch))
@@ -182,7 +204,7 @@ class Training:
 
     def tuning(self) -> None:
         """The model's decoder layers and output head, on questions that a crop spoils."""
-        if trained(self.out / "region", self._region_parameters()) is None:
+        if self._trained("region", self._region_parameters()) is None:
             raise ValueError(f"tuning: {self.out} has no trained region branch; run the stage region first")
 
         def ask(image: Image.Image, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
@@ -200,8 +222,7 @@ class Training:
         spoiled = [
             one
             for one in self._records("mined")
-            if not one["error"]
-            and one["zoomed"]
+            if one["zoomed"]
             and verdict(one, "plain", strict) is True
             and verdict(one, self.method.name, strict) is not True
         ]
@@ -222,7 +243,7 @@ class Training:
 
     def gate(self) -> None:
         """The gate, of the tuned model where there is one."""
-        tuned = self._tuned()
+        tuned = self._tuned() is not None
 
         def ask(image: Image.Image, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
             found: list[dict[str, str]] = [{} for _ in samples]
@@ -235,8 +256,7 @@ class Training:
             yield from ({"replies": replies} for replies in found)
 
         self._ask("routes", ask, budgets=self.settings.routes, tuned=tuned)
-        answered = [one for one in self._records("routes") if not one["error"]]
-        chosen = routes(answered, self.settings.routes, self.settings.most_routes, self.settings.seed)
+        chosen = routes(self._records("routes"), self.settings.routes, self.settings.most_routes, self.settings.seed)
 
         def one_loss(item: Route, epoch: int) -> Loss:
             rng = random.Random(f"{self.settings.seed} {epoch} {item.id}")
@@ -255,11 +275,11 @@ class Training:
     def save(self) -> Path | None:
         """Write the checkpoint of what is trained by now: the region branch, and gate and model where they are; `None`
         without a region branch. A gate of the model before it was tuned is left out."""
-        if trained(self.out / "region", self._region_parameters()) is None:
+        if self._trained("region", self._region_parameters()) is None:
             return None
-        tuned, facts = self._tuned(), trained(self.out / "gate", self._gate_parameters())
-        branches = dataclasses.replace(self.branches, reuse_src_pos=tuned and self.settings.reuse_src_pos)
-        if facts is None or facts["tuned"] != tuned:
+        tuned, facts = self._tuned(), self._trained("gate", self._gate_parameters())
+        branches = dataclasses.replace(self.branches, reuse_src_pos=bool(tuned and tuned["reuse_src_pos"]))
+        if facts is None or facts["tuned"] != bool(tuned):
             branches = dataclasses.replace(branches, gate=None, head=None)
         if self.processes.rank == 0:
             assert self.model.source is not None, "it was loaded from somewhere"
@@ -273,7 +293,8 @@ class Training:
         """Record every question of the pool that has no record yet; each process its part of the pictures."""
         rank, processes = self.processes.rank, self.processes.count
         name = f"{stem}-{rank}.jsonl" if rank else f"{stem}.jsonl"
-        others = {one["id"] for one in self._read(stem, but=name)}
+        settings = {"stage": stem, "model": str(self.model.source), "data": self.pool.data, **facts}
+        others = {one["id"] for one in self._read(stem, settings, but=name)}
         total = len(self.pool) if processes == 1 else None
         done = 0
 
@@ -284,24 +305,40 @@ class Training:
 
         every = (one for one in self.pool if one.id not in others)
         mine = (one for one in every if _slot(one.picture or one.id) % processes == rank)
-        settings = {"stage": stem, "model": str(self.model.source), "data": self.pool.data, **facts}
         with ResultFile(self.out / name, settings) as results:
             evaluate(partial(recorded, ask), mine, results, progress=tell)
         self.processes.wait()
 
     def _records(self, stem: str) -> list[dict[str, Any]]:
-        """What was recorded of the pool's questions, by all processes, in an order that is theirs alone."""
-        found = {one["id"]: one for one in self._read(stem) if one["id"] in self.pool}
-        if not found:
+        """What was recorded of the pool's questions, by all processes, in an order that is theirs alone; what failed is
+        left out, with a note."""
+        made = {"stage": stem, "model": str(self.model.source), "data": self.pool.data}
+        found = {one["id"]: one for one in self._read(stem, made)}
+        own = [found[id] for id in self.pool.of(found)]
+        if not own:
             raise ValueError(f"{stem}: there are none in {self.out}; run the stage that makes them first")
-        return [found[id] for id in sorted(found)]
+        if failed := [one for one in own if one["error"]]:
+            first = f"the first, {failed[0]['id']}: {failed[0]['error']}"
+            self.note(f"{stem}: {len(failed)} of {len(own)} questions failed and are left out; {first}")
+        return [one for one in own if not one["error"]]
 
-    def _read(self, stem: str, but: str = "") -> Iterator[dict[str, Any]]:
+    def _read(self, stem: str, made: Mapping[str, Any], but: str = "") -> Iterator[dict[str, Any]]:
+        """Records in a stage's files; `ValueError` for a file that says that it was made otherwise."""
+        wanted = json.loads(json.dumps(made))
         for path in sorted(self.out.glob(f"{stem}*.jsonl")):
-            if path.name != but:
-                for line in path.read_text(encoding="utf-8").splitlines()[1:]:
-                    with suppress(ValueError):
-                        yield json.loads(line)
+            if path.name == but:
+                continue
+            lines = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # what a killed run left half-written
+                    lines.append(json.loads(line))
+            if len(lines) > 1:
+                if "settings" not in lines[0]:
+                    raise ValueError(f"{stem}: {path} does not begin with what it was made with; use another folder")
+                # The released data say neither model nor questions.
+                there = {**wanted, **lines[0]["settings"]}
+                check_alike(stem, path, {name: there[name] for name in wanted}, wanted)
+            yield from lines[1:]
 
     def _fit(
         self,
@@ -311,23 +348,23 @@ class Training:
         loss: Callable[[Sequence[Any], int], Loss],
         **facts: Any,
     ) -> None:
-        own = {"model": str(self.model.source), "data": self.pool.data, "layer": self.branches.layer}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         try:
-            fit(
-                self.out / stage,
-                parameters,
-                items,
-                loss,
-                getattr(self.settings, stage),
-                # Questions about one picture share its encoding, where they are shown it in one budget.
-                group=lambda item: item.id if isinstance(item, Route) else _picture_of(item),
-                seed=self.settings.seed,
-                processes=self.processes,
-                facts={**own, "depth": self.settings.depth, **facts},
-                progress=lambda step, steps: self.progress(stage, step, steps),
-            )
+            with held(self.out / stage, self.processes):
+                fit(
+                    self.out / stage,
+                    parameters,
+                    items,
+                    loss,
+                    getattr(self.settings, stage),
+                    # Questions about one picture share its encoding, where they are shown it in one budget.
+                    group=lambda item: item.id if isinstance(item, Route) else _picture_of(item),
+                    seed=self.settings.seed,
+                    processes=self.processes,
+                    facts={**self._own, "data": self.pool.data, "learned": _digest(items), **facts},
+                    progress=lambda step, steps: self.progress(stage, step, steps),
+                )
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
@@ -351,9 +388,13 @@ class Training:
         budgets = self.settings.budgets
         return budgets[(_slot(picture) + epoch) % len(budgets)]
 
-    def _tuned(self) -> bool:
-        """Whether the model was tuned; then it is, from here on."""
-        return trained(self.out / "tuning", self._model_parameters()) is not None
+    def _trained(self, stage: str, parameters: dict[str, nn.Parameter]) -> dict[str, Any] | None:
+        """See `trained`; `ValueError` for a stage of another model or of other layers."""
+        return trained(self.out / stage, parameters, self._own)
+
+    def _tuned(self) -> dict[str, Any] | None:
+        """What the model was tuned with, if it was; then it is tuned from here on."""
+        return self._trained("tuning", self._model_parameters())
 
     def _region_parameters(self) -> dict[str, nn.Parameter]:
         """Those that the map depends on: of the last layer its norm, queries and keys."""
@@ -400,10 +441,15 @@ def recorded(ask: Ask, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
 def copied_branches(model: Adapter, layer: int, depth: int) -> Branches:
     """Branches in float32, where the model's layer K is: copies of its layers from K on, and a gate that is undecided.
 
-    Raises `ValueError` for layers that the model has not.
+    Raises `ValueError` for layers that the model has not, or has quantised.
     """
-    if layer + depth > model.num_layers:
-        raise ValueError(f"layer, depth: got {layer} and {depth}, and the model has {model.num_layers} layers to copy")
+    if getattr(model.model.config, "quantization_config", None) is not None:
+        raise ValueError("model: its weights are quantised, but branches are copies of layers that are not")
+    if layer < 1 or depth < 2 or layer + depth > model.num_layers:
+        raise ValueError(
+            f"layer, depth: got {layer} and {depth}, and the model has {model.num_layers} layers to copy; want at least"
+            " 1 and 2"
+        )
     branches = new_branches(model, layer, depth, gate_depth=depth)
     decoder: Any = model.language_model
     for copies in (branches.regions, branches.gate):
@@ -424,6 +470,11 @@ def _picture(sample: Sample) -> Image.Image:
     if isinstance(picture, tuple):
         raise ValueError(f"image: got {len(picture)} pictures, want one: the branches know one image")
     return picture
+
+
+def _digest(items: Sequence[Any]) -> str:
+    """Tells what is learned from something else of the same length."""
+    return blake2b(json.dumps(items).encode(), digest_size=8).hexdigest()
 
 
 def _picture_of(record: dict[str, Any]) -> str:
