@@ -867,6 +867,22 @@ def test_branches_and_head_have_their_places_in_older_layouts(tmp_path):
     assert {one.dtype for one in last.values()} == {torch.bfloat16}, "as the model's layers, and not as its norms"
 
 
+def test_a_tied_head_that_is_written_down_twice_is_tuned_twice(tmp_path):
+    own = {
+        "model.layers.0.input_layernorm.weight": torch.ones(2),
+        "model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2),
+        "model.embed_tokens.weight": torch.ones(3, 2),
+        "lm_head.weight": torch.ones(3, 2),
+    }
+    (tmp_path / "base").mkdir()
+    save_file(own, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    branches = copied_branches(FAMILIES["qwen2_5_vl"](), 1, 2)
+    save_checkpoint(tmp_path / "new", tmp_path / "base", branches, {"embed_tokens.weight": torch.zeros(3, 2)})
+    found = load_file(tmp_path / "new" / "model.safetensors")
+    assert not found["model.embed_tokens.weight"].any() and not found["lm_head.weight"].any()
+
+
 def test_layers_that_there_are_not_are_refused():
     for layer, depth in ((2, 3), (0, 2), (-1, 2), (1, 1)):
         with pytest.raises(ValueError, match=f"layer, depth: got {layer} and {depth}, and the model has 4 layers to"):

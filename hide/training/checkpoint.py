@@ -52,6 +52,9 @@ def save_checkpoint(
     # Checkpoints of before transformers 5 may have the head, too, below the text model's name.
     head = next((name for name in places if name.endswith(_HEAD)), _HEAD)
     changed = {head if name == _HEAD else prefix + name: value for name, value in (tuned or {}).items()}
+    if "embed_tokens.weight" in (tuned or {}) and head in places:
+        # Tied, and written down twice: transformers ties what is the same alone.
+        changed[head] = changed[f"{prefix}embed_tokens.weight"].clone()
     if unknown := sorted(changed.keys() - places.keys()):
         raise ValueError(f"model: {base} has no weight {unknown[0]}, which was tuned")
     with _opened(base, places[prefix + _MATRIX]) as opened:
