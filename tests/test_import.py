@@ -203,7 +203,7 @@ def core():
 def test_the_operators_need_torch_numpy_scipy_and_pillow_alone(core):
     names, failed, computed = json.loads(core[1])
     assert names == len(hide_kernels.__all__)
-    for capture in ("transformers", "vision"):
+    for capture in ("transformers", "vision", "h2o", "kvpress"):
         said = failed.pop(f"hide_kernels.integrations.{capture}")
         assert said == f"hide_kernels.integrations.transformers needs transformers: {INSTALL}"
     assert failed == dict.fromkeys(NEED_TRITON, "No module named 'triton'")
@@ -292,5 +292,7 @@ print(json.dumps(outcomes))
 def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported(bare):
     outcomes = json.loads(bare[2].splitlines()[-1])
     failed = {name: outcome for name, outcome in outcomes.items() if outcome != "imported"}
+    press = "hide_kernels.integrations.kvpress"
+    assert failed.pop(press) == f"{press} needs kvpress: pip install kvpress"
     assert failed == dict.fromkeys(NEED_TRITON, "No module named 'triton'")
     assert len(outcomes) > 100

@@ -335,7 +335,13 @@ class _ModuleView:
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,  # by its place where kvpress stands between
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The function registered as `hide_rows`: run the model's own implementation, and record."""
     # Read once: another thread may close the last capture meanwhile, and the module then has its own config again.
@@ -354,7 +360,7 @@ def _attention(
     watched = implementation == "sdpa" and not torch.compiler.is_compiling()
     watched = watched and kwargs.get("is_causal") is not False and kwargs.get("softcap") is None
     with own if watched and not (query.requires_grad or key.requires_grad) else nullcontext():
-        result = base(_ModuleView(module, base_config), query, key, value, attention_mask, **kwargs)
+        result = base(_ModuleView(module, base_config), query, key, value, attention_mask, dropout=dropout, **kwargs)
     for capture in _captures(config):
         if capture.here:
             capture.called = True
