@@ -5,16 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# An environment holds exactly what its lock names; requirements/ has one for each that cannot be resolved with another.
-LOCKS := test kvpress vllm lmms-eval
+# An environment holds exactly what its lock names; requirements/ has one for each that cannot be resolved with another,
+# and one that brings weights along.
+LOCKS := test kvpress real vllm lmms-eval
 SOURCES := pyproject.toml setup.py requirements/triton.txt $(wildcard csrc/*)
 
 # What Python compiles is kept: lanes and the processes that tests start import the same files.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install upgrade demo train train-q-zoom test test-transformers-4 test-card carry test-newest test-kvpress hub wheels \
-	docs fuzz sanitize lint format bench static-report clean
+.PHONY: help install upgrade demo train train-q-zoom test test-transformers-4 test-card carry test-newest test-kvpress test-real hub \
+	wheels docs fuzz sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/'
@@ -52,6 +53,7 @@ RESOLVE = build/uv/bin/uv pip compile --quiet --upgrade --universal --python-ver
 	--no-emit-index-url --custom-compile-command "make upgrade"
 FROM_test := --extra test
 FROM_kvpress := --extra peers
+FROM_real := --extra peers requirements/real.in
 FROM_vllm := requirements/vllm.in
 # Its torchvision is one more CUDA build, and it does without.
 FROM_lmms-eval := requirements/lmms-eval.in --no-emit-package torchvision
@@ -144,6 +146,9 @@ test-newest: $(STAMP)  ## the tests that touch transformers, triton, NumPy, Pill
 
 test-kvpress: build/environment-kvpress/.installed  ## kvpress's SnapKV with our scores, in an environment of its own
 	$(<D)/bin/python -m pytest tests/test_kvpress.py
+
+test-real: build/environment-real/.installed  ## rows and what keys receive on a trained model, SmolLM2-135M, in its environment
+	$(<D)/bin/python -m pytest tests/test_real_weights.py
 
 wheels: $(STAMP)  ## sdist, pure wheel and compiled wheel in dist/, and the demo's job from each wheel
 	rm -rf dist build/wheels

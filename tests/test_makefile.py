@@ -153,6 +153,7 @@ def test_torch_and_cuda_stand_in_no_lock(lock):
     [
         (("test", "triton"), ("hide", "test", "ray", "quant")),
         (("kvpress",), ("hide", "peers")),
+        (("real",), ("hide", "peers")),
         (("vllm",), ("hide",)),
         (("lmms-eval",), ("hide",)),
     ],
@@ -183,7 +184,12 @@ def test_a_lock_holds_what_installs_builds_and_what_torch_needs(lock):
 
 @pytest.mark.parametrize(
     "lock, wanted",
-    [("kvpress", "transformers<5.3"), ("vllm", "transformers<5.20"), ("lmms-eval", "filelock<4")],
+    [
+        ("kvpress", "transformers<5.3"),
+        ("real", "transformers<5.3"),
+        ("vllm", "transformers<5.20"),
+        ("lmms-eval", "filelock<4"),
+    ],
 )
 def test_a_lock_of_its_own_has_what_the_main_one_cannot(lock, wanted):
     one = Requirement(wanted)
