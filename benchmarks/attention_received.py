@@ -1,7 +1,10 @@
 """`attention_received` beside SDPA's forward, which sees as many pairs, and the expression with the whole matrix.
 
-8,192 queries and keys, causal and not: `python -m benchmarks.attention_received`, one core; `--device cuda` for a GPU,
-with a 7B's 28 heads. Exit code 1 if a check fails, or if on the host ours takes more than 1.5 times SDPA's time.
+8,192 queries and keys, causal and not: `python -m benchmarks.attention_received`, one core (`--save` keeps the result);
+`--device cuda` for a GPU, with a 7B's 28 heads, and there beside flash-colreduce 0.2.2 where that is installed. It runs
+on CUDA alone and knows no grouped heads, so that it gets keys repeated; nor chosen columns, windows, softcaps, packed
+or paged keys; its sums are float atomics. Errors are the largest relative ones to float64 over all keys. Exit code 1 if
+a check fails, or if on the host ours takes more than 1.5 times SDPA's time.
 """
 
 from __future__ import annotations
@@ -52,7 +55,29 @@ def eager(query: Tensor, key: Tensor, causal: bool) -> Tensor:
     if causal:
         scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1), -torch.inf)
         seen = torch.arange(length, 0, -1, device=key.device)
-    return (torch.softmax(scores, -1, dtype=torch.float32).sum(2) / seen).mean(1)
+    dtype = torch.promote_types(torch.float32, scores.dtype)
+    return (torch.softmax(scores, -1, dtype=dtype).sum(2) / seen).mean(1)
+
+
+def exact(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """The same in float64, of one head after another."""
+    group = query.shape[1] // key.shape[1]
+    total = torch.zeros(key.shape[0], key.shape[2], dtype=torch.float64, device=key.device)
+    for head in range(query.shape[1]):
+        one, keys = query[:, head, None].double(), key[:, head // group, None].double()
+        total += eager(one, keys, causal)
+    return total / query.shape[1]
+
+
+def colreduce(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """flash-colreduce's means over queries, of keys that are repeated for their heads, and then over heads."""
+    try:
+        from flash_colreduce import flash_colreduce
+    except ImportError:
+        raise ImportError("not installed: pip install flash-colreduce==0.2.2") from None
+    repeated = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    found: Tensor = flash_colreduce(query, repeated, reduction="mean", is_causal=causal)
+    return found.float().mean(1)
 
 
 def sdpa_lse(query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
@@ -78,6 +103,12 @@ def variants(query: Tensor, key: Tensor, causal: bool) -> dict[str, Callable[[],
     return calls
 
 
+def error_of(call: Callable[[], Tensor], want: Tensor) -> float | None:
+    """The largest relative error of a key; `None` for what SDPA returns."""
+    found = call()
+    return None if found.shape != want.shape else (found.double() / want - 1).abs().max().item()
+
+
 def failures(device: str) -> Iterator[Failure]:
     """The correctness gate: calls of every kind whose error exceeds the budget."""
     backend = "triton" if device == "cuda" else "torch"
@@ -97,10 +128,12 @@ def whole_table(device: str, runs: int = 3) -> list[dict[str, Any]]:
     """Milliseconds and new memory of each variant, measured in turn; the matrix in memory where there is room."""
     table = []
     for causal in (False, True):
-        calls = variants(*inputs(device, *SHAPES[device]), causal)
+        given = inputs(device, *SHAPES[device])
+        calls, want = variants(*given, causal), exact(*given, causal)
         times = interleaved_cpu_times(calls, runs)
         for name, call in calls.items():
             row = {"variant": name, "causal": causal, "new_bytes": new_memory(call, device)}
+            row["error"] = error_of(call, want)
             table.append({**row, "milliseconds": times[name]})
     return table
 
@@ -108,15 +141,19 @@ def whole_table(device: str, runs: int = 3) -> list[dict[str, Any]]:
 def gpu_table(seconds: float, device: str = "cuda", withheld: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Milliseconds and new memory of each variant; takes some seconds."""
     for causal in (False, True):
-        for name, call in variants(*inputs(device, *SHAPES["cuda"]), causal).items():
+        given = inputs(device, *SHAPES["cuda"])
+        want = exact(*given, causal)
+        calls = variants(*given, causal) | {"flash-colreduce, keys repeated": partial(colreduce, *given, causal)}
+        for name, call in calls.items():
             row = {"variant": name, "causal": causal}
             if name.startswith("attention_received") and "attention_received" in withheld:
                 yield {**row, "skipped": WITHHELD}
                 continue
             try:
+                error = error_of(call, want)
                 times = cuda_times(call, runs=20)
                 milliseconds = {point: microseconds / 1e3 for point, microseconds in times.items()}
-                yield {**row, "new_bytes": new_memory(call, device), "milliseconds": milliseconds}
+                yield {**row, "new_bytes": new_memory(call, device), "error": error, "milliseconds": milliseconds}
             except Exception as error:
                 yield {**row, "failed" if name.startswith("attention_received") else "skipped": named(error)}
 
@@ -144,7 +181,8 @@ def line(row: dict[str, Any]) -> str:
     what = f"{row['variant']:<30} {'causal' if row['causal'] else 'every key':<9}"
     if "milliseconds" not in row:
         return f"{what} {row.get('failed') or row['skipped']}"
-    return f"{what} {spread(row['milliseconds'], 'ms')}  new {row['new_bytes'] / 1e6:.2f} MB"
+    wrong = f"  error {row['error']:.1e}" if row["error"] is not None else ""
+    return f"{what} {spread(row['milliseconds'], 'ms')}  new {row['new_bytes'] / 1e6:.2f} MB{wrong}"
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ def alone(module: Any, seconds: float) -> int:
     """
     parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = parser.parse_args().device
+    parser.add_argument("--save", action="store_true", help="also write a result to benchmarks/results")
+    arguments = parser.parse_args()
+    device = arguments.device
     torch.set_num_threads(1)
     if failed := list(found_wrong(module, device)):
         print("checks failed, nothing is reported", *failed, sep="\n  ")
@@ -131,6 +133,9 @@ def alone(module: Any, seconds: float) -> int:
             [f"{name}: {ratio:.2f}" for name, ratio in module.ratios(rows).items()] if good else ["a limit is missed"]
         )
         print(*lines, sep="\n")
+    if arguments.save:
+        name = Path(module.__file__).stem
+        print(f"written to {write(name, {'environment': environment(), 'operators': {name: {'table': rows}}})}")
     return int(not good)
 
 

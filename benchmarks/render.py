@@ -21,7 +21,7 @@ NONE_YET = "No result exists yet: `python -m benchmarks.{kind}` makes one."
 
 
 def newest(kind: str) -> dict[str, Any] | None:
-    """The result of "cpu" or "gpu" that was made last."""
+    """The result of "cpu", "gpu" or one operator that was made last."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob(f"{kind}-*.json")]
     return max(found, key=lambda result: result["environment"]["time"], default=None)
 
@@ -207,11 +207,25 @@ def gpu_section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def received_section(result: dict[str, Any]) -> str:
+    """The page's table of what keys receive, beside SDPA and the whole matrix."""
+    ((name, entry),) = result["operators"].items()
+    lines = [f"{provenance(result['environment'])}. `taskset -c 1 python -m benchmarks.{name} --save`; medians.", ""]
+    lines += ["| | | ms | new memory | largest relative error |", "|---|---|---|---|---|"]
+    for row in entry["table"]:
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        mask = "causal" if row["causal"] else "every key"
+        times = f"{row['milliseconds']['median']:,.0f} | {row['new_bytes'] / 1e6:,.1f} MB"
+        lines.append(f"| {row['variant']} | {mask} | {times} | {error} |")
+    return "\n".join(lines)
+
+
 def page(text: str) -> str:
     """docs/benchmarks.md with its marked tables made anew."""
-    for kind, section in (("cpu", cpu_section), ("gpu", gpu_section)):
+    sections = {"cpu": cpu_section, "attention-received": received_section, "gpu": gpu_section}
+    for kind, section in sections.items():
         result = newest(kind)
-        body = NONE_YET.format(kind=kind) if result is None else section(result)
+        body = NONE_YET.format(kind=kind.replace("-", "_")) if result is None else section(result)
         pattern = rf"(<!-- begin {kind} results -->\n).*?(<!-- end {kind} results -->)"
         text, found = re.subn(pattern, lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text, flags=re.S)  # type: ignore[misc]
         if found != 1:

@@ -23,6 +23,7 @@ from benchmarks import (
     gpu,
     measure,
     measured_memory,
+    real_weights,
     regions_to_collage,
     render,
     rows_to_pixel_values,
@@ -546,6 +547,73 @@ def test_the_columns_of_the_whole_matrix_are_those_that_keys_receive():
         del calls["SDPA's forward"]
         for call in calls.values():
             torch.testing.assert_close(call(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_flash_colreduce_gets_what_it_can_take_and_errors_are_to_float64(monkeypatch):
+    def means(query, key, reduction, is_causal):
+        assert reduction == "mean" and query.shape == key.shape
+        each = [attention_received.eager(query[:, h, None], key[:, h, None], is_causal) for h in range(query.shape[1])]
+        return torch.stack(each, 1)
+
+    given = attention_received.inputs("cpu", (6, 2, 16), torch.float32, 50)
+    with pytest.raises(ImportError, match=r"pip install flash-colreduce==0\.2\.2"):
+        attention_received.colreduce(*given, True)
+    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=means))
+    for causal in (False, True):
+        want = attention_received.exact(*given, causal)
+        assert want.dtype == torch.float64
+        torch.testing.assert_close(want, attention_received.eager(*(x.double() for x in given), causal))
+        assert attention_received.error_of(lambda c=causal: attention_received.colreduce(*given, c), want) < 1e-5
+        assert attention_received.error_of(lambda w=want: 1.001 * w, want) == pytest.approx(1e-3)
+    assert attention_received.error_of(lambda: given[0], want) is None
+
+
+def test_an_operators_command_keeps_its_result_where_asked(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(attention_received, "failures", lambda device: [])
+    monkeypatch.setattr(attention_received, "SHAPES", {"cpu": ((2, 2, 16), torch.float32, 60)})
+    monkeypatch.setattr(attention_received, "within_limit", lambda rows: True)
+    monkeypatch.setattr(sys, "argv", ["attention_received", "--save"])
+    assert measure.alone(attention_received, 1) == 0
+    (path,) = tmp_path.glob("attention-received-*.json")
+    assert str(path) in capsys.readouterr().out
+    page = render.received_section(json.loads(path.read_text()))
+    assert page.count("| attention_received |") == 2 and page.count("| whole matrix | causal |") == 1
+
+
+def test_kept_keys_that_differ_are_counted_and_their_gap_is_measured():
+    wanted = [torch.tensor([[[5.0, 4.0, 3.0, 2.0, 1.0, 0.5]]])]
+    assert real_weights.agreement(wanted, wanted, 0.5) == (3, 3, 0.0)
+    other = [torch.tensor([[[5.0, 4.0, 2.0, 3.0, 1.0, 0.5]]])]
+    same, of, short = real_weights.agreement(other, wanted, 0.5)
+    assert (same, of) == (2, 3) and short == pytest.approx(1 / 3)
+    assert real_weights.added(real_weights.Kept(1, 2, 0.5), real_weights.Kept(3, 4, 0.25)) == (4, 6, 0.5)
+
+
+def test_the_page_on_dropped_keys_shows_the_result_that_is_there():
+    text, page = (path.read_text() for path in (real_weights.SHOWN, real_weights.PAGE))
+    assert real_weights.COMMAND in page and page in text
+    assert real_weights.shown(text, page) == text
+    with pytest.raises(ValueError, match="0 places"):
+        real_weights.shown("no marks", page)
+
+
+def test_planted_facts_stand_in_prompts_of_one_length_with_their_question_at_the_end():
+    class Letters:
+        def __call__(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    texts = torch.full((12, real_weights.PROMPT), ord("x"))
+    prompts, answers = real_weights.planted(Letters(), texts)
+    assert prompts.shape == (12, real_weights.PROMPT) and answers.shape == (12, real_weights.DIGITS)
+    asked = set()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text, code = ("".join(map(chr, x.tolist())) for x in (prompt, answer))
+        who = text.rpartition("The secret code of the ")[2].removesuffix(" is ")
+        assert text.count(f"The secret code of the {who} is {code}.") == 1
+        asked.add((who, code))
+    assert len(asked) == 12
 
 
 def times_on_the_host(call, runs=50, capture=True):
