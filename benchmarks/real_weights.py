@@ -266,7 +266,8 @@ def cost(model: Any, tokens: Tensor) -> list[str]:
     for name, call in calls.items():
         lines.append(f"| {name} | {times[name]['median']:.0f} | {new_memory(call, 'cpu') / 1e6:.1f} MB |")
     return [
-        f"H2O's scores of a prompt of {key.shape[2]:,} tokens, layer 15 (largest difference {error:.1e} of the largest sum):",
+        f"H2O's scores of a prompt of {key.shape[2]:,} tokens, layer 15; the largest difference is {error:.1e} of the "
+        "largest sum:",
         "",
         *lines,
     ]
