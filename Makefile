@@ -95,7 +95,7 @@ hub: $(STAMP)  ## the Triton part as a repository of the kernels hub in build/hu
 # $(call over,FOLDER): what runs Python with the packages in a folder before those of .venv, in child processes too.
 over = PYTHONPATH="$(CURDIR)/$(1)" $(BIN)/python
 # What depends on a version of transformers: the capture, the families' inputs and forwards, sessions; and what is on top.
-MODEL_TESTS := capture capture_generate capture_received capture_vision drop_tokens image_tokens patches_to_tokens \
+MODEL_TESTS := capture capture_generate capture_received capture_vision drop_tokens h2o image_tokens patches_to_tokens \
 	families tile_families qwen2_5_vl qwen3_vl vision_slices session verbs threads q_zoom
 METHOD_TESTS := tiny_model offload hide vicrop methods attend drop_in quantised checkpoint training
 

@@ -549,16 +549,18 @@ def test_the_columns_of_the_whole_matrix_are_those_that_keys_receive():
             torch.testing.assert_close(call(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_flash_colreduce_gets_what_it_can_take_and_errors_are_to_float64(monkeypatch):
-    def means(query, key, reduction, is_causal):
-        assert reduction == "mean" and query.shape == key.shape
-        each = [attention_received.eager(query[:, h, None], key[:, h, None], is_causal) for h in range(query.shape[1])]
-        return torch.stack(each, 1)
+def colreduce_on_the_host(query, key, reduction, is_causal):
+    """What flash-colreduce returns, (B, H, N), of as many key heads as query heads."""
+    assert reduction == "mean" and query.shape == key.shape
+    each = [attention_received.eager(query[:, h, None], key[:, h, None], is_causal) for h in range(query.shape[1])]
+    return torch.stack(each, 1)
 
+
+def test_flash_colreduce_gets_what_it_can_take_and_errors_are_to_float64(monkeypatch):
     given = attention_received.inputs("cpu", (6, 2, 16), torch.float32, 50)
     with pytest.raises(ImportError, match=r"pip install flash-colreduce==0\.2\.2"):
         attention_received.colreduce(*given, True)
-    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=means))
+    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=colreduce_on_the_host))
     for causal in (False, True):
         want = attention_received.exact(*given, causal)
         assert want.dtype == torch.float64
@@ -650,6 +652,8 @@ def test_every_operators_gpu_code_runs_on_the_host_and_is_rendered(monkeypatch, 
     monkeypatch.setattr(window_scores, "cuda_times", times_on_the_host)
     monkeypatch.setattr(attention_received, "SHAPES", {"cuda": ((4, 2, 32), torch.float32, 70)})
     monkeypatch.setattr(attention_received, "cuda_times", times_on_the_host)
+    there = SimpleNamespace(flash_colreduce=colreduce_on_the_host)
+    monkeypatch.setitem(sys.modules, "flash_colreduce", there)
     monkeypatch.setattr(token_maps, "SHAPES", [(3, (9, 11))])
     monkeypatch.setattr(token_maps, "GRID", (9, 11))
     for name, size in (("8K", (1152, 1024)), ("4K", (800, 1024)), ("2K", (400, 700))):
