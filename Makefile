@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install upgrade demo train train-q-zoom test test-transformers-4 test-card carry test-newest test-kvpress test-real hub \
-	wheels docs fuzz sanitize lint format bench static-report clean
+	wheels docs fuzz soak sanitize lint format bench static-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/'
@@ -169,6 +169,9 @@ docs: $(STAMP)  ## the pages of docs/ as a site in build/site; broken links are 
 
 fuzz: $(STAMP)  ## the properties on more than 10,000 examples
 	HYPOTHESIS_PROFILE=many $(BIN)/python -m pytest --numprocesses=2 --dist=load tests/test_properties.py
+
+soak: $(STAMP)  ## 5,000 good and bad requests to hide serve: no answer is lost or wrong, and memory stays where it was
+	$(BIN)/python tests/soak.py
 
 sanitize: sanitize-thread sanitize-address  ## the kernels on blocks of real threads, looking for races, bad accesses and overflow
 

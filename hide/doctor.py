@@ -47,6 +47,8 @@ PACKAGES = (
     ("flash_attn", ("flash-attn",), "FlashAttention in the model itself; extra [flash]", False),
     ("torchao", ("torchao",), "int8 and int4 weights; extra [quant]", False),
     ("accelerate", ("accelerate",), "loads those layer by layer; extra [quant]", False),
+    ("fastapi", ("fastapi",), "answers over HTTP; extra [serve]", False),
+    ("uvicorn", ("uvicorn",), "answers over HTTP; extra [serve]", False),
     ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "image work on the GPU; extra [cuda12] or [cuda13]", False),
     ("cucim", ("cucim-cu13", "cucim-cu12", "cucim"), "image work on the GPU; extra [cuda12] or [cuda13]", False),
 )

@@ -379,6 +379,8 @@ def open_session(
         images: one or several, whatever `hide.images.load_image` reads.
         taps: decoder layers whose inputs are kept for `ImageSession.hidden`.
         step: called with the name of each step, for a context manager around it.
+
+    Raises `ValueError` for images of more tokens than the model has positions for, before they are encoded.
     """
     run = run or RunSettings()
     run.check(model)
@@ -391,6 +393,11 @@ def open_session(
             read.append(load_image(image) if source is None else to_image(source))
             pixels.append(to_tensor(read[-1], device) if source is None else source)
         inputs = _views(model, pixels, run)
+        if (tokens := sum(inputs.tokens)) > model.max_positions:
+            raise ValueError(
+                f"image: together they have {tokens} tokens, and the model takes {model.max_positions}; use fewer or "
+                "smaller ones, or lower max_tokens"
+            )
     with step("prefix"):
         # The encoder's input is let go of before the prefill.
         inputs, features = encode(model, inputs)

@@ -18,7 +18,7 @@ FLOORS = [
     ["hide.methods"],
     ["hide.present"],
     ["hide.tiny", "hide.drop_in"],
-    ["hide.evaluation", "hide.profiling", "hide.training"],
+    ["hide.evaluation", "hide.profiling", "hide.training", "hide.serve"],
     ["hide.cli", "hide.doctor", "hide.__main__"],
 ]
 OPERATORS = ["attention_rows", "attention_received", "token_maps", "regions", "collage", "pixel_values"]

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from hide import HiDe, Plain
-from hide.cli.evaluate import _way_names
-from hide.cli.loading import LoadOptions
+from hide.cli.loading import LoadOptions, way_names
 from hide.evaluation.data import Sample
 from hide.evaluation.runner import answer as record_of
 from hide.evaluation.store import ResultFile
@@ -400,10 +399,10 @@ def test_settings_given_as_text_are_refused_by_name(model, given, cause):
 @pytest.mark.parametrize("text, unknown", [("plain,,hide", "''"), ("", "''"), ("ALL", "'ALL'")])
 def test_method_names_that_are_none_are_shown(text, unknown):
     with pytest.raises(ValueError, match=f"^methods: got {unknown}, want any of plain, hide"):
-        _way_names(text, "no checkpoint", print)
-    assert _way_names(" hide, plain ,hide", "no checkpoint", print) == ["hide", "plain"]
-    every = _way_names("all", "no checkpoint", print)
-    assert _way_names("all,hide@700,plain", "no checkpoint", print) == [*every, "hide@700"]
+        way_names(text, "no checkpoint", print)
+    assert way_names(" hide, plain ,hide", "no checkpoint", print) == ["hide", "plain"]
+    every = way_names("all", "no checkpoint", print)
+    assert way_names("all,hide@700,plain", "no checkpoint", print) == [*every, "hide@700"]
 
 
 def test_a_method_on_a_session_that_is_run_otherwise_says_so(model):

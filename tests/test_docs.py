@@ -19,7 +19,7 @@ from hide.tiny.scenes import draw_scene
 
 ROOT = Path(__file__).parents[1]
 # Pages whose code other tests run, or that show a piece of a larger whole.
-ELSEWHERE = {"model_families.md", "memory_profiler.md", "accelerate_hide.md", "serving.md"}
+ELSEWHERE = {"model_families.md", "memory_profiler.md", "accelerate_hide.md", "serving.md", "server.md"}
 PAGES = [path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if path.name not in ELSEWHERE]
 STAND_INS = {
     '"Qwen/Qwen2.5-VL-7B-Instruct"': f'"{CHECKPOINT}", max_new_tokens=4',

@@ -15,7 +15,9 @@ import hide_kernels
 from hide import doctor
 from hide.extra import INSTALL, MODULES
 
-OPTIONAL = "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage".split()
+OPTIONAL = (
+    "triton cupy cupyx cucim torchao flash_attn ray datasets kernels kvpress accelerate skimage fastapi uvicorn".split()
+)
 HEAVY = [*OPTIONAL, "transformers", "matplotlib", "scipy", "torchvision", "pandas"]
 NEED_TRITON = {
     "hide_kernels.attention_received.triton_kernels",
@@ -27,6 +29,7 @@ NEED_TRITON = {
     "hide_kernels.token_maps.triton_kernels",
     "hide_kernels.token_maps.triton_launch",
 }
+NEED_SERVE = {"hide.serve.app": "fastapi", "hide.serve.server": "uvicorn"}
 
 NO_NETWORK = """
 import sys
@@ -289,10 +292,11 @@ print(json.dumps(outcomes))
 """
 
 
-def test_without_anything_optional_every_module_but_the_triton_kernels_can_be_the_first_to_be_imported(bare):
+def test_without_anything_optional_every_other_module_can_be_the_first_to_be_imported(bare):
     outcomes = json.loads(bare[2].splitlines()[-1])
     failed = {name: outcome for name, outcome in outcomes.items() if outcome != "imported"}
     press = "hide_kernels.integrations.kvpress"
     assert failed.pop(press) == f"{press} needs kvpress: pip install kvpress"
-    assert failed == dict.fromkeys(NEED_TRITON, "No module named 'triton'")
+    needed = {**dict.fromkeys(NEED_TRITON, "triton"), **NEED_SERVE}
+    assert failed == {name: f"No module named {package!r}" for name, package in needed.items()}
     assert len(outcomes) > 100

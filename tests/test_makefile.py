@@ -151,7 +151,7 @@ def test_torch_and_cuda_stand_in_no_lock(lock):
 @pytest.mark.parametrize(
     "names, extras",
     [
-        (("test", "triton"), ("hide", "test", "ray", "quant")),
+        (("test", "triton"), ("hide", "test", "ray", "quant", "serve")),
         (("kvpress",), ("hide", "peers")),
         (("real",), ("hide", "peers")),
         (("vllm",), ("hide",)),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import hide.methods
 from hide import HiDe, Plain
 from hide.cli import app
-from hide.cli.evaluate import _way_names
+from hide.cli.loading import way_names
 from hide.methods import method_class, method_names
 from hide.methods.base import Answer, Evidence, ask_all
 from hide.tiny import CHECKPOINT
@@ -111,7 +111,7 @@ def test_a_method_of_another_package_has_the_commands_the_report_the_costs_and_t
 
 def test_all_methods_are_those_of_other_packages_too_but_for_those_that_cannot_be_loaded(package):
     left_out = []
-    every = _way_names("all", "no checkpoint", left_out.append)
+    every = way_names("all", "no checkpoint", left_out.append)
     assert "half" in every and not {"no-method", "gone", "renamed"} & set(every)
     assert len(left_out) == 3 and "gone" in left_out[1]
 

@@ -74,3 +74,8 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def left_out(console: Console, text: str) -> None:
+    """A line about something that is not taken along."""
+    console.print(f"[yellow]left out[/yellow] {escape(text)}", highlight=False, soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hide.cli.console import errors, progress_bar, quiet
-from hide.cli.loading import LoadOptions, ModelOptions, options_of, view_or_whole
+from hide.cli.console import errors, left_out, progress_bar, quiet
+from hide.cli.loading import LoadOptions, ModelOptions, options_of, view_or_whole, way_names
 from hide.output import check_folder
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def evaluate(
         if actors is not None and (ray is None or actors < 1):
             raise ValueError(f"actors: got {actors}, want at least 1, together with --ray")
         _check_count("limit", limit)
-        names = _way_names(methods, load.model or CHECKPOINT, functools.partial(_warn, console))
+        names = way_names(methods, load.model or CHECKPOINT, functools.partial(left_out, console))
         samples = functools.partial(read_data, data, limit)
         _check_readable(data, samples())
         check_folder(out, ("results.jsonl", "summary.md", "report.html"))
@@ -206,7 +205,7 @@ def export(
     failed = [f"{record['id']}: {record['error']}" for record in records if record["error"]]
     console.print(escape(f"{written}: {len(records) - len(failed)} questions"), highlight=False, soft_wrap=True)
     if failed:
-        _warn(console, f"{len(failed)} questions, which results.jsonl names; the first is {failed[0]}")
+        left_out(console, f"{len(failed)} questions, which results.jsonl names; the first is {failed[0]}")
 
 
 @options_of(ModelOptions)
@@ -390,7 +389,7 @@ def entities(
         from hide.methods.hide.method import HiDe
         from hide.present.table import ResultTable
 
-        questions = labelled_questions(data, bad=functools.partial(_warn, console))
+        questions = labelled_questions(data, bad=functools.partial(left_out, console))
         extractors: dict[str, Any] = {"rules": entities_by_rules}
         if load.model is not None:
             extractors[load.model] = HiDe(load.load()).changed(entities_from="model").entities
@@ -434,40 +433,6 @@ def _check_readable(data: str, records: Iterator[Sample | BadRecord]) -> None:
 def _check_count(name: str, value: int, least: int = 1) -> None:
     if value < least:
         raise ValueError(f"{name}: got {value}, want at least {least}")
-
-
-def _warn(console: Console, text: str) -> None:
-    console.print(f"[yellow]left out[/yellow] {escape(text)}", highlight=False, soft_wrap=True)
-
-
-def _way_names(text: str, model: str | Path, left_out: Callable[[str], None]) -> list[str]:
-    """The ways of answering that `--methods` names; all: every method that is installed and runs on the model, plain
-    and HiDe also on a view.
-
-    left_out: called with each method of another package that cannot be loaded, where all are wanted.
-    """
-    from hide.methods import TRAINED, method_class, method_names, method_of
-    from hide.models.checkpoint import CONFIG, find_file
-
-    known = method_names()
-    # Commas between brackets are not between ways.
-    asked = [name.strip() for name in re.split(r",(?![^\[]*\])", text)]
-    if unknown := [name for name in asked if name != "all" and method_of(name) not in known]:
-        raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
-    every: list[str] = []
-    if "all" in asked:
-        file = find_file(model, CONFIG[0])
-        has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-        for name in known:
-            if name in TRAINED and not has.get(TRAINED[name]):
-                continue
-            try:
-                method_class(name)
-            except ValueError as error:
-                left_out(str(error))
-                continue
-            every += [name, f"{name}@auto"] if name in ("plain", "hide") else [name]
-    return list(dict.fromkeys(one for name in asked for one in (every if name == "all" else [name])))
 
 
 def _ways(load: LoadOptions, names: Sequence[str], corrupt: str | None, data: str) -> dict[str, Method[Any]]:

@@ -6,9 +6,11 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
@@ -179,6 +181,36 @@ def way_of(text: str) -> tuple[str, dict[str, Any]]:
     name, view, settings = match.groups()
     given = {} if view is None else {"view_tokens": view_or_whole(view)}
     return name, assigned(re.split(r",(?=\s*\w+\s*=)", settings) if settings else (), given)
+
+
+def way_names(text: str, model: str | Path, left_out: Callable[[str], None]) -> list[str]:
+    """The ways of answering that `--methods` names; all: every method that is installed and runs on the model, plain
+    and HiDe also on a view.
+
+    left_out: called with each method of another package that cannot be loaded, where all are wanted.
+    """
+    from hide.methods import TRAINED, method_class, method_names, method_of
+    from hide.models.checkpoint import CONFIG, find_file
+
+    known = method_names()
+    # Commas between brackets are not between ways.
+    asked = [name.strip() for name in re.split(r",(?![^\[]*\])", text)]
+    if unknown := [name for name in asked if name != "all" and method_of(name) not in known]:
+        raise ValueError(f"methods: got {', '.join(map(repr, unknown))}, want any of {', '.join(known)}; or all")
+    every: list[str] = []
+    if "all" in asked:
+        file = find_file(model, CONFIG[0])
+        has = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        for name in known:
+            if name in TRAINED and not has.get(TRAINED[name]):
+                continue
+            try:
+                method_class(name)
+            except ValueError as error:
+                left_out(str(error))
+                continue
+            every += [name, f"{name}@auto"] if name in ("plain", "hide") else [name]
+    return list(dict.fromkeys(one for name in asked for one in (every if name == "all" else [name])))
 
 
 def options_of(kind: type[ModelOptions]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -16,6 +16,7 @@ from hide.cli.console import App, errors, quiet
 from hide.cli.evaluate import calibrate, entities, evaluate, export
 from hide.cli.loading import EMBEDDED, LoadOptions, ModelOptions, options_of
 from hide.cli.profile import profile
+from hide.cli.serve import serve
 from hide.cli.train import app as train
 from hide.output import check_folder
 from hide.texts import listed
@@ -223,6 +224,7 @@ app.command()(export)
 app.command()(calibrate)
 app.command()(entities)
 app.command()(profile)
+app.command()(serve)
 app.add_typer(train, name="train")
 
 
