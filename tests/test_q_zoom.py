@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
 from hide.cli import app
-from hide.cli.evaluate import _way_names
+from hide.cli.loading import way_names
 from hide.engine import stock
 from hide.engine.decoder import extend
 from hide.engine.kv_cache import PreallocatedCache
@@ -835,10 +835,10 @@ def test_a_model_without_branches_is_one_line_that_says_what_to_name(tmp_path):
 
 
 def test_all_methods_are_those_that_a_checkpoint_has_the_parts_of(checkpoint, tmp_path):
-    assert "q-zoom" in _way_names("all", checkpoint, print)
+    assert "q-zoom" in way_names("all", checkpoint, print)
     (tmp_path / "config.json").write_text("{}")
-    assert "q-zoom" not in _way_names("all", tmp_path, print) and "hide" in _way_names("all", tmp_path, print)
-    assert _way_names("q-zoom", tmp_path, print) == ["q-zoom"]
+    assert "q-zoom" not in way_names("all", tmp_path, print) and "hide" in way_names("all", tmp_path, print)
+    assert way_names("q-zoom", tmp_path, print) == ["q-zoom"]
 
 
 @pytest.mark.parametrize(

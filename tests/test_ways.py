@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from hide import HiDe
 from hide.cli import app
-from hide.cli.evaluate import _finish, _way_names
-from hide.cli.loading import LoadOptions, way_of
+from hide.cli.evaluate import _finish
+from hide.cli.loading import LoadOptions, way_names, way_of
 from hide.evaluation import data, predicted_memory
 from hide.evaluation.predicted_memory import Held, held
 from hide.evaluation.runner import answer, answers
@@ -79,8 +79,8 @@ def test_a_ways_own_settings_go_before_those_of_all(model):
 
 def test_commas_between_brackets_are_not_between_ways():
     text = "plain, hide@auto[gate=3,sigma=2] ,hide[layers=(1,2)],plain"
-    assert _way_names(text, "", print) == ["plain", "hide@auto[gate=3,sigma=2]", "hide[layers=(1,2)]"]
-    every = _way_names("all", "no checkpoint", print)
+    assert way_names(text, "", print) == ["plain", "hide@auto[gate=3,sigma=2]", "hide[layers=(1,2)]"]
+    every = way_names("all", "no checkpoint", print)
     assert every[:4] == ["plain", "plain@auto", "hide", "hide@auto"] and {"vicrop", "no-prior"} < set(every)
     assert "q-zoom" not in every, "the checkpoint has no trained branches"
 
